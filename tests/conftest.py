@@ -1,0 +1,288 @@
+"""People, servers and databases for the tests: real PostgreSQL, real sockets, real processes."""
+
+import asyncio
+import itertools
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+import aiohttp
+import asyncpg
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import messenger  # noqa: E402
+from postgres import Postgres  # noqa: E402
+
+SETTINGS = messenger.Settings(bcrypt_cost=4)
+SECRET_KEY = "a key of the tests, longer than 32 bytes"
+PASSWORD = "correct horse"
+HEAR_SECONDS = 10  # a generous deadline: nothing waits that long unless it is broken
+
+
+def with_database(url: str, name: str) -> str:
+    """Name another database of the same server."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a PostgreSQL whose database `template` has the schema.
+
+    TEST_DATABASE_URL names one of your own, whose role may create databases.
+    """
+    given = os.environ.get("TEST_DATABASE_URL")
+    with asyncio.Runner() as runner:
+        postgres = None if given else Postgres(tmp_path_factory.mktemp("data"))
+        if postgres is not None:
+            runner.run(postgres.start())
+        url = given or postgres.dsn
+        runner.run(on_cluster(url, "drop database if exists messenger_template"))
+        runner.run(on_cluster(url, "create database messenger_template"))
+        messenger.migrate(with_database(url, "messenger_template"))
+        yield url
+        runner.run(on_cluster(url, "drop database messenger_template"))
+        if postgres is not None:
+            runner.run(postgres.stop())
+
+
+async def on_cluster(url: str, *statements: str) -> None:
+    """Run statements that belong to no database."""
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+numbers = itertools.count(1)
+
+
+@pytest.fixture
+async def database_url(cluster: str) -> AsyncIterator[str]:
+    """A database of the test's own, with the schema and nothing in it."""
+    name = f"messenger_test_{os.getpid()}_{next(numbers)}"
+    await on_cluster(cluster, f"create database {name} template messenger_template")
+    yield with_database(cluster, name)
+    await on_cluster(cluster, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+async def sql(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to the test's database, to look behind the server."""
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+def app(database_url: str) -> web.Application:
+    """The application on the test's database."""
+    return messenger.make_app(SETTINGS, database_url, SECRET_KEY)
+
+
+@pytest.fixture
+async def server(aiohttp_server: Callable[..., Awaitable[TestServer]], app: Any) -> TestServer:
+    """The application, served on a free port."""
+    return await aiohttp_server(app)
+
+
+class Heard(dict[str, Any]):
+    """A frame that a socket was sent."""
+
+
+class Line:
+    """An open websocket: what is said on it, what is heard on it."""
+
+    def __init__(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+        self.ws = ws
+
+    async def sends(self, **frame: Any) -> None:
+        """Send a frame."""
+        await self.ws.send_json(frame)
+
+    async def says(self, text: str, **frame: Any) -> None:
+        """Post a message."""
+        await self.sends(type="message", text=text, **frame)
+
+    async def hears(self, *types: str) -> Heard:
+        """Wait for the next frame of one of the types (any, if none is named)."""
+        async with asyncio.timeout(HEAR_SECONDS):
+            while True:
+                heard = await self.ws.receive()
+                if heard.type is not aiohttp.WSMsgType.TEXT:
+                    raise AssertionError(f"closed with {self.ws.close_code}, awaiting {types}")
+                frame = Heard(heard.json())
+                if not types or frame["type"] in types:
+                    return frame
+
+    async def hears_text(self, text: str) -> Heard:
+        """Wait for the message with a text."""
+        while True:
+            frame = await self.hears("message", "message_updated")
+            if frame["data"]["text"] == text:
+                return frame
+
+    async def hears_nothing(self, seconds: float = 0.3) -> None:
+        """See that nothing comes for a moment."""
+        with pytest.raises(asyncio.TimeoutError):
+            await self.ws.receive(timeout=seconds)
+
+    async def is_closed(self) -> int | None:
+        """Wait until the server closes the socket, and answer the code."""
+        async with asyncio.timeout(HEAR_SECONDS):
+            while not self.ws.closed:
+                await self.ws.receive()
+        return self.ws.close_code
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self.ws.close()
+
+
+class Person:
+    """Somebody with an account, a session and an HTTP client of their own."""
+
+    def __init__(self, client: TestClient[Any, Any], name: str) -> None:
+        self.client = client
+        self.name = name
+        self.email = f"{name}@example.com"
+        self.id = 0
+        self.access = self.refresh = ""
+        self.lines: list[Line] = []
+
+    async def register(self) -> None:
+        """Make the account."""
+        body = {"email": self.email, "username": self.name, "password": PASSWORD}
+        answer = await self.client.post("/api/v1/users", json=body)
+        assert answer.status == 201, await answer.text()
+        self.id = (await answer.json())["id"]
+
+    async def logs_in(self) -> None:
+        """Start a session."""
+        body = {"email": self.email, "password": PASSWORD}
+        answer = await self.client.post("/api/v1/users/login", json=body)
+        assert answer.status == 200, await answer.text()
+        tokens = await answer.json()
+        self.access, self.refresh = tokens["access_token"], tokens["refresh_token"]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header that says who is asking."""
+        return {"Authorization": f"Bearer {self.access}"}
+
+    async def asks(
+        self, method: str, path: str, body: Any = None, **options: Any
+    ) -> aiohttp.ClientResponse:
+        """Send a request under /api/v1 (or to an absolute path of a Link) and read the answer."""
+        if not path.startswith("/api/"):
+            path = f"/api/v1{path}"
+        if body is not None:
+            options["json"] = body
+        answer = await self.client.request(method, path, headers=self.headers, **options)
+        await answer.read()
+        return answer
+
+    async def gets(self, path: str, status: int = 200) -> Any:
+        """GET and expect a status."""
+        return await self.expects(status, "GET", path)
+
+    async def posts(self, path: str, body: Any = None, status: int = 201) -> Any:
+        """POST and expect a status."""
+        return await self.expects(status, "POST", path, body)
+
+    async def expects(self, status: int, method: str, path: str, body: Any = None) -> Any:
+        """Send a request, expect a status, answer the JSON."""
+        answer = await self.asks(method, path, body)
+        assert answer.status == status, f"{method} {path}: {answer.status} {await answer.text()}"
+        return None if status == 204 else await answer.json()
+
+    async def opens(self, *others: "Person") -> int:
+        """Open the personal chat with another; answer its id."""
+        body = {"is_group": False, "participant_ids": [other.id for other in others]}
+        answer = await self.asks("POST", "/chats", body)
+        assert answer.status in (200, 201), await answer.text()
+        return int((await answer.json())["id"])
+
+    async def founds(self, *others: "Person", name: str = "a group") -> int:
+        """Create a group; answer its id."""
+        ids = [other.id for other in others]
+        body = {"is_group": True, "name": name, "participant_ids": ids}
+        return int((await self.posts("/chats", body))["id"])
+
+    async def says(self, chat: int, text: str, status: int = 201, **body: Any) -> Any:
+        """Post a message over REST."""
+        return await self.posts(f"/chats/{chat}/messages", {"text": text, **body}, status)
+
+    async def reads(self, chat: int, message: Any) -> Any:
+        """Read up to a message."""
+        return await self.posts(f"/chats/{chat}/read", {"message_id": message["id"]}, 200)
+
+    async def history(self, chat: int, query: str = "") -> list[str]:
+        """Answer the texts of a page of the history."""
+        return [m["text"] for m in await self.gets(f"/chats/{chat}/messages{query}")]
+
+    async def listens(self, chat: int, query: str = "", **options: Any) -> Line:
+        """Open a socket on a chat."""
+        options.setdefault("headers", self.headers)
+        line = Line(await self.client.ws_connect(f"/ws/{chat}{query}", **options))
+        self.lines.append(line)
+        return line
+
+    async def listens_live(self, chat: int, query: str = "") -> Line:
+        """Open a socket on a chat and wait until it is live."""
+        line = await self.listens(chat, query)
+        await line.hears("ready")
+        return line
+
+
+@pytest.fixture
+async def people(
+    server: TestServer, aiohttp_client: Callable[..., Awaitable[TestClient[Any, Any]]]
+) -> AsyncIterator[Callable[[str], Awaitable[Person]]]:
+    """Make people by name: registered and logged in, each with a client of their own."""
+    made: list[Person] = []
+
+    async def make(name: str) -> Person:
+        person = Person(await aiohttp_client(server), name)
+        made.append(person)
+        await person.register()
+        await person.logs_in()
+        return person
+
+    yield make
+    for person in made:
+        for line in person.lines:
+            await line.close()
+
+
+@pytest.fixture
+async def alice(people: Callable[[str], Awaitable[Person]]) -> Person:
+    """Alice."""
+    return await people("alice")
+
+
+@pytest.fixture
+async def bob(people: Callable[[str], Awaitable[Person]]) -> Person:
+    """Bob."""
+    return await people("bob")
+
+
+@pytest.fixture
+async def carol(people: Callable[[str], Awaitable[Person]]) -> Person:
+    """Carol."""
+    return await people("carol")
+
+
+def new_id() -> str:
+    """Make a message id, as a client does."""
+    return str(uuid4())
