@@ -474,7 +474,6 @@ PROBLEM_HEADERS: Mapping[int, Mapping[str, str]] = {
     503: {"Retry-After": "1"},
 }
 
-# fmt: off
 class MalformedRequest(Problem, status=400, title="The request cannot be read"): ...
 class Unauthorized(Problem, status=401, title="A valid access token is needed"): ...
 class InvalidCredentials(Problem, status=401, title="The address or the password is wrong"): ...
@@ -501,7 +500,6 @@ class UpgradeRequired(Problem, status=426, title="This address speaks websocket 
 class TooManyAttempts(Problem, status=429, title="Too many failed attempts"): ...
 class InternalError(Problem, status=500, title="Something went wrong"): ...
 class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
-# fmt: on
 
 
 def invalid(loc: str, msg: str) -> InvalidInput:
@@ -819,19 +817,11 @@ class Database:
     async def open(self) -> None:
         """Connect. Raises what asyncpg raises."""
         self._pool = await asyncpg.create_pool(
-            self.url,
-            min_size=2,
-            max_size=DATABASE_CONNECTIONS_MAX,
-            timeout=DATABASE_SECONDS,
-            command_timeout=DATABASE_SECONDS,
-            max_inactive_connection_lifetime=0,
-            reset=keep_as_it_is,
-            server_settings={
-                "application_name": "messenger",
-                "default_transaction_isolation": "read committed",
-                "synchronous_commit": "on",
-                "timezone": "UTC",
-                "jit": "off",
+            self.url, min_size=2, max_size=DATABASE_CONNECTIONS_MAX, timeout=DATABASE_SECONDS,
+            command_timeout=DATABASE_SECONDS, max_inactive_connection_lifetime=0,
+            reset=keep_as_it_is, server_settings={
+                "application_name": "messenger", "timezone": "UTC", "jit": "off",
+                "default_transaction_isolation": "read committed", "synchronous_commit": "on",
                 "statement_timeout": str(int(DATABASE_SECONDS * 1000)),
                 "lock_timeout": str(int(DATABASE_SECONDS * 500)),
             },
@@ -945,22 +935,17 @@ class GroupWriter(Generic[Item, Outcome]):
 
 class ChatHint(Struct, array_like=True, tag="chat"):
     """A chat has come to this rev and version."""
-
     chat_id: int
     rev: int
     version: int
 
-
 class ReadHint(Struct, array_like=True, tag="read"):
     """Somebody read; in a large chat this is told to two users only."""
-
     read: Read
     only: list[int] | None
 
-
 class SessionHint(Struct, array_like=True, tag="session"):
     """A session has ended."""
-
     session_id: int
 
 
@@ -1123,27 +1108,24 @@ class Sessions:
 
         `session` is a row with `id`, `generation` and `rotated_at`.
         """
-        now = int(time.time())
-        rotated = int(session["rotated_at"].timestamp())
-        subject = {"sub": str(user_id), "sid": session["id"]}
-        access = subject | {
-            "typ": "access", "jti": secrets.token_hex(8), "iat": now,
-            "exp": now + self._access_seconds,
-        }
-        refresh = subject | {
-            "typ": "refresh", "jti": f"{session['id']}.{session['generation']}", "iat": rotated,
-            "exp": rotated + self._refresh_seconds, "gen": session["generation"],
-        }
-        sign = functools.partial(jwt.encode, key=self._key, algorithm="HS256")
-        return Tokens(sign(access), sign(refresh), self._access_seconds)
+        def sign(since: int, seconds: int, **claims: Any) -> str:
+            claims |= {"sub": str(user_id), "sid": session["id"]}
+            claims |= {"iat": since, "exp": since + seconds}
+            return jwt.encode(claims, self._key, algorithm="HS256")
+
+        generation, rotated = session["generation"], int(session["rotated_at"].timestamp())
+        return Tokens(
+            sign(int(time.time()), self._access_seconds, typ="access", jti=secrets.token_hex(8)),
+            sign(rotated, self._refresh_seconds, typ="refresh", jti=str(generation)),
+            self._access_seconds,
+        )
 
     def read(self, token: str, kind: Literal["access", "refresh"]) -> dict[str, Any] | None:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
         try:
             claims: dict[str, Any] = jwt.decode(
                 token, self._key, algorithms=["HS256"], leeway=TOKEN_LEEWAY_SECONDS,
-                options={"require": ["sub", "sid", "typ", "jti", "iat", "exp"]},
-            )
+                options={"require": ["sub", "sid", "typ", "jti", "iat", "exp"]})
         except (jwt.InvalidTokenError, ValueError):
             return None
         return claims if claims["typ"] == kind else None
@@ -1238,8 +1220,7 @@ class Socket:
         self.chat_id = chat_id
         self.ws: web.WebSocketResponse = web.WebSocketResponse(
             protocols=(SUBPROTOCOL,), autoping=False, compress=False,
-            max_msg_size=FRAME_BYTES_MAX + 1, timeout=CLOSE_SECONDS,
-        )
+            max_msg_size=FRAME_BYTES_MAX + 1, timeout=CLOSE_SECONDS)
         self.rooms: dict[int, Room] = {}
         self.replays: dict[int, Replay] = {}
         self.catching_up: asyncio.Task[None] | None = None
@@ -1295,7 +1276,8 @@ class Socket:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self.ws.close(code=self.close_code or WS_GOING_AWAY, drain=False)
         if self._transport is not None:
-            self._transport.abort()
+            self._transport.close()  # once what is unsent is taken, but not for ever
+            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
 
 
 @dataclass(eq=False, slots=True)
@@ -1736,27 +1718,18 @@ def created(value: ShapeT, location: str) -> Answer[ShapeT]:
     return Answer(value, 201, {"Location": location})
 
 
-def page(values: list[ShapeT], request: web.Request, **links: Mapping[str, Any] | None) -> (
-    Answer[list[ShapeT]]
-):
+def page(request: web.Request, values: ShapeT, **links: dict[str, Any] | None) -> Answer[ShapeT]:
     """Answer a page with links to its neighbours (RFC 8288): for each the query that differs."""
-    shown = []
-    for relation, changes in links.items():
-        if changes is not None:
-            url = request.rel_url.without_query_params("before", "after", "cursor", "token")
-            shown.append(f'<{url.update_query(changes)}>; rel="{relation}"')
+    here = request.rel_url.without_query_params("before", "after", "cursor")
+    shown = [f'<{here.update_query(to)}>; rel="{name}"' for name, to in links.items() if to]
     return Answer(values, headers={"Link": ", ".join(shown)} if shown else {})
 
 
 def checked_username(username: str) -> tuple[str, str]:
     """Answer a username and its key, by which it is unique. Raises InvalidInput."""
     name = unicodedata.normalize("NFC", username)
-    kinds = [unicodedata.category(character) for character in name]
-    wrong = any(
-        not (kind[0] in "LM" or kind == "Nd" or character == "_")
-        for character, kind in zip(name, kinds, strict=True)
-    )
-    if wrong or kinds[0][0] == "M" or not 3 <= len(name) <= 50:
+    kinds = [unicodedata.category(c)[0] if not c.isdecimal() and c != "_" else "L" for c in name]
+    if not set(kinds) <= {"L", "M"} or kinds[0] == "M" or not 3 <= len(name) <= 50:
         raise invalid("$.username", "must be 3 to 50 letters, digits or underscores")
     return name, folded(name)
 
@@ -1775,10 +1748,7 @@ email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
 
 async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
-    """Register a user.
-
-    Raises EmailTaken, UsernameTaken, InvalidInput.
-    """
+    """Register a user. Raises EmailTaken, UsernameTaken, InvalidInput."""
     email, email_key = checked_email(body.email)
     username, username_key = checked_username(body.username)
     hashed = await request.app[PASSWORDS].hash(body.password)
@@ -1830,7 +1800,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     if claims is None:
         raise InvalidToken
     holder = claims["sid"], int(claims["sub"])
-    generation = claims["gen"]
+    generation = int(claims["jti"])
     session = await database.row(ROTATE_SESSION, *holder, generation) or await database.row(
         SELECT_ROTATED, *holder, generation, REFRESH_GRACE_SECONDS
     )
@@ -1861,10 +1831,7 @@ async def get_me(request: web.Request) -> User:
 
 
 async def get_user(request: web.Request, user_id: UserId) -> User:
-    """Get a user; oneself with the address.
-
-    Raises UserNotFound.
-    """
+    """Get a user; oneself with the address. Raises UserNotFound."""
     row = await request.app[DATABASE].row(SELECT_USER, user_id)
     if row is None:
         raise UserNotFound
@@ -1893,7 +1860,7 @@ async def list_users(
         rows = await database.rows(SELECT_USERS, after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
     more = {"after": users[-1].id} if len(rows) > limit else None
-    return page(users, request, next=more)
+    return page(request, users, next=more)
 
 
 # ==== Handlers: chats =============================================================================
@@ -1930,10 +1897,7 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
 
 
 async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
-    """Get a chat.
-
-    Raises ChatNotFound.
-    """
+    """Get a chat. Raises ChatNotFound."""
     me = request[ASKER].user_id
     chat = await request.app[DATABASE].shape(CHAT, SELECT_CHAT, chat_id, me)
     if chat is None:
@@ -1947,17 +1911,14 @@ async def list_chats(
     limit: Limit = PAGE_DEFAULT,
     cursor: Annotated[str, Meta(description="From the `Link` of the page before.")] = "",
 ) -> Answer[list[Chat]]:
-    """List one's chats, the most recently active first.
-
-    Raises InvalidInput.
-    """
+    """List one's chats, the most recently active first. Raises InvalidInput."""
     place = read_cursor(cursor) if cursor else (LAST_MOMENT, INT8_MAX)
     rows = await request.app[DATABASE].rows(
         SELECT_CHATS_BEFORE, request[ASKER].user_id, *place, limit + 1
     )
     chats = [CHAT.decode(row["chat"]) for row in rows[:limit]]
     more = {"cursor": make_cursor(rows[limit - 1])} if len(rows) > limit else None
-    return page(chats, request, next=more)
+    return page(request, chats, next=more)
 
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -2054,10 +2015,7 @@ async def send_message(
 
 
 async def get_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> Message:
-    """Get a message as it is now.
-
-    Raises ChatNotFound, MessageNotFound.
-    """
+    """Get a message as it is now. Raises ChatNotFound, MessageNotFound."""
     me, database = request[ASKER].user_id, request.app[DATABASE]
     message = await database.shape(MESSAGE, SELECT_MESSAGE, chat_id, me, message_id)
     if message is None:
@@ -2095,8 +2053,8 @@ async def list_messages(
     oldest = messages[0].seq if messages else min(before or (after or 0) + 1, last_seq + 1)
     newest = messages[-1].seq if messages else oldest - 1
     return page(
-        messages,
         request,
+        messages,
         next={"before": oldest} if oldest > 1 else None,  # the first message of a chat is number 1
         prev={"after": newest} if newest < last_seq else None,
     )
@@ -2107,9 +2065,8 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
 
     Raises ChatNotFound, MessageNotFound.
     """
-    return await request.app[READS].put(
-        NewRead(chat_id, request[ASKER].user_id, body.message_id)
-    )
+    read = NewRead(chat_id, request[ASKER].user_id, body.message_id)
+    return await request.app[READS].put(read)
 
 
 # ==== Handlers: the socket ========================================================================
@@ -2279,11 +2236,7 @@ PATH_PROBLEMS: Mapping[str, type[Problem]] = {
     "message_id": MessageNotFound,
 }
 HTTP_PROBLEMS: Mapping[int, type[Problem]] = {
-    404: NotFound,
-    405: MethodNotAllowed,
-    413: BodyTooLarge,
-}
-JSON_TYPE = "application/json"
+    404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -2389,8 +2342,9 @@ def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
     status = answer.status or endpoint.status
     if status == 204:
         return web.Response(status=status, headers=answer.headers)
-    body = ENCODER.encode(answer.value) + b"\n"
-    return web.Response(body=body, status=status, headers=answer.headers, content_type=JSON_TYPE)
+    return web.Response(
+        body=ENCODER.encode(answer.value) + b"\n", status=status, headers=answer.headers,
+        content_type="application/json")
 
 
 @web.middleware
@@ -2413,17 +2367,12 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         log.exception("%s %s failed", request.method, request.path)
         problem = InternalError()
     return web.Response(
-        body=ENCODER.encode(problem.details()) + b"\n",
-        status=problem.status,
-        headers=problem.headers,
-        content_type="application/problem+json",
-    )
+        body=ENCODER.encode(problem.details()) + b"\n", status=problem.status,
+        headers=problem.headers, content_type="application/problem+json")
 
 
 # ==== Application =================================================================================
 # Start, serve, stop. Whatever keeps the server from starting is one line.
-
-START_PROBLEMS = (StartError, PostgresError)
 
 
 def migrate(url: str) -> None:
@@ -2542,10 +2491,7 @@ async def serve(settings: Settings) -> None:
         await migrate_when_up(url)
         runner = web.AppRunner(
             make_app(settings, url, secret_key),
-            access_log=None,
-            handle_signals=False,
-            shutdown_timeout=SHUTDOWN_SECONDS,
-        )
+            access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         await web.SockSite(runner, listener).start()
@@ -2561,7 +2507,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
         uvloop.run(serve(Settings.load(os.environ)))
-    except START_PROBLEMS as error:
+    except (StartError, PostgresError) as error:
         print(f"messenger: {error}", file=sys.stderr)
         return 1
     return 0

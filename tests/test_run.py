@@ -54,9 +54,22 @@ class Tree:
         )
 
     def run(self, *arguments, **how):
-        process = self.start(*arguments, **how)
-        out, err = process.communicate(timeout=50)
+        with self.start(*arguments, **how) as process:
+            try:
+                out, err = process.communicate(timeout=50)
+            except BaseException:
+                kill(process)
+                raise
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    def killed_once_there_is(self, path, **how):
+        """Starts ./run and sends kill -9 to all of it as soon as that path exists."""
+        with self.start(**how) as process:
+            try:
+                while not path.exists():
+                    time.sleep(0.01)
+            finally:
+                kill(process)
 
     def serves(self, **how):
         """Starts the messenger, which must succeed; returns what ./run said before it."""
@@ -149,6 +162,11 @@ def without_venv(bare):
     return bare
 
 
+def kill(process):
+    """Kills what was started and what it started in turn."""
+    os.killpg(process.pid, signal.SIGKILL)
+
+
 def one_line(done):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -207,11 +225,7 @@ def test_a_changed_lock_is_installed_into_the_same_venv(started):
 
 def test_a_start_killed_in_the_middle_is_made_good_by_the_next(tree):
     """kill -9 while .venv is being made leaves nothing that the next start trips over."""
-    process = tree.start(SLOWLY="60")
-    while not tree.venv.exists():
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    tree.killed_once_there_is(tree.venv, SLOWLY="60")
     assert tree.serves().startswith("Installing")
     assert tree.times_made() == 2
 
@@ -229,11 +243,7 @@ def test_a_start_killed_while_pip_installs_is_made_good_by_the_next(started):
         """,
     )
     (started.folder / "requirements.txt").write_text("# newer\n")
-    process = started.start()
-    while not (started.folder / "pip runs").exists():
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    started.killed_once_there_is(started.folder / "pip runs")
     (started.folder / "requirements.txt").write_text("")
     assert started.serves().startswith("Installing")
     assert started.times_made() == 2
