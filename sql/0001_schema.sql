@@ -58,6 +58,7 @@ create table if not exists chats (
     indexed_rev       bigint      not null default 0,  -- changes up to here are in message_words
     constraint chats_pair unique (low_user_id, high_user_id)
 ) with (fillfactor = 50);
+create index if not exists chats_empty on chats (id) where participant_count = 0;
 
 create table if not exists participants (
     chat_id       bigint      not null references chats (id),

@@ -82,6 +82,7 @@ declare
     at       timestamptz;
     accepted int[];  -- the items to post: places in the arrays
     kept     int[];
+    item     int;
 begin
     perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
     at := clock_timestamp();
@@ -93,20 +94,21 @@ begin
         join chats c on c.id = i.chat_id and (c.is_group or c.participant_count = 2)
         where not exists (select from messages m where m.chat_id = i.chat_id and m.id = i.id));
 
-    -- A reply names a message of the chat or an accepted item before it; refusing one item may
-    -- refuse those that reply to it.
-    while exists (select from unnest(reply_tos) as reply_to where reply_to is not null) loop
-        kept := array(
-            select item from unnest(accepted) as item
-            where reply_tos[item] is null
+    -- A reply names a message of the chat, or an accepted item before it.
+    if exists (select from unnest(reply_tos) as reply_to where reply_to is not null) then
+        kept := '{}';
+        for item in select unnest(accepted) order by 1 loop
+            if reply_tos[item] is null
                or exists (select from messages m
                           where m.chat_id = chat_ids[item] and m.id = reply_tos[item])
-               or exists (select from unnest(accepted) as earlier
-                          where earlier < item and chat_ids[earlier] = chat_ids[item]
-                            and ids[earlier] = reply_tos[item]));
-        exit when cardinality(kept) = cardinality(accepted);
+               or exists (select from unnest(kept) as earlier
+                          where chat_ids[earlier] = chat_ids[item]
+                            and ids[earlier] = reply_tos[item]) then
+                kept := kept || item;
+            end if;
+        end loop;
         accepted := kept;
-    end loop;
+    end if;
 
     -- Of equal ids the first counts; the others find it stored.
     accepted := array(
@@ -364,6 +366,98 @@ begin
         where p.chat_id = chat and p.user_id = (
             select s.user_id from participants s where s.chat_id = chat
             order by s.role = 'admin' desc, s.ordinal limit 1);
+    end if;
+end
+$$;
+
+-- Edits (a text) and deletes (null) a group of messages, given as arrays, and answers one row an
+-- item, in order: changed, unchanged or why not, and where its chat stands.
+create or replace function change_messages(
+    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
+returns table (outcome text, last_rev bigint, version bigint)
+language plpgsql volatile
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    at      timestamptz;
+    m       messages;
+    my_role text;
+begin
+    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
+    at := clock_timestamp();
+    for item in 1 .. cardinality(ids) loop
+        my_role := (select p.role from participants p
+                    where p.chat_id = chat_ids[item] and p.user_id = user_ids[item]);
+        select * into m from messages x where x.chat_id = chat_ids[item] and x.id = ids[item];
+        outcome := case
+            when my_role is null then 'chat-not-found'
+            when m.id is null then 'message-not-found'
+            when m.sender_id <> user_ids[item] and (texts[item] is not null or my_role = 'member')
+                then 'sender-only'
+            when m.deleted_at is not null and texts[item] is null then 'unchanged'
+            when m.deleted_at is not null then 'message-not-found'
+            when m.text = texts[item] then 'unchanged'
+            else 'changed' end;
+        if outcome = 'changed' then
+            update chats c set last_rev = c.last_rev + 1 where c.id = m.chat_id
+            returning c.last_rev into m.rev;
+            update messages x
+            set rev = m.rev, text = coalesce(texts[item], ''),
+                edited_at = case when texts[item] is null then x.edited_at else at end,
+                deleted_at = case when texts[item] is null then at end
+            where x.chat_id = m.chat_id and x.seq = m.seq;
+        end if;
+        select c.last_rev, c.version into last_rev, version
+        from chats c where c.id = chat_ids[item];
+        return next;
+    end loop;
+end
+$$;
+
+-- Renames a group, for its owner and admins. Answers renamed, unchanged or why not.
+create or replace function rename_chat(chat bigint, me bigint, new_name text)
+returns table (outcome text, last_rev bigint, version bigint)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    c       chats;
+    my_role text;
+begin
+    select * into c from chats where id = chat for no key update;
+    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
+    last_rev := c.last_rev;
+    version := c.version;
+    outcome := case
+        when my_role is null then 'chat-not-found'
+        when not c.is_group then 'personal-chat'
+        when my_role = 'member' then 'not-allowed'
+        when c.name = new_name then 'unchanged'
+        else 'renamed' end;
+    if outcome = 'renamed' then
+        version := c.version + 1;
+        update chats set name = new_name, version = c.version + 1 where id = chat;
+    end if;
+    return next;
+end
+$$;
+
+-- Takes a deleted user out of one chat, group or personal, in a transaction of its own. Answers
+-- where the chat stands; no row where they were not in it.
+create or replace function leave_for_good(chat bigint, target bigint)
+returns table (last_rev bigint, version bigint)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    c           chats;
+    target_role text;
+begin
+    select * into c from chats where id = chat for no key update;
+    select p.role into target_role
+    from participants p where p.chat_id = chat and p.user_id = target;
+    if target_role is not null then
+        perform depart(chat, target, target_role, c.version + 1);
+        return query select c.last_rev, c.version + 1;
     end if;
 end
 $$;

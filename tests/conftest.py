@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import messenger  # noqa: E402
-from postgres import Postgres  # noqa: E402
+from postgres import Postgres, migrate  # noqa: E402
 
 SETTINGS = messenger.Settings(bcrypt_cost=4)
 SECRET_KEY = "a key of the tests, longer than 32 bytes"
@@ -47,7 +47,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         url = given or postgres.dsn
         runner.run(on_cluster(url, "drop database if exists messenger_template"))
         runner.run(on_cluster(url, "create database messenger_template"))
-        messenger.migrate(with_database(url, "messenger_template"))
+        migrate(with_database(url, "messenger_template"), messenger.SQL)
         yield url
         runner.run(on_cluster(url, "drop database messenger_template"))
         if postgres is not None:

