@@ -71,7 +71,8 @@ numbers = itertools.count(1)
 async def database_url(cluster: str) -> AsyncIterator[str]:
     """A database of the test's own, with the schema and nothing in it."""
     name = f"messenger_test_{os.getpid()}_{next(numbers)}"
-    await on_cluster(cluster, f"create database {name} template messenger_template strategy file_copy")
+    template = "template messenger_template strategy file_copy"
+    await on_cluster(cluster, f"create database {name} {template}")
     yield with_database(cluster, name)
     await on_cluster(cluster, f"drop database {name} with (force)")
 
