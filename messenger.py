@@ -58,7 +58,6 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import itertools
 import logging
 import os
 import re
@@ -149,14 +148,18 @@ class Settings(Struct, frozen=True, kw_only=True):
         if settings.secret_key and len(settings.secret_key.encode()) < SECRET_KEY_BYTES_MIN:
             raise StartError(f"SECRET_KEY must have at least {SECRET_KEY_BYTES_MIN} bytes")
         return settings
+
+
 INT8_MAX = 2**63 - 1
 SECRET_KEY_BYTES_MIN = 32
 BODY_BYTES_MAX = 64 * 1024
 FRAME_BYTES_MAX = 64 * 1024
 GROUP_PARTICIPANTS_MAX = 1000
+HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_READERS_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
+
 TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
@@ -168,6 +171,7 @@ PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 WRITE_SECONDS = 1.8  # how long a write is tried: a request never waits over 2 s
 GROUP_ITEMS_MAX = 512  # in one commit
 WRITER_PENDING_MAX = 20_000
+
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
@@ -325,36 +329,32 @@ class ProblemDetails(Struct, omit_defaults=True):
     detail: str
     errors: list[FieldError] = []
 
-class MessageIn(Body, tag_field="type", tag="message"):
+class FrameIn(Body, tag_field="type", kw_only=True):
+    """What a client sends over a socket; on one that follows every chat it names its own."""
+    ref: Ref | None = None
+    chat_id: ChatId | None = None
+
+class MessageIn(FrameIn, tag="message"):
     """Post a message; with `ref` it is acknowledged."""
     text: Text
     id: MessageId | None = None
     reply_to: MessageId | None = None
-    ref: Ref | None = None
-    chat_id: ChatId | None = None
 
-class ReadIn(Body, tag_field="type", tag="read"):
+class ReadIn(FrameIn, tag="read"):
     """Everything up to this message is read."""
     message_id: MessageId
-    ref: Ref | None = None
-    chat_id: ChatId | None = None
 
-class TypingIn(Body, tag_field="type", tag="typing"):
+class TypingIn(FrameIn, tag="typing"):
     """Tell the others that one is writing."""
-    ref: Ref | None = None
-    chat_id: ChatId | None = None
 
-class SyncIn(Body, tag_field="type", tag="sync"):
+class SyncIn(FrameIn, tag="sync"):
     """Replay every change after a number, of one chat or of several by their ids."""
     after: Number | None = None
     chats: Annotated[dict[ChatId, Number], Meta(max_length=10_000)] | None = None
-    ref: Ref | None = None
-    chat_id: ChatId | None = None
 
-class AuthIn(Body, tag_field="type", tag="auth"):
+class AuthIn(FrameIn, tag="auth"):
     """A fresh access token of the same user."""
     token: str
-    ref: Ref | None = None
 
 ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn
 
@@ -642,12 +642,12 @@ SELECT_SESSIONS_ENDED = """
 CREATE_GROUP = """
     -- owner, name, member_ids
     -- users_pkey
-    select chat_id, unknown_ids from create_group($1, $2, $3)"""
+    select chat_id, is_new, unknown_ids from create_group($1, $2, $3)"""
 
 OPEN_PERSONAL_CHAT = """
     -- me, other
     -- chats_pair
-    select chat_id, is_new from open_personal_chat($1, $2)"""
+    select chat_id, is_new, unknown_ids from open_personal_chat($1, $2)"""
 
 SELECT_CHAT = """
     -- chat_id, reader_id
@@ -851,17 +851,18 @@ class GroupWriter(Generic[Item, Outcome]):
     async def _persist(self, items: list[Item]) -> Sequence[Outcome | Problem]:
         """Commit, and again while the connection is lost, as long as a client would wait."""
         deadline = time.monotonic() + WRITE_SECONDS
-        for attempt in itertools.count():
+        again = False
+        while True:
             try:
-                return await self._commit(items, attempt > 0)
+                return await self._commit(items, again)
             except ServiceUnavailable as problem:
                 blocked = isinstance(problem.__cause__, asyncpg.LockNotAvailableError)
                 if blocked and len(items) > 1:
                     raise InternalError from problem  # item by item: one held chat delays no other
                 if time.monotonic() > deadline:
                     raise
+                again = True
                 await asyncio.sleep(0.05)
-        raise AssertionError("not reached")
 
 
 class ChatHint(Struct, array_like=True, tag="chat"):
@@ -1129,11 +1130,11 @@ class Socket:
 
     async def finish(self) -> None:
         """Say why and end the connection: once the peer has answered, or does not."""
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(CLOSE_SECONDS):
-                await self.ws.close(code=self.close_code or WS_GOING_AWAY, drain=False)
-        if self._transport is not None:
-            self._transport.abort()
+        try:
+            await self.ws.close(code=self.close_code or WS_GOING_AWAY, drain=False)
+        finally:
+            if self._transport is not None:
+                self._transport.abort()
 
 
 @dataclass(eq=False, slots=True)
@@ -1225,6 +1226,8 @@ class Live:
         return chat_id in self._rooms and version < self._rooms[chat_id].version
 
     def _follow(self, guest: Socket, chat_id: int, rev: int, version: int) -> None:
+        if chat_id in guest.rooms:
+            return  # it came in by another way meanwhile
         room = self._rooms.setdefault(chat_id, Room(chat_id, rev, version))
         room.guests.add(guest)
         room.live.add(guest)
@@ -1807,19 +1810,19 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
         if not 1 <= len(others) < GROUP_PARTICIPANTS_MAX:
             raise invalid("$.participant_ids", "a group has 2 to 1,000 with its creator")
         row = await request.app[DATABASE].row(CREATE_GROUP, me, body.name, others)
-        if row["unknown_ids"]:
-            unknown = ", ".join(map(str, row["unknown_ids"]))
-            raise invalid("$.participant_ids", f"no such user: {unknown}")
-        chat_id, is_new = row["chat_id"], True
     else:
         if body.name is not None:
             raise invalid("$.name", "a personal chat has no name")
         if len(others) != 1:
             raise invalid("$.participant_ids", "a personal chat is with one other user")
         row = await request.app[DATABASE].row(OPEN_PERSONAL_CHAT, me, others[0])
-        if row is None:
-            raise invalid("$.participant_ids", f"no such user: {others[0]}")
-        chat_id, is_new = row["chat_id"], row["is_new"]
+    chat_id, is_new, unknown_ids = row
+    if unknown_ids:
+        raise invalid("$.participant_ids", f"no such user: {', '.join(map(str, unknown_ids))}")
+    everyone = [me, *others] if is_new else []
+    for start in range(0, len(everyone), HINT_USERS_MAX):
+        joined = everyone[start : start + HINT_USERS_MAX]
+        request.app[LIVE].publish(ChatHint(chat_id, 0, 1, joined))
     chat = await get_chat(request, chat_id)
     return created(chat, f"/api/v1/chats/{chat_id}") if is_new else Answer(chat, 200)
 
@@ -2441,7 +2444,9 @@ def listen_on(host: str, port: int) -> socket.socket:
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
-    stop_on_signal()
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel if task else int)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(listen_on(settings.host, settings.port))
         url, secret_key = settings.database_url, settings.secret_key
@@ -2466,20 +2471,6 @@ async def serve(settings: Settings) -> None:
         print(f"data      {where}")
         print("next      register a user: the README's first block of curl does it", flush=True)
         await asyncio.Event().wait()
-
-
-def stop_on_signal() -> None:
-    """Let the first SIGTERM or SIGINT cancel this task, also while it is still starting."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-
-    def stop() -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, int)  # it is stopping already
-        if task is not None:
-            task.cancel()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
 
 
 def main() -> int:

@@ -653,7 +653,7 @@ async def migrate_when_up(url: str, folder: Path) -> None:
             return await asyncio.to_thread(migrate, url, folder)
         except psycopg.OperationalError as error:
             reason = str(error).strip().splitlines()[-1].strip()
-            refused = "password" in reason or "does not exist" in reason
+            refused = re.search("password|does not exist|invalid|Servname", reason)
             if refused or time.monotonic() > deadline:
                 raise StartError(f"DATABASE_URL: {reason}") from None
             await asyncio.sleep(0.2)

@@ -209,9 +209,9 @@ end
 $$;
 
 -- Opens the personal chat of two users, once: the same chat for both, whoever asks, however often.
--- Answers its id and whether it is new; no id where the other does not exist.
+-- Answers its id and whether it is new, or the id of nobody's.
 create or replace function open_personal_chat(me bigint, other bigint)
-returns table (chat_id bigint, is_new boolean)
+returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
 language plpgsql volatile as $$
 #variable_conflict use_column
 begin
@@ -219,6 +219,8 @@ begin
     perform 1 from users u where u.id in (me, other) and u.deleted_at is null
     order by u.id for key share;
     if not exists (select from users u where u.id = other and u.deleted_at is null) then
+        unknown_ids := array[other];
+        return next;
         return;
     end if;
     insert into chats (is_group, low_user_id, high_user_id, participant_count)
@@ -226,7 +228,7 @@ begin
     on conflict on constraint chats_pair do nothing
     returning id, true into chat_id, is_new;
     if chat_id is null then
-        return query select c.id, false from chats c
+        return query select c.id, false, null::bigint[] from chats c
         where c.low_user_id = least(me, other) and c.high_user_id = greatest(me, other);
         return;
     end if;
@@ -238,7 +240,7 @@ $$;
 
 -- Creates a group of its owner and the members. Answers its id, or the ids of nobody's.
 create or replace function create_group(owner bigint, name text, member_ids bigint[])
-returns table (chat_id bigint, unknown_ids bigint[])
+returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
 language plpgsql volatile as $$
 #variable_conflict use_column
 begin
@@ -256,6 +258,7 @@ begin
     select true, create_group.name, 1 + count(distinct m.id)
     from unnest(member_ids) as m (id) where m.id <> owner
     returning id into chat_id;
+    is_new := true;
     insert into participants (chat_id, user_id, role) values (chat_id, owner, 'owner');
     insert into participants (chat_id, user_id, role)
     select chat_id, m.id, 'member'

@@ -92,7 +92,7 @@ def app(database_url: str) -> web.Application:
 
 
 @pytest.fixture
-async def server(aiohttp_server: Callable[..., Awaitable[TestServer]], app: Any) -> TestServer:
+async def server(app: Any, aiohttp_server: Callable[..., Awaitable[TestServer]]) -> TestServer:
     """The application, served on a free port."""
     return await aiohttp_server(app)
 

@@ -157,6 +157,7 @@ async def test_equal_ids_in_a_group_are_one_message(
     assert await alice.history(other) == ["elsewhere"]
 
 
+@pytest.mark.usefixtures("no_polls")
 async def test_commit_whose_answer_was_lost_is_one_message_and_is_heard(
     app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +302,25 @@ async def test_chat_whose_row_is_held_delays_no_other(
     assert isinstance(first, messenger.ServiceUnavailable)
     assert numbers_of(await written(app, stuck, post(held, alice))) == [1, 2]
     assert (await line.hears("message"))["data"]["text"] == "later"
+
+
+async def test_post_that_waits_for_a_removal_is_refused(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """Membership is asked after the chat's lock: a removal under way lets nothing in behind it."""
+    chat = await alice.founds(bob)
+    waiting = """
+        select count(*) from pg_stat_activity
+        where wait_event_type = 'Lock' and datname = current_database()
+    """
+    async with sql.transaction():
+        await sql.execute("select remove_participant($1, $2, $3)", chat, alice.id, bob.id)
+        outcome = asyncio.create_task(written(app, post(chat, bob, "too late")))
+        while not await sql.fetchval(waiting):
+            await sql.execute("select pg_stat_clear_snapshot()")
+            await asyncio.sleep(0.01)
+    assert numbers_of(await outcome) == [messenger.ChatNotFound]
+    assert (await alice.says(chat, "next"))["seq"] == 1
 
 
 async def commits(app: web.Application, sql: asyncpg.Connection) -> int:
