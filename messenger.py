@@ -352,9 +352,10 @@ class SyncIn(FrameIn, tag="sync"):
     after: Number | None = None
     chats: Annotated[dict[ChatId, Number], Meta(max_length=10_000)] | None = None
 
-class AuthIn(FrameIn, tag="auth"):
+class AuthIn(Body, tag_field="type", tag="auth"):
     """A fresh access token of the same user."""
     token: str
+    ref: Ref | None = None
 
 ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn
 
