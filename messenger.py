@@ -75,7 +75,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -183,6 +183,11 @@ POLL_SECONDS = 1.0
 POLL_CHATS_MAX = 1000  # in one question
 POLL_BACK_SECONDS = 10
 SHUTDOWN_SECONDS = 2
+
+WS_GOING_AWAY = 1001
+WS_TOKEN_ENDED = 4401
+WS_NOT_IN_CHAT = 4403
+WS_STALLED = 4408
 
 # ==== Shapes ======================================================================================
 # The contract's bodies, answers and frames. Bodies refuse unknown fields.
@@ -505,7 +510,6 @@ class MalformedRequest(Problem, status=400, title="The request cannot be read"):
 class Unauthorized(Problem, status=401, title="A valid access token is needed"): ...
 class InvalidCredentials(Problem, status=401, title="The address or the password is wrong"): ...
 class InvalidToken(Problem, status=401, title="The refresh token is not valid"): ...
-class SenderOnly(Problem, status=403, title="Only the sender may do this"): ...
 class OwnerOnly(Problem, status=403, title="Only the owner may do this"): ...
 class NotAllowed(Problem, status=403, title="Only some may do this"): ...
 class ForeignOrigin(Problem, status=403, title="Pages of another site may not connect"): ...
@@ -589,22 +593,17 @@ SELECT_LOGIN = """
     -- users_email_taken
     select id, password_hash from users where email_key = $1"""
 
-INSERT_ATTEMPT = """
-    -- key
-    -- (none)
-    insert into attempts (key) values ($1)"""
-
-SELECT_ATTEMPTS_OLDEST = """
-    -- key, window in seconds, number allowed; a row where it is used up: seconds until it is not
+COUNT_ATTEMPT = """
+    -- key, window in seconds, number allowed; retry_after is null where this one is allowed
     -- attempts_by_key
-    select ceil(extract(epoch from at + make_interval(secs => $2) - now()))::int as retry_after
-    from attempts where key = $1 and at > now() - make_interval(secs => $2)
-    order by at desc offset $3 - 1 limit 1"""
+    select count_attempt($1, $2, $3) as retry_after"""
 
 INSERT_SESSION = """
-    -- user_id, password_hash that was verified, user_agent; wakes an inactive account
-    -- users_pkey
-    with woken as (
+    -- user_id, password_hash that was verified, user_agent, key of attempts to forgive
+    -- users_pkey, attempts_by_key
+    with forgiven as (
+        delete from attempts where key = $4
+    ), woken as (
         update users set is_active = true
         where id = $1 and password_hash = $2 and deleted_at is null returning id
     )
@@ -761,11 +760,6 @@ SELECT_JOINED = """
     select chat_id, user_id from participants
     where joined_at > now() - make_interval(secs => $1) and user_id = any ($2)"""
 
-CHANGE_MESSAGES = """
-    -- chat_ids, user_ids, ids, texts (null: delete)
-    -- chats_pkey, participants_pkey, messages_id
-    select outcome, last_rev, version from change_messages($1, $2, $3, $4)"""
-
 SELECT_POSITIONS = """
     -- chat_ids
     -- chats_pkey
@@ -775,7 +769,13 @@ SELECT_POSITIONS = """
 # The pool and the notifications of postgres.py serve two things: the writer that commits in groups,
 # and the hints by which processes tell each other that there is news.
 
-Item = TypeVar("Item")
+class ChatItem(Protocol):
+    """What is written about a chat."""
+
+    chat_id: int
+
+
+Item = TypeVar("Item", bound=ChatItem)
 Outcome = TypeVar("Outcome")
 ShapeT = TypeVar("ShapeT")
 
@@ -829,18 +829,28 @@ class GroupWriter(Generic[Item, Outcome]):
             self._running = None
 
     async def _write(self, group: list[tuple[Item, "asyncio.Future[Outcome]"]]) -> None:
-        """Commit a group and settle its futures; never raises."""
+        """Commit a group and settle its futures; never raises.
+
+        A group that fails is divided by chat, and one chat's item by item. Where a chat is held by
+        somebody else, its part is refused at once: it must not delay the others.
+        """
         try:
             outcomes = await self._persist([item for item, _ in group])
-        except ServiceUnavailable as problem:
-            outcomes = [problem] * len(group)
         except Exception as error:
-            if len(group) > 1:
-                for one in group:
-                    await self._write([one])
+            is_away = isinstance(error, ServiceUnavailable)
+            is_held = isinstance(error.__cause__, asyncpg.LockNotAvailableError)
+            parts: dict[int, list[Any]] = {}
+            for entry in group:
+                parts.setdefault(entry[0].chat_id, []).append(entry)
+            if len(parts) == 1 and not is_away:
+                parts = {number: [entry] for number, entry in enumerate(group)}
+            if len(parts) > 1 and (is_held or not is_away):
+                for part in parts.values():
+                    await self._write(part)
                 return
-            log.error("a write failed: %s", type(error).__name__)
-            outcomes = [InternalError()]
+            if not is_away:
+                log.error("a write failed: %s", type(error).__name__)
+            outcomes = [error if isinstance(error, Problem) else InternalError()] * len(group)
         for (_, future), outcome in zip(group, outcomes, strict=True):
             if future.done():
                 continue
@@ -857,10 +867,8 @@ class GroupWriter(Generic[Item, Outcome]):
             try:
                 return await self._commit(items, again)
             except ServiceUnavailable as problem:
-                blocked = isinstance(problem.__cause__, asyncpg.LockNotAvailableError)
-                if blocked and len(items) > 1:
-                    raise InternalError from problem  # item by item: one held chat delays no other
-                if time.monotonic() > deadline:
+                is_held = isinstance(problem.__cause__, asyncpg.LockNotAvailableError)
+                if is_held or time.monotonic() > deadline:
                     raise
                 again = True
                 await asyncio.sleep(0.05)
@@ -980,7 +988,10 @@ class Sessions:
         try:
             claims: dict[str, Any] = jwt.decode(
                 token, self._key, algorithms=["HS256"], leeway=TOKEN_LEEWAY_SECONDS,
-                options={"require": ["sub", "sid", "typ", "jti", "iat", "exp"]})
+                options={
+                    "require": ["sub", "sid", "typ", "jti", "iat", "exp"],
+                    "verify_iat": False,  # PostgreSQL's clock may be ahead of ours
+                })
         except (jwt.InvalidTokenError, ValueError):
             return None
         return claims if claims["typ"] == kind else None
@@ -1095,13 +1106,14 @@ class Socket:
         self._transport = request.transport
         self.heard_at = self.took_at = time.monotonic()
         self.write(b"".join(self._early))
+        self._early.clear()
         self.opened.set()
 
     def write(self, frames: bytes) -> None:
         """Write whole frames, at once and without waiting."""
         if self._transport is None:
             self._early.append(frames)
-        elif self.close_code is None:
+        elif self.close_code is None and not self._transport.is_closing():
             self._transport.write(frames)
             self._written += len(frames)
 
@@ -1199,8 +1211,6 @@ class Live:
             self.close(guest, WS_GOING_AWAY)
         if handlers:
             await asyncio.wait(handlers, timeout=CLOSE_SECONDS)
-        await self._bus.close()
-        self._spawned.update(room.pulling for room in self._rooms.values() if room.pulling)
         for task in self._spawned:
             task.cancel()
         await asyncio.gather(*self._spawned, return_exceptions=True)
@@ -1216,6 +1226,7 @@ class Live:
             self._homes.setdefault(guest.asker.user_id, set()).add(guest)
         rows = await self._database.rows(SELECT_FOLLOWED, guest.asker.user_id, chat_id)
         while any(self._knows_newer(row["id"], row["version"]) for row in rows):
+            await asyncio.sleep(0.05)
             rows = await self._database.rows(SELECT_FOLLOWED, guest.asker.user_id, chat_id)
         if chat_id is not None and not rows:
             raise ChatNotFound
@@ -1231,7 +1242,8 @@ class Live:
             return  # it came in by another way meanwhile
         room = self._rooms.setdefault(chat_id, Room(chat_id, rev, version))
         room.guests.add(guest)
-        room.live.add(guest)
+        if chat_id not in guest.replays:
+            room.live.add(guest)
         guest.rooms[chat_id] = room
         self.advance(chat_id, rev, version)
 
@@ -1247,7 +1259,7 @@ class Live:
         with contextlib.suppress(ServiceUnavailable):  # the poll finds it again
             row = await self._database.row(SELECT_CHAT, chat_id, guest.asker.user_id)
             chat = decoded(CHAT, row)
-            if chat is None or chat_id in guest.rooms or guest.close_code is not None:
+            if chat is None or chat_id in guest.rooms or guest not in self._sockets:
                 return
             if self._knows_newer(chat_id, chat.version):
                 self.came_in(chat_id, [guest.asker.user_id])  # look again: it may be out
@@ -1256,10 +1268,11 @@ class Live:
             self._follow(guest, chat_id, chat.last_rev, chat.version)
             self.replay(guest, chat_id, chat.last_rev)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
+        return task
 
     def leave(self, guest: Socket) -> None:
         """Forget a socket; what is on its way to it is dropped."""
@@ -1320,12 +1333,8 @@ class Live:
         room = guest.rooms[chat_id]
         room.live.discard(guest)
         guest.replays[chat_id] = Replay(after, after)
-        if guest.catching_up is not None:
-            return
-        if after >= room.delivered and room.pulling is None:
-            self._join(guest, room)
-        else:
-            guest.catching_up = asyncio.create_task(self._catch_up(guest))
+        if guest.catching_up is None:
+            guest.catching_up = self._spawn(self._catch_up(guest))
 
     def _join(self, guest: Socket, room: Room) -> None:
         """Let a socket be live. It has everything up to `delivered`: nothing may await here."""
@@ -1346,6 +1355,9 @@ class Live:
                     await asyncio.sleep(0.2)
         except ConnectionError:
             pass  # the peer is gone; its handler sees it too
+        except Exception:
+            log.exception("a socket could not catch up")
+            self.close(guest, WS_GOING_AWAY)
         finally:
             guest.catching_up = None
 
@@ -1374,10 +1386,7 @@ class Live:
         """Take a socket that reads too slowly out of the live sets, to catch up at its own pace."""
         for chat_id, room in guest.rooms.items():
             if guest in room.live:
-                room.live.discard(guest)
-                guest.replays[chat_id] = Replay(room.delivered, room.delivered)
-        if guest.catching_up is None:
-            guest.catching_up = asyncio.create_task(self._catch_up(guest))
+                self.replay(guest, chat_id, room.delivered)
 
     # ---- What goes out
     def advance(
@@ -1399,7 +1408,7 @@ class Live:
             self._write_out(room.live, frames)
             room.delivered = rev
         if room.target[0] > room.delivered or room.target[1] > room.version:
-            room.pulling = asyncio.create_task(self._pull(room))
+            room.pulling = self._spawn(self._pull(room))
 
     def _write_out(self, guests: Iterable[Socket], frames: bytes) -> None:
         """Write frames to live sockets. Nothing may await in this loop."""
@@ -1413,11 +1422,17 @@ class Live:
             self._fall_behind(guest)
 
     async def _pull(self, room: Room) -> None:
-        """Read what a room misses, until it misses nothing."""
+        """Read what a room misses, until it misses nothing, however long that takes."""
         try:
             while room.target[0] > room.delivered or room.target[1] > room.version:
-                target = room.target
-                row = await self._snapshot(room)
+                target, known = room.target, (room.delivered, room.version)
+                try:
+                    row = await self._database.row(SELECT_ROOM, room.chat_id, *known, REPLAY_PAGE)
+                except ServiceUnavailable:
+                    await asyncio.sleep(0.2)
+                    continue
+                for guest in list(room.guests) if row is None else ():  # the chat is gone
+                    self.dismiss(guest, room.chat_id)
                 if row is None:
                     break
                 self._take_snapshot(room, row)
@@ -1425,17 +1440,6 @@ class Live:
                     room.target = (row["last_rev"], row["version"])
         finally:
             room.pulling = None
-
-    async def _snapshot(self, room: Room) -> Any:
-        """Read what a room misses, however long that takes; None where the chat is gone."""
-        known = room.chat_id, room.delivered, room.version, REPLAY_PAGE
-        while True:
-            with contextlib.suppress(ServiceUnavailable):
-                row = await self._database.row(SELECT_ROOM, *known)
-                for guest in list(room.guests) if row is None else ():
-                    self.dismiss(guest, room.chat_id)
-                return row
-            await asyncio.sleep(0.2)
 
     def _take_snapshot(self, room: Room, row: Mapping[str, Any]) -> None:
         """Write out what was read: first who left is let go, so that they get nothing newer."""
@@ -1471,28 +1475,33 @@ class Live:
         for hint in HINTS.decode(hints):
             self._hear(hint)
 
-    def _hear(self, hint: Hint) -> None:
+    def _hear(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
         if isinstance(hint, ChatHint):
-            self.advance(hint.chat_id, hint.rev, hint.version)
+            self.advance(hint.chat_id, hint.rev, hint.version, changes)
             self.came_in(hint.chat_id, hint.joined)
         elif isinstance(hint, FrameHint):
             self.tell(hint)
         else:
             self.end_sessions([hint.session_id])
 
-    def publish(self, hint: Hint) -> None:
+    def publish(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
         """Act on a hint here, and pass it on to the other processes."""
-        self._hear(hint)
+        self._hear(hint, changes)
         self._bus.publish([hint_item(hint)])
 
     async def _poll(self) -> None:
         """Ask PostgreSQL every second, or when woken, what hints would have told."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._missed_hints.wait(), POLL_SECONDS)
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._missed_hints.wait()
             self._missed_hints.clear()
-            with contextlib.suppress(ServiceUnavailable):  # the next round asks again
+            try:
                 await self._poll_once()
+            except ServiceUnavailable:
+                pass  # the next round asks again
+            except Exception:
+                log.exception("a poll failed")
 
     async def _poll_once(self) -> None:
         """Ask how far every room is, in pieces spread over the second; and who logged out."""
@@ -1501,9 +1510,14 @@ class Live:
         for start in range(0, len(chat_ids), POLL_CHATS_MAX):
             if start:
                 await asyncio.sleep(POLL_SECONDS * POLL_CHATS_MAX / len(chat_ids))
-            piece = chat_ids[start : start + POLL_CHATS_MAX]
-            for row in await self._database.rows(SELECT_POSITIONS, piece):
-                self.advance(row["id"], row["last_rev"], row["version"])
+            rooms = [self._rooms[each] for each in chat_ids[start:][:POLL_CHATS_MAX]
+                     if each in self._rooms]
+            known = {room.chat_id: room.delivered for room in rooms}
+            for row in await self._database.rows(SELECT_POSITIONS, list(known)):
+                if row["last_rev"] < known[row["id"]]:
+                    self._start_over(row["id"])
+                else:
+                    self.advance(row["id"], row["last_rev"], row["version"])
         if self._sockets:
             since = asked_at - self._polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
@@ -1511,6 +1525,11 @@ class Live:
             for row in await self._database.rows(SELECT_JOINED, since, list(self._homes)):
                 self.came_in(row["chat_id"], [row["user_id"]])
         self._polled_at = asked_at
+
+    def _start_over(self, chat_id: int) -> None:
+        """Send everybody in a room away to come back: the database was restored to a past state."""
+        for guest in list(self._rooms[chat_id].guests) if chat_id in self._rooms else ():
+            self.close(guest, WS_GOING_AWAY)
 
     async def _watch(self) -> None:
         """Look at every socket once a second: expired, stalled, silent?"""
@@ -1526,12 +1545,9 @@ class Live:
                     self.close(guest, WS_STALLED if state == "stalled" else WS_GOING_AWAY)
 
 
-WS_GOING_AWAY = 1001
-WS_TOKEN_ENDED = 4401
-WS_NOT_IN_CHAT = 4403
-WS_STALLED = 4408
 
-CLOSED_EARLY = {WS_TOKEN_ENDED: Unauthorized, WS_NOT_IN_CHAT: ChatNotFound}
+# ---- The two writers: each commits a group, then publishes what became of it.
+
 
 class NewPost(Struct):
     """A message on its way to the writer; its id is given before, so that it may be sent twice."""
@@ -1547,13 +1563,6 @@ class Posted(Struct):
     ack: Ack
     message: Message | None
 
-class NewChange(Struct):
-    """An edit, or (text None) a deletion, on its way to the writer."""
-    chat_id: int
-    user_id: int
-    id: UUID
-    text: str | None
-
 class NewRead(Struct):
     """A step of a reader on its way to the writer."""
     chat_id: int
@@ -1567,7 +1576,7 @@ def columns(items: Sequence[Struct]) -> list[list[Any]]:
 
 
 async def commit_posts(
-    database: Database, live: Live, bus: Notifications, posts: list[NewPost], again: bool
+    database: Database, live: Live, posts: list[NewPost], again: bool
 ) -> list[Posted | Problem]:
     """Commit a group of messages, and let everybody know.
 
@@ -1590,25 +1599,8 @@ async def commit_posts(
             changes.setdefault(post.chat_id, []).append(message)
         outcomes.append(Posted(again or message is not None, ack, message))
         news[post.chat_id] = (last_rev, version)
-    for chat_id, (last_rev, version) in news.items():
-        live.advance(chat_id, last_rev, version, changes.get(chat_id, ()))
-    bus.publish(hint_item(ChatHint(chat_id, *position)) for chat_id, position in news.items())
-    return outcomes
-
-
-async def commit_changes(
-    database: Database, live: Live, changes: list[NewChange], _again: bool
-) -> list[Problem | None]:
-    """Commit a group of edits and deletions, and let everybody know."""
-    outcomes: list[Problem | None] = []
-    for change, row in zip(
-        changes, await database.rows(CHANGE_MESSAGES, *columns(changes)), strict=True
-    ):
-        if row["outcome"] in Problem.named:
-            outcomes.append(refused(row["outcome"]))
-            continue
-        outcomes.append(None)
-        live.publish(ChatHint(change.chat_id, row["last_rev"], row["version"]))
+    for chat_id, position in news.items():
+        live.publish(ChatHint(chat_id, *position), changes.get(chat_id, ()))
     return outcomes
 
 
@@ -1634,7 +1626,6 @@ async def commit_reads(
 LIVE = web.AppKey("live", Live)
 POSTS = web.AppKey("posts", GroupWriter[NewPost, Posted])
 READS = web.AppKey("reads", GroupWriter[NewRead, Read])
-CHANGES = web.AppKey("changes", GroupWriter[NewChange, None])
 
 
 # ==== Handlers: accounts ==========================================================================
@@ -1708,22 +1699,19 @@ async def login(request: web.Request, body: Login) -> Tokens:
     except InvalidInput:
         email_key = ""  # nobody's
     limited = request.app[SETTINGS].rate_limits == "on"
+    attempt = f"login:{email_key}"
     if limited:
-        used_up = await database.row(
-            SELECT_ATTEMPTS_OLDEST, f"login:{email_key}", LOGIN_WINDOW_SECONDS, LOGIN_FAILURES_MAX
-        )
-        if used_up:
-            wait = str(max(1, used_up["retry_after"]))
+        row = await database.row(COUNT_ATTEMPT, attempt, LOGIN_WINDOW_SECONDS, LOGIN_FAILURES_MAX)
+        if row["retry_after"]:
+            wait = str(row["retry_after"])
             raise TooManyAttempts(f"Try again in {wait} s.", headers={"Retry-After": wait})
     user = await database.row(SELECT_LOGIN, email_key)
     hashed = user["password_hash"] if user else passwords.nobodys
     if await passwords.matches(body.password, hashed) and user:
         agent = request.headers.get("User-Agent", "").replace("\0", "")[:200]
-        session = await database.row(INSERT_SESSION, user["id"], hashed, agent)
+        session = await database.row(INSERT_SESSION, user["id"], hashed, agent, attempt)
         if session:
             return request.app[SESSIONS].tokens(user["id"], session)
-    if limited:
-        await database.rows(INSERT_ATTEMPT, f"login:{email_key}")
     raise InvalidCredentials
 
 
@@ -1877,25 +1865,10 @@ async def add_participant(
 
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
     """
-    return await put_participant(request, chat_id, body.user_id, body.role)
-
-
-async def add_participant_by_id(
-    request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
-) -> Answer[Participant]:
-    """Put a user into a group, named by the path.
-
-    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
-    """
-    return await put_participant(request, chat_id, user_id, body.role if body else None)
-
-
-async def put_participant(
-    request: web.Request, chat_id: int, user_id: int, role: Role | None
-) -> Answer[Participant]:
-    """Put a user into a group or give a role, and let everybody know."""
-    database, me = request.app[DATABASE], request[ASKER].user_id
-    row = await database.row(PUT_PARTICIPANT, chat_id, me, user_id, role, GROUP_PARTICIPANTS_MAX)
+    database, user_id = request.app[DATABASE], body.user_id
+    row = await database.row(
+        PUT_PARTICIPANT, chat_id, request[ASKER].user_id, user_id, body.role, GROUP_PARTICIPANTS_MAX
+    )
     if row["outcome"] in Problem.named:
         raise refused(row["outcome"])
     tell_version(request, chat_id, row, user_id)
@@ -1905,6 +1878,17 @@ async def put_participant(
     if row["outcome"] != "joined":
         return Answer(participant, 200)
     return created(participant, f"/api/v1/chats/{chat_id}/participants/{user_id}")
+
+
+async def add_participant_by_id(
+    request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
+) -> Answer[Participant]:
+    """Put a user into a group, named by the path.
+
+    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
+    """
+    role = body.role if body else None
+    return await add_participant(request, chat_id, NewParticipant(user_id, role))
 
 
 async def remove_participant(request: web.Request, chat_id: ChatId, user_id: UserId) -> None:
@@ -2025,6 +2009,9 @@ async def follow_chats(request: web.Request) -> web.WebSocketResponse:
     return await follow(request, Socket(request[ASKER], None), None)
 
 
+CLOSED_EARLY = {WS_TOKEN_ENDED: Unauthorized, WS_NOT_IN_CHAT: ChatNotFound}
+
+
 async def follow(request: web.Request, guest: Socket, after: int | None) -> web.WebSocketResponse:
     """Serve a socket until it is closed."""
     live = request.app[LIVE]
@@ -2035,6 +2022,8 @@ async def follow(request: web.Request, guest: Socket, after: int | None) -> web.
                 live.replay(guest, chat_id, room.delivered if after is None else after)
         await guest.open(request)
         await listen(request, guest)
+    except ConnectionError:
+        return guest.ws  # the peer is gone
     except asyncio.CancelledError:
         if guest.close_code is None or guest.task is None:
             raise  # not by Live.close: the server stops
@@ -2273,17 +2262,14 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
 
     Raises MalformedRequest for what is no JSON, InvalidInput for JSON of another shape.
     """
-    try:
-        return decoder.decode(text)
-    except msgspec.ValidationError as error:
-        invalid = invalid_input(error)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise MalformedRequest("The body is not JSON.") from None
-    try:  # the shape was wrong before the end was reached: is the rest JSON at all?
-        msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise MalformedRequest("The body is not JSON.") from None
-    raise invalid
+    refusal: Problem = MalformedRequest("The body is not JSON.")
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            return decoder.decode(text)
+        except msgspec.ValidationError as error:
+            msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
+            refusal = invalid_input(error)
+    raise refusal
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -2409,16 +2395,15 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[SETTINGS], app[DATABASE], app[BUS] = settings, database, bus
     app[SESSIONS], app[LIVE] = sessions, live
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
-    app[POSTS] = GroupWriter(functools.partial(commit_posts, database, live, bus))
-    app[CHANGES] = GroupWriter(functools.partial(commit_changes, database, live))
+    app[POSTS] = GroupWriter(functools.partial(commit_posts, database, live))
     app[READS] = GroupWriter(functools.partial(commit_reads, database, live))
 
     async def run(app: web.Application) -> typing.AsyncIterator[None]:
         await database.open()
         live.start()
         yield
-        for writer in (app[POSTS], app[CHANGES], app[READS]):
-            await writer.finish()
+        await app[POSTS].finish()
+        await app[READS].finish()
         await bus.close()
         await database.close()
         app[PASSWORDS].close()
@@ -2476,6 +2461,7 @@ async def serve(settings: Settings) -> None:
 
 def main() -> int:
     """Start the server; answer the exit status."""
+    logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it tells of every retry
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
         with contextlib.suppress(asyncio.CancelledError):

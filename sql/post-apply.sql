@@ -1,4 +1,4 @@
--- The views and functions as they are now; applied again at every start, after the migrations.
+-- The views and functions as they are now; applied after the migrations where this file changed.
 -- A change of a view's columns or of a function's answer drops the old one in a migration first.
 
 -- One row is one Message of the contract. read_by is told in chats of up to 100; who joined later
@@ -373,94 +373,22 @@ begin
 end
 $$;
 
--- Edits (a text) and deletes (null) a group of messages, given as arrays, and answers one row an
--- item, in order: changed, unchanged or why not, and where its chat stands.
-create or replace function change_messages(
-    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
-returns table (outcome text, last_rev bigint, version bigint)
-language plpgsql volatile
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
-as $$
-#variable_conflict use_column
+-- Counts a try at something, unless the allowed number within the window is used up: then answers
+-- in how many seconds the next one is allowed. Two at once are counted one after the other.
+create or replace function count_attempt(attempt text, window_seconds float8, allowed int)
+returns int language plpgsql volatile as $$
 declare
-    at      timestamptz;
-    m       messages;
-    my_role text;
+    oldest timestamptz;  -- of the newest that use the allowance up
 begin
-    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
-    at := clock_timestamp();
-    for item in 1 .. cardinality(ids) loop
-        my_role := (select p.role from participants p
-                    where p.chat_id = chat_ids[item] and p.user_id = user_ids[item]);
-        select * into m from messages x where x.chat_id = chat_ids[item] and x.id = ids[item];
-        outcome := case
-            when my_role is null then 'chat-not-found'
-            when m.id is null then 'message-not-found'
-            when m.sender_id <> user_ids[item] and (texts[item] is not null or my_role = 'member')
-                then 'sender-only'
-            when m.deleted_at is not null and texts[item] is null then 'unchanged'
-            when m.deleted_at is not null then 'message-not-found'
-            when m.text = texts[item] then 'unchanged'
-            else 'changed' end;
-        if outcome = 'changed' then
-            update chats c set last_rev = c.last_rev + 1 where c.id = m.chat_id
-            returning c.last_rev into m.rev;
-            update messages x
-            set rev = m.rev, text = coalesce(texts[item], ''),
-                edited_at = case when texts[item] is null then x.edited_at else at end,
-                deleted_at = case when texts[item] is null then at end
-            where x.chat_id = m.chat_id and x.seq = m.seq;
-        end if;
-        select c.last_rev, c.version into last_rev, version
-        from chats c where c.id = chat_ids[item];
-        return next;
-    end loop;
-end
-$$;
-
--- Renames a group, for its owner and admins. Answers renamed, unchanged or why not.
-create or replace function rename_chat(chat bigint, me bigint, new_name text)
-returns table (outcome text, last_rev bigint, version bigint)
-language plpgsql volatile as $$
-#variable_conflict use_column
-declare
-    c       chats;
-    my_role text;
-begin
-    select * into c from chats where id = chat for no key update;
-    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
-    last_rev := c.last_rev;
-    version := c.version;
-    outcome := case
-        when my_role is null then 'chat-not-found'
-        when not c.is_group then 'personal-chat'
-        when my_role = 'member' then 'not-allowed'
-        when c.name = new_name then 'unchanged'
-        else 'renamed' end;
-    if outcome = 'renamed' then
-        version := c.version + 1;
-        update chats set name = new_name, version = c.version + 1 where id = chat;
+    perform pg_advisory_xact_lock(hashtext(attempt));
+    select a.at into oldest from attempts a
+    where a.key = attempt and a.at > now() - make_interval(secs => window_seconds)
+    order by a.at desc offset allowed - 1 limit 1;
+    if oldest is null then
+        insert into attempts (key, at) values (attempt, clock_timestamp());
+        return null;
     end if;
-    return next;
-end
-$$;
-
--- Takes a deleted user out of one chat, group or personal, in a transaction of its own. Answers
--- where the chat stands; no row where they were not in it.
-create or replace function leave_for_good(chat bigint, target bigint)
-returns table (last_rev bigint, version bigint)
-language plpgsql volatile as $$
-#variable_conflict use_column
-declare
-    c           chats;
-    target_role text;
-begin
-    select * into c from chats where id = chat for no key update;
-    select p.role into target_role
-    from participants p where p.chat_id = chat and p.user_id = target;
-    if target_role is not null then
-        perform depart(chat, target, target_role, c.version + 1);
-        return query select c.last_rev, c.version + 1;
-    end if;
+    return greatest(1, ceil(extract(epoch from
+        oldest + make_interval(secs => window_seconds) - now()))::int);
 end
 $$;

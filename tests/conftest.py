@@ -13,6 +13,7 @@ from uuid import uuid4
 import aiohttp
 import asyncpg
 import pytest
+import uvloop
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
@@ -21,6 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 import messenger  # noqa: E402
 from postgres import Postgres, migrate  # noqa: E402
+
+
+def pytest_asyncio_loop_factories() -> dict[str, Any]:
+    """Run every test on uvloop, as the server does: its transports are not asyncio's."""
+    return {"uvloop": uvloop.new_event_loop}
+
 
 SETTINGS = messenger.Settings(bcrypt_cost=4)
 SECRET_KEY = "a key of the tests, longer than 32 bytes"

@@ -279,6 +279,13 @@ async def test_failed_logins_are_limited(alice: Person, bob: Person) -> None:
     assert await may_ask(alice.client, alice.access)
 
 
+async def test_many_guesses_at_once_are_limited_too(alice: Person) -> None:
+    """Of forty wrong passwords at the same time, ten are tried."""
+    guesses = [logs_in(alice.client, alice.email, "wrong password") for _ in range(40)]
+    answers = [status for status, *_ in await asyncio.gather(*guesses)]
+    assert sorted(answers) == [401] * 10 + [429] * 30
+
+
 async def test_unknown_address_is_limited_too(anyone: Client) -> None:
     """The limit does not tell which addresses have an account."""
     for _ in range(10):

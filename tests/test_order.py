@@ -672,3 +672,31 @@ async def test_reads_of_many_in_one_group_are_each_answered(
     assert [getattr(each, "seq", each) for each in stood] == [4, 2, 4, 4, 2]
     assert isinstance(unknown, messenger.MessageNotFound)
     assert isinstance(nowhere, messenger.ChatNotFound)
+
+
+# ---- What one may not do to the others
+
+
+async def test_held_chat_with_many_waiting_delays_no_other(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """However many posts wait for a chat that is held, a post to another is soon committed."""
+    held, free = await alice.opens(bob), await alice.founds(bob)
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        outcomes = await written(app, *[post(held, alice) for _ in range(40)], post(free, alice))
+        assert numbers_of(outcomes) == [messenger.ServiceUnavailable] * 40 + [1]
+
+
+async def test_connection_that_is_lost_but_not_yet_left_disturbs_nobody(
+    app: web.Application, server: TestServer, raw: Any, alice: Person, bob: Person  # noqa: F811
+) -> None:
+    """What goes out to a room passes over a transport that is closed already."""
+    chat = await alice.opens(bob)
+    _, transport = await stalls(server, raw, bob, chat)
+    line = await alice.listens_live(chat)
+    transport.abort()
+    for _ in range(10):  # in each of the turns until the handler learns of it
+        app[messenger.LIVE].tell(messenger.FrameHint(chat, '{"type": "typing"}'))
+        await asyncio.sleep(0)
+    assert [(await line.hears())["type"] for _ in range(10)] == ["typing"] * 10
