@@ -139,8 +139,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         except msgspec.ValidationError as error:
             reason, _, name = str(error).rpartition(" - at `$.")
             name = name.rstrip("`")
-            shown = "" if name == "database_url" else f", not {given.get(name)!r}"
-            raise StartError(f"{name.upper()}: {reason}{shown}") from None
+            raise StartError(f"{name.upper()}={given.get(name)!r}: {reason}") from None
         if not re.match("(postgres(ql)?://|$)", settings.database_url):
             raise StartError("DATABASE_URL must be like postgresql://user:password@host/database")
         if settings.database_url and not settings.secret_key:
@@ -1348,7 +1347,9 @@ class Live:
             await guest.opened.wait()
             while guest.replays:
                 await guest.drain()
-                chat_id = next(iter(guest.replays))
+                chat_id = next(iter(guest.replays), 0)
+                if not chat_id:
+                    break  # the user was removed meanwhile
                 try:
                     await self._replay_page(guest, guest.rooms[chat_id], guest.replays[chat_id])
                 except ServiceUnavailable:

@@ -652,7 +652,7 @@ async def migrate_when_up(url: str, folder: Path) -> None:
         try:
             return await asyncio.to_thread(migrate, url, folder)
         except psycopg.OperationalError as error:
-            reason = str(error).strip().splitlines()[-1].strip()
+            reason = str(error).strip().splitlines()[0].strip()
             refused = re.search("password|does not exist|invalid|Servname", reason)
             if refused or time.monotonic() > deadline:
                 raise StartError(f"DATABASE_URL: {reason}") from None

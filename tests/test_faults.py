@@ -94,7 +94,8 @@ class Server:
     async def dies(self) -> None:
         """Kill it and all its processes at once."""
         for pid in processes_in(self.folder):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may go with the one before
+                os.kill(pid, signal.SIGKILL)
         await self.ends()
 
 
@@ -118,7 +119,8 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
     yield
     left = processes_in(tmp_path)
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     shutil.rmtree(tmp_path)
     assert left == set()
 
