@@ -899,6 +899,8 @@ def hint_item(hint: Hint) -> tuple[object, bytes]:
     """Make of a hint what the bus takes: of a chat's own the newest is enough."""
     key = hint.chat_id if isinstance(hint, ChatHint) and not hint.joined else object()
     return key, ENCODER.encode(hint)
+
+
 # ==== Who is asking ===============================================================================
 # Passwords are hashed by bcrypt over a SHA-2 digest (bcrypt itself stops at 72 bytes and at NUL),
 # in threads of their own. Tokens are JWTs (RFC 7519) that name a session; a session is one login,
