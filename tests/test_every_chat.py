@@ -730,7 +730,8 @@ async def test_chat_taken_away_during_a_stalled_replay_is_no_fault(
     heard = [await stalled.hears("message", "ready") for _ in range(2)]
     assert [frame["type"] for frame in heard] == ["message", "ready"]
     gc.collect()  # tells of a task whose exception nobody took
-    assert not caplog.records
+    slow = "Executing %s took %.3f seconds"  # asyncio's debug mode on a busy machine
+    assert not [record for record in caplog.records if record.msg != slow]
 
 
 # ---- Typing
