@@ -789,6 +789,11 @@ CHAT = msgspec.json.Decoder(Chat)
 PARTICIPANT = msgspec.json.Decoder(Participant)
 
 
+def is_held(error: Exception) -> bool:
+    """Tell whether a write failed because somebody else held its chat."""
+    return isinstance(error.__cause__, asyncpg.LockNotAvailableError)
+
+
 class GroupWriter(Generic[Item, Outcome]):
     """Commits in groups: what piled up while the last commit ran becomes the next.
 
@@ -837,13 +842,12 @@ class GroupWriter(Generic[Item, Outcome]):
             outcomes = await self._persist([item for item, _ in group])
         except Exception as error:
             is_away = isinstance(error, ServiceUnavailable)
-            is_held = isinstance(error.__cause__, asyncpg.LockNotAvailableError)
             parts: dict[int, list[Any]] = {}
             for entry in group:
                 parts.setdefault(entry[0].chat_id, []).append(entry)
             if len(parts) == 1 and not is_away:
                 parts = {number: [entry] for number, entry in enumerate(group)}
-            if len(parts) > 1 and (is_held or not is_away):
+            if len(parts) > 1 and (is_held(error) or not is_away):
                 for part in parts.values():
                     await self._write(part)
                 return
@@ -866,8 +870,7 @@ class GroupWriter(Generic[Item, Outcome]):
             try:
                 return await self._commit(items, again)
             except ServiceUnavailable as problem:
-                is_held = isinstance(problem.__cause__, asyncpg.LockNotAvailableError)
-                if is_held or time.monotonic() > deadline:
+                if is_held(problem) or time.monotonic() > deadline:
                     raise
                 again = True
                 await asyncio.sleep(0.05)
@@ -955,6 +958,7 @@ class Passwords:
     def close(self) -> None:
         """End the threads; what still waits is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
 
 class Sessions:
     """Makes tokens, reads them, and knows for a moment which sessions are alive."""
@@ -1243,8 +1247,7 @@ class Live:
             return  # it came in by another way meanwhile
         room = self._rooms.setdefault(chat_id, Room(chat_id, rev, version))
         room.guests.add(guest)
-        if chat_id not in guest.replays:
-            room.live.add(guest)
+        room.live.add(guest)
         guest.rooms[chat_id] = room
         self.advance(chat_id, rev, version)
 
@@ -1347,15 +1350,14 @@ class Live:
         """Bring a socket up to date in every chat that it has a replay of."""
         try:
             await guest.opened.wait()
+            await guest.drain()
             while guest.replays:
-                await guest.drain()
-                chat_id = next(iter(guest.replays), 0)
-                if not chat_id:
-                    break  # the user was removed meanwhile
+                chat_id = next(iter(guest.replays))
                 try:
                     await self._replay_page(guest, guest.rooms[chat_id], guest.replays[chat_id])
                 except ServiceUnavailable:
                     await asyncio.sleep(0.2)
+                await guest.drain()
         except ConnectionError:
             pass  # the peer is gone; its handler sees it too
         except Exception:
@@ -2020,9 +2022,9 @@ async def follow(request: web.Request, guest: Socket, after: int | None) -> web.
     live = request.app[LIVE]
     try:
         await live.enter(guest, guest.chat_id)
-        for chat_id, room in guest.rooms.items():
-            if guest.chat_id is not None:
-                live.replay(guest, chat_id, room.delivered if after is None else after)
+        if guest.chat_id is not None:
+            delivered = guest.rooms[guest.chat_id].delivered
+            live.replay(guest, guest.chat_id, delivered if after is None else after)
         await guest.open(request)
         await listen(request, guest)
     except ConnectionError:

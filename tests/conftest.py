@@ -1,6 +1,7 @@
 """People, servers and databases for the tests: real PostgreSQL, real sockets, real processes."""
 
 import asyncio
+import contextlib
 import itertools
 import os
 import sys
@@ -251,6 +252,31 @@ class Person:
         line = await self.listens(chat, query)
         await line.hears("ready")
         return line
+
+
+async def pages(person: Person, path: str) -> list[list[Any]]:
+    """Follow `next` from a page of a list to the end."""
+    found = []
+    start = f"/api/v1{path.split('?')[0]}?"
+    while path:
+        answer = await person.asks("GET", path)
+        assert answer.status == 200, await answer.text()
+        found.append(await answer.json())
+        link = answer.links.get("next")
+        path = str(link["url"].relative()) if link else ""
+        assert path.startswith(start) or not path
+        assert "prev" not in answer.links
+    return found
+
+
+def processes_in(folder: Path) -> set[int]:
+    """Answer the pids of every process whose working folder is `folder` or below it."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if (entry / "cwd").readlink().is_relative_to(folder):
+                found.add(int(entry.name))
+    return found
 
 
 @pytest.fixture

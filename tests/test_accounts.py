@@ -16,7 +16,7 @@ import jwt
 import msgspec
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import PASSWORD, SECRET_KEY, SETTINGS, Person
+from conftest import PASSWORD, SECRET_KEY, SETTINGS, Person, pages
 
 import messenger
 
@@ -479,20 +479,6 @@ async def crowd(sql: asyncpg.Connection, *names: str) -> list[int]:
             )
         )  # fmt: skip
     return ids
-
-
-async def pages(person: Person, path: str) -> list[list[Any]]:
-    """Follow `next` from a page to the end."""
-    found = []
-    while path:
-        answer = await person.asks("GET", path)
-        assert answer.status == 200, await answer.text()
-        found.append(await answer.json())
-        link = answer.links.get("next")
-        path = str(link["url"].relative()) if link else ""
-        assert path.startswith("/api/v1/") or not path
-        assert "prev" not in answer.links
-    return found
 
 
 def ids_of(found: list[list[Any]]) -> list[list[int]]:

@@ -9,7 +9,7 @@ from uuid import uuid4
 import aiohttp
 import asyncpg
 import pytest
-from conftest import Person
+from conftest import Person, pages
 
 import messenger
 
@@ -207,19 +207,6 @@ async def test_group_has_up_to_1000_participants(alice: Person, sql: asyncpg.Con
 # ---- The list
 
 
-async def follow(person: Person, path: str) -> list[list[Any]]:
-    """Follow `next` from a page to the end."""
-    found = []
-    while path:
-        answer = await person.asks("GET", path)
-        assert answer.status == 200, await answer.text()
-        found.append(await answer.json())
-        link = answer.links.get("next")
-        path = str(link["url"].relative()) if link else ""
-        assert path.startswith("/api/v1/chats?") or not path
-    return found
-
-
 async def test_chats_are_listed_by_activity(alice: Person, bob: Person, carol: Person) -> None:
     """The most recently active comes first, by a message posted or its creation; only one's own."""
     one = await alice.founds(bob, name="one")
@@ -250,7 +237,7 @@ async def test_list_of_chats_is_paged_to_the_end(alice: Person, bob: Person) -> 
     made = [await alice.founds(bob, name=f"group {number}") for number in range(5)]
     expected = made[::-1]
     for limit, sizes in ((1, [1] * 5), (2, [2, 2, 1]), (4, [4, 1]), (5, [5]), (100, [5])):
-        found = await follow(bob, f"/chats?limit={limit}")
+        found = await pages(bob, f"/chats?limit={limit}")
         assert [len(page) for page in found] == sizes, limit
         assert [chat["id"] for page in found for chat in page] == expected, limit
 
@@ -261,7 +248,7 @@ async def test_paging_survives_equal_times(
     """Chats of one and the same moment are each listed once."""
     made = [await alice.founds(bob, name=f"group {number}") for number in range(5)]
     await sql.execute("update chats set active_at = '2026-11-22 20:15:37.123456Z'")
-    found = await follow(bob, "/chats?limit=2")
+    found = await pages(bob, "/chats?limit=2")
     assert sorted(chat["id"] for page in found for chat in page) == made
 
 
@@ -275,8 +262,8 @@ async def test_fifty_chats_are_listed_unless_asked_otherwise(
         " insert into participants (chat_id, user_id, role) select id, $1, 'owner' from made",
         alice.id,
     )
-    assert [len(page) for page in await follow(alice, "/chats")] == [50, 50, 1]
-    assert [len(page) for page in await follow(alice, "/chats?limit=100")] == [100, 1]
+    assert [len(page) for page in await pages(alice, "/chats")] == [50, 50, 1]
+    assert [len(page) for page in await pages(alice, "/chats?limit=100")] == [100, 1]
     assert await bob.gets("/chats") == []
 
 

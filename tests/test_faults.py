@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
-from conftest import HEAR_SECONDS, ROOT, Person, new_id
+from conftest import HEAR_SECONDS, ROOT, Person, new_id, processes_in
 from test_socket import RawLine
 
 import messenger
@@ -25,16 +25,6 @@ import messenger
 START_SECONDS = 20  # generous deadlines: what they bound takes a second or two
 STOP_SECONDS = 6
 BACK_SECONDS = 5
-
-
-def processes_in(folder: Path) -> set[int]:
-    """Answer the pids of every process whose working folder is `folder` or below it."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if (entry / "cwd").readlink().is_relative_to(folder):
-                found.add(int(entry.name))
-    return found
 
 
 def environment(**settings: Any) -> dict[str, str]:

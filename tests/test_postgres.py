@@ -16,6 +16,7 @@ import asyncpg
 import psycopg
 import pytest
 import uvloop
+from conftest import processes_in
 
 import postgres
 from postgres import Postgres, StartError
@@ -103,16 +104,6 @@ async def ask_until_answered(dsn, query):
         with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
             return await ask(dsn, query)
         await asyncio.sleep(0.02)
-
-
-def processes_in(folder):
-    """The pids of every process whose working folder is `folder` or below it."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if (entry / "cwd").readlink().is_relative_to(folder):
-                found.add(int(entry.name))
-    return found
 
 
 def postmaster_of(folder):
