@@ -1614,7 +1614,7 @@ async def end_session(request: web.Request, session_id: int, user_id: int) -> bo
     return bool(ended)
 
 async def get_me(request: web.Request) -> User:
-    """Get oneself, with the address."""
+    """Get oneself, with the address. Raises UserNotFound."""
     return await get_user(request, request[ASKER].user_id)
 
 async def get_user(request: web.Request, user_id: UserId) -> User:
@@ -1709,7 +1709,7 @@ async def list_users(
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     """Create a group, or open the personal chat with another user, which is always the same one.
 
-    Raises InvalidInput.
+    A personal chat that was there before answers 200. Raises InvalidInput.
     """
     me = request[ASKER].user_id
     others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
@@ -1782,6 +1782,7 @@ async def add_participant(
 ) -> Answer[Participant]:
     """Put a user into a group; as its owner also give a role, or hand ownership on.
 
+    Who was in before answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
     """
     database, user_id = request.app[DATABASE], body.user_id
@@ -1801,6 +1802,7 @@ async def add_participant_by_id(
 ) -> Answer[Participant]:
     """Put a user into a group, named by the path.
 
+    Who was in before answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
     """
     role = body.role if body else None
@@ -1827,7 +1829,7 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
     """Post a message; it is durable once this is answered.
 
     The same id again answers 200 with the message as it is now.
-    Raises ChatNotFound, MessageIdTaken, PartnerGone, InvalidInput.
+    Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput.
     """
     me = request[ASKER].user_id
     post = NewPost(chat_id, me, body.id or uuid7(), body.text, body.reply_to)
@@ -2139,7 +2141,10 @@ async def get_liveness(request: web.Request) -> Health:
     return Health("alive")
 
 async def get_readiness(request: web.Request) -> Answer[Health]:
-    """Tell whether the server can serve: 503 while the database cannot be reached."""
+    """Tell whether the server can serve.
+
+    While the database cannot be reached this answers 503, with the status `error`.
+    """
     try:
         await request.app[DATABASE].rows("select 1")
     except ServiceUnavailable as problem:
