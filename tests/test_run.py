@@ -346,7 +346,8 @@ def test_help_lists_the_commands(tree):
     """./run help names every command and installs nothing."""
     done = tree.run("help")
     assert done.returncode == 0
-    assert all(f"./run {command}" in done.stdout for command in ("test", "check", "lock", "help"))
+    commands = ("test", "check", "documents", "lock", "help")
+    assert all(f"./run {command}" in done.stdout for command in commands)
     assert not tree.venv.exists()
 
 
@@ -356,6 +357,14 @@ def test_arguments_after_test_reach_pytest(started):
     done = started.run("test", "-k", "two words")
     assert done.returncode == 3
     assert done.stdout == "['-k', 'two words']\n"
+
+
+def test_documents_are_made_by_their_tool(started):
+    """./run documents starts tools/documents.py, and answers its exit status."""
+    (started.folder / "tools").mkdir()
+    (started.folder / "tools/documents.py").write_text("print('made'); raise SystemExit(3)\n")
+    done = started.run("documents")
+    assert (done.returncode, done.stdout) == (3, "made\n")
 
 
 @pytest.mark.parametrize("failing", ["ruff", "mypy", "none"])
