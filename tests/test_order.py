@@ -198,7 +198,7 @@ async def test_commit_that_was_never_answered_is_heard_and_its_retry_is_one_mess
             raise messenger.ServiceUnavailable("lost")
         return found
 
-    monkeypatch.setattr(messenger, "WRITE_SECONDS", 0.2)
+    monkeypatch.setattr(postgres, "WRITE_SECONDS", 0.2)
     with monkeypatch.context() as patch:
         patch.setattr(database, "rows", loses_every_answer)
         refused = await alice.asks("POST", f"/chats/{chat}/messages", body)
@@ -229,7 +229,7 @@ async def test_bad_item_fails_alone(
     )
     no_chat = messenger.ChatNotFound
     assert numbers_of(outcomes) == [
-        1, messenger.InternalError, 2, no_chat, no_chat, messenger.ReplyNotFound, 3,
+        1, asyncpg.CharacterNotInRepertoireError, 2, no_chat, no_chat, messenger.ReplyNotFound, 3,
     ]
     assert [(await line.hears("message"))["data"]["seq"] for _ in range(3)] == [1, 2, 3]
     assert await alice.history(chat) == ["one", "two", "three"]
@@ -279,7 +279,7 @@ async def test_chain_of_replies_to_a_refused_one_delays_nobody(
 ) -> None:
     """A full group in which each replies to the one before it is decided, and its neighbour too."""
     chat = await alice.opens(bob)
-    ids = [messenger.uuid7() for _ in range(messenger.GROUP_ITEMS_MAX)]
+    ids = [messenger.uuid7() for _ in range(postgres.GROUP_ITEMS_MAX)]
     chain = [
         post(chat, alice, id=one, reply_to=before)
         for before, one in zip([messenger.uuid7(), *ids], ids[:-1], strict=False)
