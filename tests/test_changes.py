@@ -9,13 +9,7 @@ import pytest
 from aiohttp import web
 from conftest import Line, Person, new_id, pages
 from test_every_chat import follows, removes
-from test_order import (  # noqa: F401 - the last three are fixtures
-    SOON_SECONDS,
-    Elsewhere,
-    elsewhere,
-    hints,
-    no_polls,
-)
+from test_order import SOON_SECONDS, Elsewhere, elsewhere, knows, no_polls  # noqa: F401 - fixtures
 
 import messenger
 
@@ -226,10 +220,28 @@ async def test_changes_are_heard_by_all(alice: Person, bob: Person, carol: Perso
     assert [await hears_change(lines[2]) for _ in range(3)][-1] == ("message_updated", 6, 5, "drei")
 
 
-async def test_changes_are_heard_at_another_server(
-    alice: Person, bob: Person, elsewhere: Elsewhere, hints: str  # noqa: F811
+@pytest.mark.usefixtures("no_polls")
+async def test_changes_are_heard_at_another_server_by_hint(
+    alice: Person, bob: Person, elsewhere: Elsewhere  # noqa: F811
 ) -> None:
-    """An edit and a deletion at one server are heard at the other, in order, hints lost or not."""
+    """An edit and a deletion at one server are heard at the other without any poll."""
+    chat = await alice.opens(bob)
+    sent = await alice.says(chat, "one")
+    line = await (await elsewhere.takes(bob)).listens_live(chat)
+    await knows(alice, chat, line)
+    last = await last_rev(alice, chat)
+    await edits(alice, sent, "eins")
+    assert await hears_change(line) == ("message_updated", last + 1, 1, "eins")
+    await deletes(alice, sent)
+    assert await hears_change(line) == ("message_updated", last + 2, 1, "")
+
+
+async def test_changes_are_heard_at_another_server_with_every_hint_lost(
+    app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without hints the poll finds an edit and a deletion, in order, within 2 s."""
+    monkeypatch.setattr(app[messenger.BUS], "publish", lambda hints: None)
     chat = await alice.opens(bob)
     first, second = await alice.says(chat, "one"), await alice.says(chat, "two")
     line = await (await elsewhere.takes(bob)).listens_live(chat)
