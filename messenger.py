@@ -444,8 +444,12 @@ EVENTS: Mapping[str, tuple[type[Struct], str]] = {
 ENCODER = msgspec.json.Encoder()
 
 def folded(text: str) -> str:
-    """Fold a text so that it compares without regard to case, in any script (Unicode, NFKC)."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    """Fold a text so that it compares without regard to case, in any script (Unicode, NFKC).
+
+    The dotted and the dotless i of Turkish are one: whose capital `I` is, the text does not tell.
+    """
+    folded_once = unicodedata.normalize("NFKC", text).casefold()
+    return unicodedata.normalize("NFKC", folded_once).replace("i\u0307", "i").replace("ı", "i")
 
 def uuid7() -> UUID:
     """Make a UUID that sorts by time (RFC 9562, section 5.7)."""
@@ -556,16 +560,6 @@ SELECT_USER = """  -- user_id
     select id, username, is_active, created_at, email from users
     where id = $1 and deleted_at is null"""
 
-SELECT_USERS = """  -- after, limit
-    -- users_pkey
-    select id, username, is_active, created_at from users
-    where id > $1 and deleted_at is null order by id limit $2"""
-
-SELECT_USERS_NAMED = """  -- first key, key beyond the last, after, limit
-    -- users_username_taken
-    select id, username, is_active, created_at from users
-    where username_key >= $1 and username_key < $2 and id > $3 order by id limit $4"""
-
 SELECT_LOGIN = """  -- email_key
     -- users_email_taken
     select id, password_hash from users where email_key = $1"""
@@ -606,10 +600,6 @@ SELECT_CHAT = """  -- chat_id, reader_id
     -- participants_pkey
     select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2"""
 
-SELECT_PARTICIPANT = """  -- chat_id, user_id
-    -- participants_pkey
-    select row_to_json(p) from participant_view p where p.chat_id = $1 and p.user_id = $2"""
-
 SELECT_PARTICIPANTS = """  -- chat_id, reader_id, after, limit
     -- participants_pkey
     select v.user_id, v.username, v.role, v.last_read_seq
@@ -642,6 +632,7 @@ SELECT_POSITIONS = """  -- chat_ids
     select id, last_rev, version from chats where id = any ($1)"""
 
 # Calls of the functions in sql/post-apply.sql, where their parameters are named.
+SELECT_USERS = "select * from users_after($1, $2, $3, $4)"
 CHANGE_USER = "select change_user($1, $2, $3, $4, $5, $6, $7, $8, $9)"
 DELETE_USER = "select delete_user($1)"
 LEAVE_NEXT_CHAT = "select * from leave_next_chat($1)"
@@ -1424,13 +1415,16 @@ async def commit_reads(
     return outcomes
 
 def words_of(text: str) -> list[str]:
-    """List the words of a text, folded: runs of letters, marks and digits of any script.
+    """List the words of a text, folded: letters and digits of any script, with their marks.
 
     Of what is too long for the index a digest stands for the word.
     """
-    kept = [c if unicodedata.category(c)[0] in "LMN" else " " for c in folded(text)]
+    kept = ""
+    for c in folded(text):
+        kind = unicodedata.category(c)[0]
+        kept += c if kind in "LN" or (kind == "M" and kept[-1:].strip()) else " "
     return sorted(word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
-                  for word in set("".join(kept).split()))
+                  for word in set(kept.split()))
 
 class SearchIndex:
     """Takes in the words of messages a little later than the messages, so that posts do not wait.
@@ -1694,12 +1688,8 @@ async def list_users(
     q: Annotated[str, Meta(max_length=50, pattern=NO_NUL, description="Start of the name.")] = "",
 ) -> Answer[list[User]]:
     """List users by id, all or those whose username starts with `q`."""
-    database = request.app[DATABASE]
-    if q:
-        bounds = folded(q), folded(q) + "\U0010ffff"
-        rows = await database.rows(SELECT_USERS_NAMED, *bounds, after, limit + 1)
-    else:
-        rows = await database.rows(SELECT_USERS, after, limit + 1)
+    bounds = folded(q), folded(q) + "\U0010ffff"
+    rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
     more = {"after": users[-1].id} if len(rows) > limit else None
     return page(request, users, next=more)
@@ -1785,14 +1775,11 @@ async def add_participant(
     Who was in before answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
     """
-    database, user_id = request.app[DATABASE], body.user_id
-    row = await database.row(
-        PUT_PARTICIPANT, chat_id, request[ASKER].user_id, user_id, body.role, GROUP_PARTICIPANTS_MAX
-    )
+    me, user_id = request[ASKER].user_id, body.user_id
+    row = await request.app[DATABASE].row(
+        PUT_PARTICIPANT, chat_id, me, user_id, body.role, GROUP_PARTICIPANTS_MAX)
     tell_version(request, chat_id, row, user_id)
-    participant = decoded(PARTICIPANT, await database.row(SELECT_PARTICIPANT, chat_id, user_id))
-    if participant is None:
-        raise UserNotFound  # left again in the meantime
+    participant = PARTICIPANT.decode(row["participant"])
     if row["outcome"] != "joined":
         return Answer(participant, 200)
     return created(participant, f"/api/v1/chats/{chat_id}/participants/{user_id}")
@@ -1906,10 +1893,11 @@ async def search_messages(
     request: web.Request, chat_id: int, q: str, limit: int, before: int | None
 ) -> Answer[list[Message]]:
     """Find the messages of a chat that hold all of some words. Raises ChatNotFound."""
-    await request.app[INDEX].take_in(chat_id)
-    rows = await request.app[DATABASE].rows(
-        SELECT_MESSAGES_FOUND, chat_id, request[ASKER].user_id, limit + 1,
-        INT8_MAX if before is None else before, words_of(q))
+    me, database = request[ASKER].user_id, request.app[DATABASE]
+    if await database.row(SELECT_MEMBERSHIP, chat_id, me):
+        await request.app[INDEX].take_in(chat_id)
+    bound = INT8_MAX if before is None else before
+    rows = await database.rows(SELECT_MESSAGES_FOUND, chat_id, me, limit + 1, bound, words_of(q))
     if not rows:
         raise ChatNotFound
     messages = [MESSAGE.decode(row["message"]) for row in rows[:limit] if row["message"]]

@@ -13,3 +13,6 @@ create table if not exists search_positions (
 -- The deletion of an account leaves its chats one by one, and may be interrupted.
 alter table users add column if not exists is_leaving boolean not null default false;
 create index if not exists users_leaving on users (id) where is_leaving;
+
+-- It now answers the participant, too.
+drop function if exists put_participant(bigint, bigint, bigint, text, int);

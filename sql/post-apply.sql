@@ -499,10 +499,10 @@ $$;
 -- Takes a deleted user out of one chat, group or personal, in a transaction of its own. Answers
 
 -- Puts a user into a group, or gives a role to one who is in (null: leaves it as it is).
--- Answers its outcome: joined, set, unchanged or why not; and the chat's version after it.
+-- Answers its outcome: joined, set, unchanged or why not; the chat's version after it; who it is.
 create or replace function put_participant(
     chat bigint, me bigint, target bigint, new_role text, at_most int)
-returns table (outcome text, last_rev bigint, version bigint)
+returns table (outcome text, last_rev bigint, version bigint, participant json)
 language plpgsql volatile as $$
 #variable_conflict use_column
 declare
@@ -524,32 +524,26 @@ begin
         when old_role is not null then 'set'
         when c.participant_count >= at_most then 'group-full'
         else 'joined' end;
-    if outcome not in ('set', 'joined') then
-        return next;
-        return;
-    end if;
-    version := c.version + 1;
-    if outcome = 'set' then
-        update participants p set role = new_role, version = put_participant.version
-        where p.chat_id = chat and p.user_id = target;
-    else
+    if outcome = 'joined' then
         perform 1 from users u where u.id = target and u.deleted_at is null for key share;
-        if not found then
-            outcome := 'user-not-found';
-            return next;
-            return;
-        end if;
-        insert into participants (
+        outcome := case when found then 'joined' else 'user-not-found' end;
+    end if;
+    if outcome in ('set', 'joined') then
+        version := c.version + 1;
+        insert into participants as p (
             chat_id, user_id, role, joined_seq, last_read_seq, version)
-        values (chat, target, coalesce(new_role, 'member'), c.last_seq, c.last_seq, version);
+        values (chat, target, coalesce(new_role, 'member'), c.last_seq, c.last_seq, version)
+        on conflict (chat_id, user_id) do update set role = new_role, version = excluded.version;
+        if new_role = 'owner' then
+            update participants p set role = 'admin', version = put_participant.version
+            where p.chat_id = chat and p.user_id = me;
+        end if;
+        update chats set version = put_participant.version,
+            participant_count = participant_count + (outcome = 'joined')::int
+        where id = chat;
     end if;
-    if new_role = 'owner' then
-        update participants p set role = 'admin', version = put_participant.version
-        where p.chat_id = chat and p.user_id = me;
-    end if;
-    update chats set version = put_participant.version,
-        participant_count = participant_count + (outcome = 'joined')::int
-    where id = chat;
+    participant := (select row_to_json(v) from participant_view v
+                    where v.chat_id = chat and v.user_id = target);
     return next;
 end
 $$;
@@ -626,6 +620,23 @@ begin
     end loop;
     perform depart(chat_id, target, target_role, version);
     return next;
+end
+$$;
+
+-- A page of users by id: all, or those whose username has a key between two.
+create or replace function users_after(
+    first_key text, beyond_key text, after bigint, at_most int)
+returns table (id bigint, username text, is_active boolean, created_at timestamptz)
+language plpgsql stable as $$
+begin
+    if first_key = '' then
+        return query select u.id, u.username, u.is_active, u.created_at from users u
+        where u.id > after and u.deleted_at is null order by u.id limit at_most;
+    else
+        return query select u.id, u.username, u.is_active, u.created_at from users u
+        where u.username_key >= first_key and u.username_key < beyond_key and u.id > after
+        order by u.id limit at_most;
+    end if;
 end
 $$;
 
