@@ -113,6 +113,7 @@ SOCKET = ".s.PGSQL.5432"
 SOCKET_PATH = re.compile(r"/[\w./+-]{1,99}", re.ASCII)
 CONNECTIONS_MAX = 10
 WAIT_SECONDS = 1.8  # for a connection and for a statement: a request never waits over 2 s
+WAIT_SECONDS_MIN = 0.1  # what a statement gets where the connection took the rest
 START_SECONDS = 15.0  # for a database of one's own that is still starting
 CLOSING_SECONDS = 2.0
 CHILD_STOP_SECONDS = 2.7  # until a child that does not stop is killed
@@ -583,10 +584,18 @@ class Database:
 
         Raises the exception for PostgreSQL's absence, asyncpg.PostgresError for the rest.
         """
+        deadline = time.monotonic() + WAIT_SECONDS
         try:
-            async with self._pool.acquire(timeout=WAIT_SECONDS) as connection:
-                found: list[Any] = await connection.fetch(query, *arguments)
+            connection = await self._pool.acquire(timeout=WAIT_SECONDS)
+            try:
+                left = max(deadline - time.monotonic(), WAIT_SECONDS_MIN)
+                found: list[Any] = await connection.fetch(query, *arguments, timeout=left)
                 return found
+            except (TimeoutError, asyncio.CancelledError):
+                connection.terminate()  # whether it ever answers is not waited for
+                raise
+            finally:
+                await self._pool.release(connection)
         except asyncpg.DataError:  # an InterfaceError by class, but about a value
             raise
         except LOST as error:
@@ -624,7 +633,7 @@ class Database:
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
-Entry = tuple[Item, asyncio.Future[Outcome]]
+Entry = tuple[Item, asyncio.Future[Outcome], float]  # until when it is tried, by the loop's clock
 
 
 def is_held(error: Exception) -> bool:
@@ -659,8 +668,9 @@ class GroupWriter(Generic[Item, Outcome]):
         """
         if len(self._pending) >= PENDING_MAX:
             raise self._unavailable("Too much is waiting to be written.")
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._pending.append((item, future))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Outcome] = loop.create_future()
+        self._pending.append((item, future, loop.time() + WRITE_SECONDS))
         if self._running is None:
             self._running = asyncio.create_task(self._run())
         return future
@@ -679,18 +689,28 @@ class GroupWriter(Generic[Item, Outcome]):
             self._running = None
 
     async def _write(self, group: list[Entry[Item, Outcome]]) -> None:
-        """Commit a group and settle its futures; never raises."""
+        """Commit a group and settle its futures; never raises.
+
+        A group that failed is divided: by lock, so that who waits for one that somebody else holds
+        delays nobody, and what is of one lock item by item, in order.
+        """
         outcomes: Sequence[Outcome | Exception]
         try:
-            outcomes = await self._persist([item for item, _ in group])
+            outcomes = await self._persist([item for item, _, _ in group], group[0][2])
         except Exception as error:
-            parts = self._divide(group, error)
-            if len(parts) > 1:
-                for part in parts:
-                    await self._write(part)
+            is_absent = isinstance(error, self._unavailable)
+            parts: dict[Hashable, list[Entry[Item, Outcome]]] = {}
+            for entry in group:
+                parts.setdefault(self._lock_of(entry[0]), []).append(entry)
+            if len(parts) > 1 and (is_held(error) or not is_absent):
+                await asyncio.gather(*map(self._write, parts.values()))
+                return
+            if len(group) > 1 and not is_absent:
+                for entry in group:
+                    await self._write([entry])
                 return
             outcomes = [error] * len(group)
-        for (_, future), outcome in zip(group, outcomes, strict=True):
+        for (_, future, _), outcome in zip(group, outcomes, strict=True):
             if future.done():
                 continue
             if isinstance(outcome, Exception):
@@ -698,35 +718,21 @@ class GroupWriter(Generic[Item, Outcome]):
             else:
                 future.set_result(outcome)
 
-    def _divide(
-        self, group: list[Entry[Item, Outcome]], error: Exception
-    ) -> list[list[Entry[Item, Outcome]]]:
-        """Divide a group that failed: by lock, and what is of one lock item by item.
-
-        It stays whole where PostgreSQL is away, or where somebody else holds its one lock: waiting
-        for that again would delay the others.
-        """
-        if isinstance(error, self._unavailable) and not is_held(error):
-            return [group]
-        parts: dict[Hashable, list[Entry[Item, Outcome]]] = {}
-        for entry in group:
-            parts.setdefault(self._lock_of(entry[0]), []).append(entry)
-        if len(parts) == 1 and not is_held(error):
-            return [[entry] for entry in group]
-        return list(parts.values())
-
-    async def _persist(self, items: list[Item]) -> Sequence[Outcome | Exception]:
-        """Commit, and again while the connection is lost, as long as a client would wait."""
-        deadline = time.monotonic() + WRITE_SECONDS
+    async def _persist(self, items: list[Item], deadline: float) -> Sequence[Outcome | Exception]:
+        """Commit, and again while the connection is lost, as long as the first of them waits."""
         again = False
-        while True:
-            try:
-                return await self._commit(items, again)
-            except self._unavailable as error:
-                if is_held(error) or time.monotonic() > deadline:
-                    raise
-                again = True
-                await asyncio.sleep(0.05)
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    try:
+                        return await self._commit(items, again)
+                    except self._unavailable as error:
+                        if is_held(error):
+                            raise
+                    again = True
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise self._unavailable("The database cannot be reached right now.") from None
 
 
 class Notifications:
