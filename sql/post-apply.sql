@@ -11,7 +11,7 @@ select m.id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
                       'user_id', p.user_id, 'username', reader.username, 'read_at', step.read_at)
                       order by step.read_at, p.user_id), '[]')
            from participants p
-           join users reader on reader.id = p.user_id
+           join users reader on reader.id = p.user_id and reader.deleted_at is null
            cross join lateral (
                select r.read_at, r.from_seq from reads r
                where r.chat_id = p.chat_id and r.user_id = p.user_id and r.seq >= m.seq
@@ -30,7 +30,7 @@ left join users u on u.id = m.sender_id and u.deleted_at is null;
 create or replace view participant_view as
 select p.chat_id, p.user_id, u.username, p.role, p.last_read_seq, p.ordinal, p.version
 from participants p
-join users u on u.id = p.user_id;
+join users u on u.id = p.user_id and u.deleted_at is null;
 
 -- One row is one Chat as one of its participants (reader_id) sees it.
 create or replace view chat_view as

@@ -448,8 +448,7 @@ async def test_reader_that_takes_nothing_is_dropped(
     chat = await alice.opens(bob)
     _stalled, transport = await stalls(server, raw, bob, chat)
     slow, slow_transport = await stalls(server, raw, bob, chat)
-    for _ in range(200):
-        await alice.says(chat, LONG)
+    await asyncio.gather(*[alice.says(chat, LONG) for _ in range(200)])
     async with asyncio.timeout(20):
         while not transport.is_closing():
             assert (await slow.hears("message"))["data"]["text"] == LONG
