@@ -111,6 +111,7 @@ class Recorder:
         elif "json" in content_type and content:
             value = json.loads(body)
             yield from self.openapi.faults(self.at_schema(here, content_type), value)
+            yield from [] if body.endswith(b"\n") else ["does not end with a newline"]
             kind = value["type"] if content_type == "application/problem+json" else ""
         self.answers.add((name, status, kind))
 

@@ -265,6 +265,7 @@ def test_recorder_sees_what_does_not_fit() -> None:
     assert "undescribed header Link" in hears(200, link, user)
     assert "undescribed content" in hears(200, {"Content-Type": "text/html"}, user)
     assert "has no content" in hears(200, json_type, b"")
+    assert "a newline" in hears(200, json_type, user.rstrip())
     assert "is not one of" in hears(404, problem_type, problem.replace(b"user", b"chat"))
     assert "was expected" in hears(404, problem_type, problem.replace(b"404", b"400"))
     post = {"method": "POST", "path": "/users"}

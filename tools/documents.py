@@ -144,13 +144,14 @@ def examples(shape: type[msgspec.Struct]) -> list[Json]:
 
 def exact(shape: type[msgspec.Struct], schema: Json) -> Json:
     """Say of a shape what msgspec does not: times are times, and answers hold all their fields."""
-    fields = msgspec.structs.fields(shape)
+    fields, is_answer = msgspec.structs.fields(shape), not issubclass(shape, m.Body)
     for field in fields:
         value = schema["properties"][field.encode_name]
         if datetime in (field.type, *typing.get_args(field.type)):
             value.get("anyOf", [value])[0]["format"] = "date-time"
-        value.pop("default", None)  # in a body it only means "not given"
-    if not issubclass(shape, m.Body):
+        if is_answer or field.default is None:  # null in a body: as if it were not given
+            value.pop("default", None)
+    if is_answer:
         omits = shape.__struct_config__.omit_defaults
         schema["required"] = [
             field.encode_name for field in fields
