@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -13,6 +14,7 @@ from uuid import uuid4
 
 import aiohttp
 import asyncpg
+import psycopg
 import pytest
 import uvloop
 from aiohttp import web
@@ -53,6 +55,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         if postgres is not None:
             runner.run(postgres.start())
         url = given or postgres.dsn
+        if postgres is not None:  # durability has tests with servers of their own
+            runner.run(on_cluster(url, "alter system set fsync = off", "select pg_reload_conf()"))
         runner.run(on_cluster(url, "drop database if exists messenger_template"))
         runner.run(on_cluster(url, "create database messenger_template"))
         migrate(with_database(url, "messenger_template"), messenger.SQL)
@@ -72,17 +76,54 @@ async def on_cluster(url: str, *statements: str) -> None:
         await connection.close()
 
 
-numbers = itertools.count(1)
+class Databases:
+    """Clones of the template, each made while the test before runs: copying takes a while."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._numbers = itertools.count(1)
+        self._thread = ThreadPoolExecutor(1)
+        self._next = self._thread.submit(self._make)
+
+    def _make(self) -> str:
+        name = f"messenger_test_{os.getpid()}_{next(self._numbers)}"
+        self._run(f"create database {name} template messenger_template strategy file_copy")
+        return name
+
+    def _run(self, statement: str) -> None:
+        with psycopg.connect(self._url, autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+    async def take(self) -> str:
+        """Name a database that nobody else has."""
+        made = self._next
+        self._next = self._thread.submit(self._make)
+        return await asyncio.wrap_future(made)
+
+    def drop(self, name: str) -> None:
+        """Drop a database, soon."""
+        self._thread.submit(self._run, f"drop database {name} with (force)")
+
+    def close(self) -> None:
+        """Drop what is left."""
+        self.drop(self._next.result())
+        self._thread.shutdown()
+
+
+@pytest.fixture(scope="session")
+def databases(cluster: str) -> Iterator[Databases]:
+    """The databases of the tests."""
+    made = Databases(cluster)
+    yield made
+    made.close()
 
 
 @pytest.fixture
-async def database_url(cluster: str) -> AsyncIterator[str]:
+async def database_url(cluster: str, databases: Databases) -> AsyncIterator[str]:
     """A database of the test's own, with the schema and nothing in it."""
-    name = f"messenger_test_{os.getpid()}_{next(numbers)}"
-    template = "template messenger_template strategy file_copy"
-    await on_cluster(cluster, f"create database {name} {template}")
+    name = await databases.take()
     yield with_database(cluster, name)
-    await on_cluster(cluster, f"drop database {name} with (force)")
+    databases.drop(name)
 
 
 @pytest.fixture

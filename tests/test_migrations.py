@@ -1,6 +1,7 @@
 """The schema comes about whatever happens: started together, killed in the middle, run again."""
 
 import asyncio
+import itertools
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,7 +11,7 @@ from typing import Any
 import asyncpg
 import psycopg
 import pytest
-from conftest import ROOT, SECRET_KEY, Person, numbers, on_cluster, with_database
+from conftest import ROOT, SECRET_KEY, Person, on_cluster, with_database
 
 import messenger
 import postgres
@@ -57,10 +58,13 @@ async def asked(url: str, query: str) -> list[Any]:
         await connection.close()
 
 
+numbers = itertools.count(1)
+
+
 @pytest.fixture
 async def empty_url(cluster: str) -> AsyncIterator[str]:
     """A database of the test's own with nothing in it."""
-    name = f"messenger_test_{os.getpid()}_{next(numbers)}"
+    name = f"messenger_migrated_{os.getpid()}_{next(numbers)}"
     await on_cluster(cluster, f"create database {name} template template0")
     yield with_database(cluster, name)
     await on_cluster(cluster, f"drop database {name} with (force)")
@@ -185,7 +189,7 @@ async def test_restart_beside_a_serving_one_disturbs_nobody(
 @pytest.fixture
 async def ascii_url(cluster: str) -> AsyncIterator[str]:
     """A database that is not UTF8."""
-    name = f"messenger_test_{os.getpid()}_{next(numbers)}"
+    name = f"messenger_migrated_{os.getpid()}_{next(numbers)}"
     await on_cluster(
         cluster,
         f"create database {name} template template0 encoding 'SQL_ASCII' locale 'C'"
