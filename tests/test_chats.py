@@ -204,6 +204,46 @@ async def test_group_has_up_to_1000_participants(alice: Person, sql: asyncpg.Con
     assert [one["user_id"] for one in chat["participants"]] == [alice.id, *others[1:100]]
 
 
+async def test_owner_and_admins_rename(
+    alice: Person, bob: Person, carol: Person, dave: Person
+) -> None:
+    """A new name is answered in the chat with a higher `version`, and told to all; it takes no
+    number and moves the chat nowhere. A member is 403."""
+    chat = await alice.founds(bob, carol, name="one")
+    newer = await alice.founds(bob)
+    await puts(alice, chat, bob, "admin")
+    line, before = await carol.listens_live(chat), await alice.gets(f"/chats/{chat}")
+    version = before["version"]
+    for person, name in ((alice, "Два 🙂"), (bob, "x" * 100)):
+        version += 1
+        renamed = await person.expects(200, "PATCH", f"/chats/{chat}", {"name": name})
+        assert renamed == before | {"name": name, "version": version}
+        assert await carol.gets(f"/chats/{chat}") == renamed
+        assert await line.hears() == {"type": "chat_updated", "data": {
+            "chat_id": chat, "version": version, "name": name, "participants": [], "left": [],
+        }}  # fmt: skip
+    problem = await carol.expects(403, "PATCH", f"/chats/{chat}", {"name": "hers"})
+    assert problem["type"] == "not-allowed"
+    problem = await dave.expects(404, "PATCH", f"/chats/{chat}", {"name": "his"})
+    assert problem["type"] == "chat-not-found"
+    for name in ("", "x" * 101, "a\0b", None):
+        problem = await alice.expects(422, "PATCH", f"/chats/{chat}", {"name": name})
+        assert problem["errors"][0]["loc"] == "$.name"
+    assert await alice.expects(200, "PATCH", f"/chats/{chat}", {"name": "x" * 100}) == renamed
+    assert [one["id"] for one in await alice.gets("/chats")] == [newer, chat]
+    await removes(bob, chat, bob)
+    await bob.expects(404, "PATCH", f"/chats/{chat}", {"name": "too late"})
+    assert (await line.hears())["data"]["version"] == version + 1
+
+
+async def test_personal_chat_has_no_name(alice: Person, bob: Person) -> None:
+    """Naming a personal chat is 409."""
+    chat = await alice.opens(bob)
+    problem = await alice.expects(409, "PATCH", f"/chats/{chat}", {"name": "us"})
+    assert problem["type"] == "personal-chat"
+    assert (await bob.gets(f"/chats/{chat}"))["name"] is None
+
+
 # ---- The list
 
 
@@ -513,6 +553,41 @@ async def test_first_hundred_participants_are_named(
         assert shown["participant_count"] == 122
         named = [one["user_id"] for one in shown["participants"]]
         assert named == [alice.id, *others[:20:-1]]
+
+
+async def test_participants_are_listed_by_id(
+    alice: Person, bob: Person, carol: Person, sql: asyncpg.Connection
+) -> None:
+    """`limit` and the Link lead through all participants once, by user id whenever they came; a
+    page has 50 by default and 100 at most."""
+    chat, personal = await carol.founds(bob), await carol.opens(bob)
+    read = await bob.says(chat, "x")
+    await carol.reads(chat, read)
+    await puts(bob, chat, alice, None)
+    for one in (alice, carol):
+        assert await one.gets(f"/chats/{chat}/participants") == [
+            {"user_id": alice.id, "username": "alice", "role": "member", "last_read_seq": 1},
+            {"user_id": bob.id, "username": "bob", "role": "member", "last_read_seq": 0},
+            {"user_id": carol.id, "username": "carol", "role": "owner", "last_read_seq": 1},
+        ]
+    listed = await bob.gets(f"/chats/{personal}/participants")
+    assert [(one["user_id"], one["role"]) for one in listed] == [
+        (bob.id, "member"), (carol.id, "member")
+    ]  # fmt: skip
+    path, others = f"/chats/{chat}/participants", await crowd(sql, 99)
+    await sql.execute(
+        "insert into participants (chat_id, user_id, role)"
+        " select $1, id, 'member' from unnest($2::bigint[]) id order by id desc",
+        chat, others,
+    )  # fmt: skip
+    everyone = [alice.id, bob.id, carol.id, *others]
+    for limit, sizes in (("", [50, 50, 2]), ("?limit=100", [100, 2]), ("?limit=51", [51, 51])):
+        found = await pages(alice, path + limit)
+        assert [len(page) for page in found] == sizes
+        assert [one["user_id"] for page in found for one in page] == everyone
+    assert [one["user_id"] for one in await alice.gets(f"{path}?after={others[-2]}")] == others[-1:]
+    for after in (others[-1], 2**63 - 1):
+        assert await alice.gets(f"{path}?after={after}") == []
 
 
 # ---- Strangers

@@ -451,7 +451,7 @@ async def test_empty_chats_are_swept_away_whole(
 ) -> None:
     """What the last participant left, of a group or a personal chat, is deleted from every table,
     piece by piece; other chats keep all of theirs."""
-    monkeypatch.setattr(messenger, "UPKEEP_ROWS", 2)
+    monkeypatch.setattr(messenger, "UPKEEP_ROWS", 3)
     tables = await sql.fetch(
         "select table_name::text from information_schema.columns"
         " where table_schema = 'public' and column_name = 'chat_id'"
