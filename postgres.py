@@ -560,9 +560,9 @@ class Database:
         self._pool: Any = None
 
     async def open(self) -> None:
-        """Connect. Raises what asyncpg raises."""
+        """Make the pool. It connects when it is first asked: PostgreSQL may just be away."""
         self._pool = await asyncpg.create_pool(
-            self.url, min_size=2, max_size=CONNECTIONS_MAX, timeout=WAIT_SECONDS,
+            self.url, min_size=0, max_size=CONNECTIONS_MAX, timeout=WAIT_SECONDS,
             command_timeout=WAIT_SECONDS, max_inactive_connection_lifetime=0,
             reset=keep_as_it_is, server_settings={
                 "application_name": "messenger", "timezone": "UTC", "jit": "off",
