@@ -2251,6 +2251,8 @@ async def read_body(request: web.Request) -> bytes:
         return await request.read()
     except web.RequestPayloadError:
         raise MalformedRequest("The body does not fit its Content-Encoding.") from None
+    except ConnectionError:
+        raise MalformedRequest("The body did not come whole.") from None  # nobody hears it
 
 def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
     """Read an id in a path; what is none does not exist."""
