@@ -1602,9 +1602,10 @@ async def logout(request: web.Request) -> None:
     await end_session(request, request[ASKER].session_id, request[ASKER].user_id)
 
 async def end_session(request: web.Request, session_id: int, user_id: int) -> bool:
-    """End a session here at once, and everywhere soon; tells whether it had not ended before."""
+    """End a user's session here at once, and everywhere soon; tells whether there was one."""
     ended = await request.app[DATABASE].rows(END_SESSION, session_id, user_id)
-    request.app[LIVE].publish(SessionHint(session_id))
+    if ended:
+        request.app[LIVE].publish(SessionHint(session_id))
     return bool(ended)
 
 async def get_me(request: web.Request) -> User:
@@ -2451,7 +2452,11 @@ async def start_sites(
             served, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        await web.SockSite(runner, port).start()
+        site = web.SockSite(runner, port)
+        await site.start()
+        if served is app:  # its sockets first: once the runner cleans up, they answer no close
+            stack.push_async_callback(app[LIVE].stop)
+            stack.push_async_callback(site.stop)
 
 async def start_workers(
     settings: Settings, stack: contextlib.AsyncExitStack, **shared: str | int

@@ -832,11 +832,12 @@ def migrate(url: str, folder: Path) -> None:
         connection.execute("select pg_advisory_lock(hashtext('messenger schema'))")
         with yoyo.get_backend(re.sub("^[a-z]+:", "postgresql+psycopg:", url)) as backend:
             backend.break_lock()  # ours by the lock above: what is left is a dead server's
-            backend.apply_migrations_only(backend.to_apply(yoyo.read_migrations(str(folder))))
+            new = backend.to_apply(yoyo.read_migrations(str(folder)))
+            backend.apply_migrations_only(new)
         functions = (folder / "post-apply.sql").read_bytes()
         digest = hashlib.sha256(functions).hexdigest()
         known = connection.execute("select obj_description(to_regclass('message_view'))").fetchone()
-        if known != (digest,):  # while others serve, it would block them
+        if known != (digest,) or new:  # only then: while others serve, it would block them
             connection.execute(b"begin; %b; comment on view message_view is '%b'; commit" % (
                 functions, digest.encode()))
 

@@ -229,7 +229,8 @@ async def test_valid_request_is_taken(world: World) -> None:
             continue
         allowed = (endpoint.status, 200) if endpoint.method == "POST" else (endpoint.status,)
         assert answer.status in allowed, (endpoint, text)
-        assert text == "" if answer.status == 204 else text.endswith(("}\n", "]\n"))
+        ends = ("</html>\n",) if endpoint.path in ("/", "/docs") else ("}\n", "]\n")
+        assert text == "" if answer.status == 204 else text.endswith(ends)
         if endpoint.handler is messenger.change_user:
             world.alice.email = world.bodies["change_user"]["email"]
             world.bodies["login"]["email"] = world.alice.email
@@ -237,7 +238,8 @@ async def test_valid_request_is_taken(world: World) -> None:
             await world.alice.logs_in()
         if answer.status == 204:
             continue
-        assert answer.content_type == "application/json"
+        page = endpoint.path in ("/", "/docs")
+        assert answer.content_type == ("text/html" if page else "application/json")
         assert ("Location" in answer.headers) == (answer.status == 201), endpoint
 
 
@@ -248,6 +250,10 @@ async def test_every_endpoint_is_closed_by_default(world: World) -> None:
         ("POST", "/api/v1/users"),
         ("POST", "/api/v1/users/login"),
         ("POST", "/api/v1/users/refresh"),
+        ("GET", "/"),
+        ("GET", "/docs"),
+        ("GET", "/api/v1/openapi.json"),
+        ("GET", "/api/v1/asyncapi.json"),
         ("GET", "/api/v1/health/liveness"),
         ("GET", "/api/v1/health/readiness"),
     }

@@ -171,7 +171,7 @@ async def test_login_under_way_does_not_outlive_the_password(
     row, held, go_on = database.row, asyncio.Event(), asyncio.Event()
 
     async def stops(statement: str, *arguments: Any) -> Any:
-        if statement == messenger.INSERT_SESSION:
+        if statement == messenger.START_SESSION:
             held.set()
             await go_on.wait()
         return await row(statement, *arguments)

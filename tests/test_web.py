@@ -51,8 +51,11 @@ def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     try:
         yield devtools_address(folder)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.terminate()  # it ends its own processes
+        try:
+            process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def devtools_address(folder: Path) -> str:
