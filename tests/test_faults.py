@@ -36,8 +36,9 @@ def environment(**settings: Any) -> dict[str, str]:
 class Server:
     """A messenger of its own process, on a data folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder  # the working folder too, by which its processes are found
+        self.settings = settings
         self.data = folder / "data"
         self.url = self.said = ""
         self.process: asyncio.subprocess.Process
@@ -47,7 +48,7 @@ class Server:
         with (self.folder / "stderr").open("w") as stderr:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, str(ROOT / "messenger.py"),
-                cwd=self.folder, env=environment(DATA_DIR=self.data),
+                cwd=self.folder, env=environment(DATA_DIR=self.data, **self.settings),
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=stderr,
                 start_new_session=True,
             )
