@@ -361,7 +361,7 @@ async def test_7_no_input_makes_a_5xx(
         return answer.status
 
     statuses = [await tries(one) for one in messenger.ENDPOINTS for _ in range(15)]
-    assert {200, 201, 204, 401, 403, 404, 409, 422} <= set(statuses)
+    assert {200, 201, 204, 404, 422} <= set(statuses)
     await alice.logs_in()
     chat = await alice.opens(await someone(alice))
     lines = [await alice.listens_live(chat), await follows(alice)]
