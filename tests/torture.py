@@ -24,877 +24,38 @@ What is counted, each of which must be 0:
 Inside the database a trigger, the witness, notes the chat's number at every coming and leaving:
 those happen under the chat's lock, so it tells exactly what was posted after a removal.
 
-The rooms of this file: Limits, The tally, The server, Who is there, Sockets, The run, Faults, The
-check at the end, The proof, The command.
+The clients are in torture_clients.py, the server and the tally in torture_server.py, the planted
+bugs in torture_plants.py. Here are the faults, the check at the end, and the command.
 """
 
 import argparse
 import asyncio
 import contextlib
 import itertools
-import os
 import random
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-from array import array
-from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import aiohttp
-import asyncpg
-import msgspec
 import uvloop
 from conftest import ROOT, processes_in
+from torture_clients import ASK_SECONDS, LIVE, Chat, Device, Run, Seat, hang_up
+from torture_plants import PLANTS, Plant, planted
+from torture_server import BACK_SECONDS, WORKERS, Server, Tally, kill
 
-# ---- Limits
-
-CHATS, USERS, MEMBERS, WORKERS = 4, 8, 4, 2
-ASK_SECONDS = 3.0  # until a client takes an answer for lost; some stops of a worker last longer
-REMOVED_SECONDS = (1.0, 2.0)  # longer than what an abandoned statement may still wait for a lock
-LATE_SECONDS = 5.0  # with the hints dropped; it takes little more than a second
-BACK_SECONDS = 30.0
 START_SECONDS = 30.0
-PROGRESS_SECONDS = 10
+LATE_SECONDS = 5.0  # with the hints dropped; it takes little more than a second
 REST_SECONDS = (0.3, 0.9)  # between two faults
-PAUSE_SECONDS = 0.05  # of a sender, on average
-BURST = 6  # messages at once on one socket
-RECENT = 50  # messages of one's own that may still be changed
-TOLD = 8  # findings of each kind that are told in words
-
-# ---- The tally
-
-
-class Tally:
-    """What was counted, and what was found wrong."""
-
-    kinds = ("lost", "doubled", "missed", "misordered", "leaked", "wrong")
-
-    def __init__(self, speaks: bool) -> None:
-        self.began = time.monotonic()
-        self.speaks = speaks
-        self.sent = self.acknowledged = self.changed = self.delivered = 0
-        self.found: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
-        self.recovery: dict[str, float] = {}  # kind of fault: the slowest
-        self.slowest_delivery = 0.0  # with the hints dropped
-
-    def say(self, text: str) -> None:
-        """Print a line with the time of the run."""
-        if self.speaks:
-            print(f"{time.monotonic() - self.began:7.1f} s  {text}", flush=True)
-
-    def blame(self, kind: str, text: str, times: int = 1) -> None:
-        """Count something that must not be, and tell of the first few in words."""
-        if times:
-            self.found[kind] += times
-            if self.found[kind] - times < TOLD:
-                self.say(f"{kind.upper()}: {text}" + f" ({times} times)" * (times > 1))
-
-    def progress(self) -> str:
-        """What a line of progress says."""
-        return (
-            f"sent {self.sent}  acknowledged {self.acknowledged}  changed {self.changed}"
-            f"  delivered {self.delivered}  faults {self.faults.total()}  {self.verdict()}"
-        )
-
-    def verdict(self) -> str:
-        """The counts that must be 0."""
-        return "  ".join(f"{kind} {self.found[kind]}" for kind in self.kinds)
-
-    def summary(self) -> Iterator[str]:
-        """What the run ends with."""
-        yield (
-            f"sent {self.sent}  acknowledged {self.acknowledged}  changed {self.changed}"
-            f"  delivered {self.delivered}"
-        )
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items()))
-        yield f"faults {self.faults.total()}: {kinds}"
-        yield self.verdict()
-        slowest = sorted(self.recovery.items(), key=lambda each: -each[1])
-        yield "slowest recovery: " + ", ".join(f"{kind} {took:.2f} s" for kind, took in slowest)
-        yield f"slowest delivery with the hints dropped: {self.slowest_delivery:.2f} s"
-
-
-# ---- The server
-
-# The parent and each worker are started by way of this, which patches from outside: while the file
-# TORTURE_MUTE exists no hint is published. And no server outlives the checker.
-LAUNCHER = '''
-import os
-import sys
-sys.path.insert(0, os.environ["TORTURE_TREE"])
-import messenger
-import postgres
-messenger.__file__ = os.path.abspath(__file__)  # by which the parent starts its workers
-publish = postgres.Notifications.publish
-def publish_unless_mute(self, hints):
-    if not os.path.exists(os.environ["TORTURE_MUTE"]):
-        publish(self, hints)
-postgres.Notifications.publish = publish_unless_mute
-if messenger.PARENT not in os.environ:
-    postgres.die_with(int(os.environ["TORTURE_PID"]))
-sys.exit(messenger.main())
-'''
-
-WITNESS = (
-    "create schema torture",
-    """create table torture.turns (
-        at bigint generated always as identity, chat_id bigint, user_id bigint, rev bigint,
-        came boolean)""",
-    """create function torture.note() returns trigger language plpgsql as $$
-    declare
-        p participants := case when tg_op = 'DELETE' then old else new end;
-    begin
-        insert into torture.turns (chat_id, user_id, rev, came)
-        select c.id, p.user_id, c.last_rev, tg_op = 'INSERT' from chats c where c.id = p.chat_id;
-        return null;
-    end $$""",
-    """create trigger torture after insert or delete on participants
-       for each row execute function torture.note()""",
-)
-
-
-class Server:
-    """A messenger of its own processes, in a folder of its own."""
-
-    def __init__(self, folder: Path, tree: Path) -> None:
-        self.folder = folder
-        self.mute = folder / "mute"
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes]
-        self._launcher = folder / "launch_messenger.py"
-        self._launcher.write_text(LAUNCHER)
-        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        self._environment = kept | {
-            "PORT": str(self.port), "DATA_DIR": str(folder / "data"), "WORKERS": str(WORKERS),
-            "BCRYPT_COST": "4", "RATE_LIMITS": "off", "ACCESS_TOKEN_EXPIRE_MINUTES": "1440",
-            "TORTURE_TREE": str(tree), "TORTURE_MUTE": str(self.mute),
-            "TORTURE_PID": str(os.getpid()),
-        }  # fmt: skip
-
-    def start(self) -> None:
-        """Start the parent; it serves a little later."""
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(self._launcher)], cwd=self.folder, env=self._environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
-
-    async def ended(self, seconds: float) -> int | None:
-        """Wait until the parent has ended, and its workers with it; answer its status."""
-        workers, deadline = self.workers(), time.monotonic() + seconds
-        while self.process.poll() is None or any(map(runs, workers)):
-            if time.monotonic() > deadline:
-                return None
-            await asyncio.sleep(0.01)
-        return self.process.returncode
-
-    def workers(self) -> list[int]:
-        """Answer the pids of the workers that there are."""
-        pid = self.process.pid
-        with contextlib.suppress(OSError):
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            return [int(child) for child in children if self._launcher.name in command(child)]
-        return []
-
-    def postmaster(self) -> list[str]:
-        """Answer the lines of PostgreSQL's pid file, [] while there is none."""
-        with contextlib.suppress(OSError):
-            return (self.folder / "data/postgres/postmaster.pid").read_text().splitlines()
-        return []
-
-    async def sql(self, query: str, *arguments: Any) -> list[Any]:
-        """Ask PostgreSQL behind the messenger's back, waiting until it is there."""
-        deadline = time.monotonic() + BACK_SECONDS
-        while True:
-            try:
-                connection = await asyncpg.connect(
-                    host=self.postmaster()[4], port=5432, user="messenger", database="postgres",
-                    timeout=5, server_settings={"application_name": "torture"})
-                try:
-                    return list(await connection.fetch(query, *arguments))
-                finally:
-                    await connection.close(timeout=5)
-            except (IndexError, OSError, TimeoutError, asyncpg.PostgresError,
-                    asyncpg.InterfaceError):
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(0.05)
-
-    def destroy(self) -> None:
-        """Kill what is left of it: every process that works in its folder."""
-        for pid in processes_in(self.folder):
-            kill(pid, signal.SIGKILL)
-        if self.process.poll() is None:
-            self.process.wait()
-
-
-def free_port() -> int:
-    """Find a port below those that the kernel gives to clients: one of these could take it."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise OSError("no free port")
-
-
-def command(pid: str | int) -> str:
-    """Answer the command line of a process, '' if it has ended."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
-
-
-def runs(pid: int) -> bool:
-    """Tell whether a process has not ended."""
-    return command(pid) != ""
-
-
-def kill(pid: int, number: signal.Signals) -> None:
-    """Send a signal to a process, if it is still there."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-# ---- Who is there
-
-
-class Data(msgspec.Struct):
-    """Of any answer or frame what is looked at here."""
-
-    id: int | str = ""
-    chat_id: int = 0
-    seq: int = 0
-    rev: int = 0
-    text: str = ""
-    created_at: datetime | None = None
-    deleted_at: datetime | None = None
-    status: int | str = 0
-    user_id: int = 0
-    last_read_seq: int = 0
-    access_token: str = ""
-
-
-class Frame(msgspec.Struct):
-    """What a socket is sent."""
-
-    type: str
-    data: Data
-    ref: int | None = None
-    chat_id: int | None = None
-
-
-FRAME = msgspec.json.Decoder(Frame)
-DATA = msgspec.json.Decoder(Data | list[Data])
-NOTHING = Data()
-
-
-@dataclass(eq=False)
-class User:
-    """Somebody with an account."""
-
-    name: str
-    id: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    seats: dict[int, "Seat"] = field(default_factory=dict)  # chat id: their seat there
-
-
-@dataclass(eq=False)
-class Chat:
-    """A group."""
-
-    id: int
-    seats: list["Seat"] = field(default_factory=list)
-    said: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # rev: what it stands for
-    changes: int = 0  # edits and deletions that were answered
-    latest: str = ""  # the id of a message
-
-
-@dataclass(eq=False)
-class Removal:
-    """A member's time outside, from before it was asked for until they are asked back."""
-
-    heard: list[int] = field(default_factory=list)  # the revs that their sockets got meanwhile
-
-
-INSIDE, LEAVING, OUT, COMING = range(4)
-
-
-@dataclass(eq=False)
-class Seat:
-    """A user's place in a chat, and what they do there."""
-
-    user: User
-    chat: Chat
-    is_bursting: bool
-    device: "Device | None" = None  # which posts; None: REST does
-    turn: int = 0  # counts through INSIDE, LEAVING, OUT, COMING: which it is, modulo 4
-    came_at: float = 0.0
-    floor: int = 0  # the largest seq that was acknowledged
-    watermark: int = 0
-    recent: deque["Message"] = field(default_factory=lambda: deque(maxlen=RECENT))
-    removals: list[Removal] = field(default_factory=list)
-    inside: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def step(self) -> None:
-        """Go on to the next of the four."""
-        self.turn += 1
-        if self.turn % 4 == INSIDE:
-            self.came_at = time.monotonic()
-            self.inside.set()
-        else:
-            self.inside.clear()
-
-
-@dataclass(eq=False, slots=True)
-class Message:
-    """A message that a client posts; `seq` is 0 until it is acknowledged."""
-
-    seat: Seat
-    id: str
-    text: str
-    floor: int  # of the sender's own that were acknowledged before: it comes after them
-    seq: int = 0
-    created_at: datetime | None = None
-    state: str = "posted"  # "edited", "deleted"
-
-
-# ---- Sockets
-
-SYNCING, LIVE, JOINING, AWAY = "syncing", "live", "joining", "away"
-
-
-@dataclass(eq=False)
-class Book:
-    """What a device has of one chat, kept by the contract's rules."""
-
-    number: int = 0  # to come back with
-    revs: array = field(default_factory=lambda: array("q"))  # by seq: the rev of what is kept
-    state: str = AWAY
-    last: int = 0  # the rev of the last frame on this socket
-    after: int = 0  # what the present sync asked for
-    falls: int = 0  # once for each sync the revs may go down: from what came before it
-    counts: bool = False  # whether frames move the number: from a sync to its ready they do not
-
-    def begins(self, after: int, by_frame: bool) -> None:
-        """A sync begins: with the handshake, or by a frame, before which others may come."""
-        self.state, self.after, self.counts = SYNCING, after, not by_frame
-        self.falls += by_frame
-
-    def pauses(self, state: str) -> None:
-        """The chat is gone, or back from here on: what was posted between is not here."""
-        self.state, self.counts = state, False
-
-
-class Device:
-    """A socket that comes back whenever it is cut: on one chat, or on all of its user's."""
-
-    def __init__(self, run: "Run", user: User, chats: Sequence[Chat], follows_all: bool) -> None:
-        self.run, self.user = run, user
-        self.chats = {chat.id: chat for chat in chats}
-        self.books = {chat.id: Book() for chat in chats}
-        self.follows_all = follows_all
-        self.ws: aiohttp.ClientWebSocketResponse | None = None
-        self._answers: dict[int, asyncio.Future[tuple[int, Data]]] = {}
-
-    async def stay(self) -> None:
-        """Be connected, again and again."""
-        while True:
-            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-                await self._connect()
-            await asyncio.sleep(self.run.random.uniform(0.02, 0.15))
-
-    async def _connect(self) -> None:
-        path, seat, turn = "/ws", None, 0
-        if not self.follows_all:
-            [(chat_id, book)] = self.books.items()
-            path, seat = f"/ws/{chat_id}?after={book.number}", self.user.seats[chat_id]
-            turn = seat.turn
-        try:
-            async with asyncio.timeout(ASK_SECONDS):
-                ws = await self.run.http.ws_connect(
-                    self.run.server.url + path, headers=self.user.headers,
-                    timeout=aiohttp.ClientWSTimeout(ws_close=1.0))
-        except aiohttp.WSServerHandshakeError as error:
-            return self.run.judge(seat, turn, error.status, f"the handshake of {path}")
-        self.run.judge(seat, turn, 200, f"the handshake of {path}")
-        try:
-            await self._listen(ws)
-        finally:
-            self.ws = None
-            for ref in self._answers:
-                self._answer(ref, 0, NOTHING)
-            for book in self.books.values():
-                book.pauses(AWAY)
-            await ws.close()
-
-    async def _listen(self, ws: aiohttp.ClientWebSocketResponse) -> None:
-        for book in self.books.values():
-            book.last, book.falls = 0 if self.follows_all else book.number, 0
-            book.begins(book.number, by_frame=self.follows_all)
-        self.ws = ws
-        if self.follows_all:
-            known = {str(chat_id): book.number for chat_id, book in self.books.items()}
-            await self._send({"type": "sync", "chats": known})
-        async for frame in ws:
-            if frame.type is aiohttp.WSMsgType.TEXT:
-                await self._take(FRAME.decode(frame.data))
-
-    async def _send(self, frame: dict[str, Any]) -> None:
-        if self.ws is not None:
-            await self.ws.send_str(msgspec.json.encode(frame).decode())
-
-    async def sync(self, chat_id: int, after: int) -> None:
-        """Ask for everything after a number."""
-        self.books[chat_id].begins(after, by_frame=True)
-        await self._send({"type": "sync", "chat_id": chat_id, "after": after})
-
-    async def posts(self, message: Message) -> tuple[int, Data]:
-        """Post a message; answer 200 and the acknowledgement, an error's status, 0 for neither."""
-        ref = next(self.run.numbers)
-        frame = {"type": "message", "chat_id": message.seat.chat.id, "ref": ref}
-        answer = self._answers[ref] = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(ASK_SECONDS if self.ws is not None else 0):
-                await self._send(frame | {"id": message.id, "text": message.text})
-                return await answer
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return 0, NOTHING
-        finally:
-            del self._answers[ref]
-
-    async def _take(self, frame: Frame) -> None:
-        data = frame.data
-        if frame.type in ("message", "message_updated"):
-            self._take_message(data)
-        elif frame.ref is not None:
-            self._answer(frame.ref, 200 if frame.type == "ack" else int(data.status), data)
-        elif frame.type == "ready":
-            await self._take_ready(self.books[data.chat_id], data)
-        elif frame.type == "chat":
-            self.books[int(data.id)].pauses(JOINING)
-        elif frame.type == "chat_removed":
-            self.books[data.chat_id].pauses(AWAY)
-        elif frame.type == "error":
-            await self._take_refusal(frame.chat_id or min(self.books), int(data.status))
-
-    def _answer(self, ref: int, status: int, data: Data) -> None:
-        if ref in self._answers and not self._answers[ref].done():
-            self._answers[ref].set_result((status, data))
-        if status not in (0, 200, 404, 503):
-            self.run.tally.blame("wrong", f"a frame was answered {status}: {data}")
-
-    def _take_message(self, data: Data) -> None:
-        chat, book = self.chats[data.chat_id], self.books[data.chat_id]
-        self.run.tally.delivered += 1
-        if data.rev <= book.last:
-            if not book.falls or data.rev <= book.after:
-                self.run.tally.blame("misordered", f"rev {data.rev} came after {book.last}")
-            book.falls -= 1
-        book.last = data.rev
-        if book.counts:
-            book.number = data.rev
-        if len(book.revs) <= data.seq:
-            book.revs.extend([0] * (data.seq + 1 - len(book.revs)))
-        book.revs[data.seq] = max(book.revs[data.seq], data.rev)
-        content = (data.id, data.seq, data.text, data.deleted_at is not None)
-        if chat.said.setdefault(data.rev, content) != content:
-            self.run.tally.blame("lost", f"rev {data.rev} was two things")
-        seat = self.user.seats.get(chat.id)
-        if seat is not None and seat.turn % 4 in (LEAVING, OUT):
-            seat.removals[-1].heard.append(data.rev)
-
-    async def _take_ready(self, book: Book, data: Data) -> None:
-        if data.rev < book.last:
-            self.run.tally.blame("misordered", f"ready at {data.rev} came after {book.last}")
-        book.last = data.rev
-        if book.state in (JOINING, AWAY):  # the chat is back: what was posted meanwhile?
-            await self.sync(data.chat_id, book.number)
-            return
-        if data.rev < book.number:
-            self.run.tally.blame("lost", f"came with {book.number}, the chat is at {data.rev}")
-        book.state, book.number, book.counts = LIVE, data.rev, True
-        book.falls = max(0, book.falls - 1)
-
-    async def _take_refusal(self, chat_id: int, status: int) -> None:
-        """A sync was refused: the user is out, or the database away."""
-        self.books[chat_id].pauses(AWAY)
-        if status == 503:
-            await asyncio.sleep(0.1)
-            await self.sync(chat_id, self.books[chat_id].number)
-
-    def lacks(self, seat: Seat | None, chat_id: int, seq: int, rev: int) -> bool:
-        """Tell whether it follows a chat, and has not this of it."""
-        book = self.books[chat_id]
-        return (seat is None or seat.inside.is_set()) and (
-            len(book.revs) <= seq or book.revs[seq] < rev)
-
-
-# ---- The run
-
-
-class Run:
-    """The clients of one run, and what they have done."""
-
-    def __init__(self, server: Server, seed: int, tally: Tally, patience: float) -> None:
-        self.server, self.tally = server, tally
-        self.patience = patience  # seconds until everybody must have everything
-        self.random = random.Random(f"clients {seed}")
-        self.numbers = itertools.count(1)
-        self.users = [User(f"user{number}") for number in range(USERS)]
-        self.keeper = User("keeper")
-        self.chats: list[Chat] = []
-        self.devices: list[Device] = []
-        self.messages: list[Message] = []  # all that were acknowledged
-        self.unanswered: dict[str, Message] = {}
-        self.unchanged: dict[str, tuple[Message, str | None]] = {}  # changes without an answer
-        self.open = asyncio.Event()  # cleared for a moment of quiet
-        self.busy = 0  # members who are being removed and put back
-        self.watching: Callable[[float], None] = lambda _began: None  # acknowledgements
-        self.tasks: set[asyncio.Task[None]] = set()
-        self.staying: set[asyncio.Task[None]] = set()  # of these the devices'
-        self.http: aiohttp.ClientSession
-
-    @property
-    def seats(self) -> list[Seat]:
-        """All members' places."""
-        return [seat for chat in self.chats for seat in chat.seats]
-
-    # What is asked
-
-    async def ask(
-        self, user: User, method: str, path: str, body: Any = None, seconds: float = ASK_SECONDS
-    ) -> tuple[int, Any]:
-        """Send a request; answer its status, 0 if there came none, and what came."""
-        try:
-            async with self.http.request(
-                method, f"{self.server.url}/api/v1{path}", headers=user.headers, json=body,
-                timeout=aiohttp.ClientTimeout(seconds),
-            ) as answer:  # fmt: skip
-                text = await answer.read()
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            return 0, NOTHING
-        if answer.status not in (200, 201, 204, 404, 503):
-            self.tally.blame("wrong", f"{method} {path}: {answer.status} {text.decode()}")
-        return answer.status, DATA.decode(text) if text else NOTHING
-
-    async def insists(
-        self, user: User, method: str, path: str, body: Any = None, seconds: float = BACK_SECONDS
-    ) -> tuple[int, Any]:
-        """Ask until there is an answer. Who gives up early may be heard after all, much later."""
-        while True:
-            status, answer = await self.ask(user, method, path, body, seconds)
-            if status not in (0, 503):
-                return status, answer
-            await asyncio.sleep(self.random.uniform(0.02, 0.1))
-
-    async def as_member(
-        self, seat: Seat, call: Awaitable[tuple[int, Any]], what: str
-    ) -> tuple[int, Any]:
-        """Do something that members may, and see that just they do."""
-        turn = seat.turn
-        status, answer = await call
-        self.judge(seat, turn, status, what)
-        return status, answer
-
-    def judge(self, seat: Seat | None, turn: int, status: int, what: str) -> None:
-        """Look at an answer to somebody who was inside, or outside, from the question on."""
-        if seat is None or seat.turn != turn:
-            return
-        if turn % 4 == OUT and 200 <= status < 300:
-            self.tally.blame("leaked", f"{what} of somebody removed was answered {status}")
-        elif turn % 4 == INSIDE and status == 404:
-            self.tally.blame("wrong", f"{what} of a member was answered {status}")
-
-    # Posting
-
-    def compose(self, seat: Seat) -> Message:
-        """Think of a message."""
-        number = next(self.numbers)
-        text = f"{number} " + "ж" * self.random.choice((5, 20, 80, 400))
-        message = Message(seat, str(UUID(int=self.random.getrandbits(128))), text, seat.floor)
-        self.unanswered[message.id] = message
-        self.tally.sent += 1
-        return message
-
-    async def attempt(self, message: Message, device: Device | None) -> int:
-        """Send a message once, over a socket or by REST; answer the status."""
-        began, seat = time.monotonic(), message.seat
-        call = device.posts(message) if device is not None else self.ask(
-            seat.user, "POST", f"/chats/{seat.chat.id}/messages",
-            {"id": message.id, "text": message.text})  # fmt: skip
-        status, answer = await self.as_member(seat, call, "a post")
-        if status in (200, 201):
-            self._acknowledge(message, answer)
-            self.watching(began)
-        return status
-
-    def _acknowledge(self, message: Message, answer: Data) -> None:
-        seat = message.seat
-        if message.seq:
-            if message.seq != answer.seq:
-                self.tally.blame("doubled", f"{message.id} is {message.seq} and {answer.seq}")
-            return
-        if answer.seq <= message.floor:
-            text = f"{answer.seq} was posted after {message.floor}, of the same sender"
-            self.tally.blame("misordered", text)
-        message.seq, message.created_at = answer.seq, answer.created_at
-        seat.floor = max(seat.floor, message.seq)
-        seat.chat.latest = message.id
-        seat.recent.append(message)
-        del self.unanswered[message.id]
-        self.messages.append(message)
-        self.tally.acknowledged += 1
-
-    async def persist(self, message: Message, device: Device | None) -> None:
-        """Send a message until it is acknowledged; who is out waits until they are back."""
-        while not message.seq:
-            status = await self.attempt(message, device)
-            if status == 404:
-                await message.seat.inside.wait()
-            if not message.seq:
-                await asyncio.sleep(self.random.uniform(0.02, 0.1))
-
-    async def burst(self, batch: list[Message], device: Device) -> None:
-        """Send messages on one socket without waiting: those that it took are in their order."""
-        await asyncio.gather(*[self.attempt(message, device) for message in batch])
-        taken = [message.seq for message in batch if message.seq]
-        if taken != sorted(taken):
-            self.tally.blame("misordered", f"sent in a row on one socket, numbered {taken}")
-
-    async def send(self, seat: Seat) -> None:
-        """Post, edit and delete as a member, one thing or one burst after the other."""
-        while True:
-            await self.open.wait()
-            await seat.inside.wait()
-            batch = [self.compose(seat) for _ in range(BURST if seat.is_bursting else 1)]
-            if seat.is_bursting and seat.device is not None:
-                await self.burst(batch, seat.device)
-            elif self.random.random() < 0.03:  # impatience: both ways at once
-                await asyncio.gather(*[self.attempt(batch[0], d) for d in (None, seat.device)])
-            for message in batch:
-                await self.persist(message, seat.device)
-            if self.random.random() < 0.3 and seat.recent:
-                await self._change_one(seat)
-            await asyncio.sleep(self.random.expovariate(1 / PAUSE_SECONDS))
-
-    async def _change_one(self, seat: Seat) -> None:
-        """Edit a message once, or delete it.
-
-        Never edit it twice: an edit that a stopped worker took up, and its client gave up, would
-        come back over the second.
-        """
-        message = self.random.choice(seat.recent)
-        is_edit = message.state == "posted" and self.random.random() < 0.8
-        if not is_edit:
-            seat.recent.remove(message)
-        await self.change(message, f"edited {message.text}" if is_edit else None)
-
-    async def change(self, message: Message, text: str | None) -> None:
-        """Edit a message, or (None) delete it, until that is answered."""
-        self.unchanged[message.id] = message, text
-        seat, path = message.seat, f"/chats/{message.seat.chat.id}/messages/{message.id}"
-        how = ("DELETE", path) if text is None else ("PATCH", path, {"text": text})
-        status = 0
-        while status not in (200, 204):
-            status, _ = await self.as_member(seat, self.ask(seat.user, *how), "a change")
-            if status == 404:
-                await seat.inside.wait()
-            if status not in (200, 204):
-                await asyncio.sleep(self.random.uniform(0.02, 0.1))
-        message.text, message.state = text or "", "edited" if text else "deleted"
-        seat.chat.changes += 1
-        self.tally.changed += 1
-        del self.unchanged[message.id]
-
-    # Reading, removing, reconnecting
-
-    async def read(self) -> None:
-        """Read as anybody, now and then; see that nobody's watermark goes back."""
-        while True:
-            await asyncio.sleep(self.random.uniform(0.01, 0.1))
-            seat = self.random.choice(self.seats)
-            message_id = self.random.choice([m.id for m in seat.recent] + [seat.chat.latest] * 3)
-            if message_id:
-                await self._read_up_to(seat, message_id)
-            if self.random.random() < 0.2:
-                await self.look_at_watermarks(seat.chat)
-
-    async def _read_up_to(self, seat: Seat, message_id: str) -> None:
-        floor, path = seat.watermark, f"/chats/{seat.chat.id}/read"
-        call = self.ask(seat.user, "POST", path, {"message_id": message_id})
-        status, stand = await self.as_member(seat, call, "a read")
-        if status == 200:
-            self._see_watermark(seat, floor, stand.seq)
-
-    async def look_at_watermarks(self, chat: Chat) -> None:
-        """Ask where everybody in a chat stands."""
-        floors = {seat.user.id: (seat, seat.watermark) for seat in chat.seats}
-        status, people = await self.ask(self.keeper, "GET", f"/chats/{chat.id}/participants")
-        for person in people if status == 200 else ():
-            if person.user_id in floors:
-                self._see_watermark(*floors[person.user_id], person.last_read_seq)
-
-    def _see_watermark(self, seat: Seat, floor: int, seq: int) -> None:
-        if seq < floor:
-            self.tally.blame("misordered", f"a watermark went back from {floor} to {seq}")
-        seat.watermark = max(seat.watermark, seq)
-
-    async def keep(self) -> None:
-        """Remove members and put them back."""
-        while True:
-            await asyncio.sleep(self.random.uniform(0.5, 1.5))
-            await self.open.wait()
-            seat = self.random.choice(self.seats)
-            if time.monotonic() - seat.came_at > max(REMOVED_SECONDS):
-                self.busy += 1
-                await self._remove(seat)
-                self.busy -= 1
-
-    async def _remove(self, seat: Seat) -> None:
-        """Remove a member, who posts as fast as they can just then, and put them back."""
-        path = f"/chats/{seat.chat.id}/participants/{seat.user.id}"
-        seat.step()
-        seat.removals.append(Removal())
-        last_words = [self.compose(seat) for _ in range(8)]
-        removing = asyncio.create_task(self.insists(self.keeper, "DELETE", path))
-        for message in last_words:
-            self.spawn(self.persist(message, None))
-            await asyncio.sleep(0.001)
-        await removing
-        seat.step()
-        await asyncio.sleep(self.random.uniform(*REMOVED_SECONDS))
-        await self._put_back(seat, path)
-
-    async def _put_back(self, seat: Seat, path: str) -> None:
-        seat.step()
-        await self.insists(self.keeper, "POST", path)
-        seat.step()
-
-    async def churn(self) -> None:
-        """Hang up now and then, or ask for some of the past again."""
-        while True:
-            await asyncio.sleep(self.random.uniform(0.1, 0.6))
-            await self.open.wait()
-            device = self.random.choice(self.devices)
-            chat_id, book = self.random.choice(list(device.books.items()))
-            if device.ws is not None and self.random.random() < 0.5:
-                self.spawn(hang_up(device.ws))
-            elif book.state == LIVE:
-                after = max(0, book.number - self.random.randrange(400))
-                with contextlib.suppress(aiohttp.ClientError, OSError):
-                    await device.sync(chat_id, after)
-
-    # From the start to the end
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Start what ends with the clients."""
-        task = asyncio.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: "asyncio.Task[None]") -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self.tally.blame("wrong", f"the checker failed: {task.exception()!r}")
-
-    async def set_up(self) -> None:
-        """Make the accounts, the witness and the chats, and connect everybody's devices."""
-        for statement in WITNESS:
-            await self.server.sql(statement)
-        for user in (*self.users, self.keeper):
-            account = {"email": f"{user.name}@example.com", "password": "correct horse"}
-            _, made = await self.insists(
-                self.keeper, "POST", "/users", account | {"username": user.name})
-            _, tokens = await self.insists(self.keeper, "POST", "/users/login", account)
-            user.id = int(made.id)
-            user.headers = {"Authorization": f"Bearer {tokens.access_token}"}
-        for number in range(CHATS):
-            await self._found(number)
-        for user in self.users:
-            seats = list(user.seats.values())
-            device = self._connect(user, [seat.chat for seat in seats], follows_all=True)
-            for seat in seats:
-                if seat.is_bursting and seat.device is None:
-                    seat.device = device
-        self._connect(self.keeper, self.chats, follows_all=True)
-
-    async def _found(self, number: int) -> None:
-        members = [self.users[(2 * number + each) % USERS] for each in range(MEMBERS)]
-        body = {"is_group": True, "name": "a", "participant_ids": [user.id for user in members]}
-        _, made = await self.insists(self.keeper, "POST", "/chats", body)
-        chat = Chat(int(made.id))
-        self.chats.append(chat)
-        for place, user in enumerate(members):
-            seat = user.seats[chat.id] = Seat(user, chat, is_bursting=place >= 2)
-            seat.inside.set()
-            chat.seats.append(seat)
-            device = self._connect(user, [chat], follows_all=False)
-            seat.device = (None, device, device, None)[place]
-
-    def _connect(self, user: User, chats: Sequence[Chat], follows_all: bool) -> Device:
-        device = Device(self, user, chats, follows_all)
-        self.devices.append(device)
-        return device
-
-    async def begin(self) -> None:
-        """Let everybody begin."""
-        for device in self.devices:
-            self.staying.add(self.spawn(device.stay()))
-        self.open.set()
-        for work in (self.read, self.keep, self.churn):
-            self.spawn(work())
-        for seat in self.seats:
-            self.spawn(self.send(seat))
-
-    async def cut_short(self) -> None:
-        """Stop everybody in the middle of what they do, but for the devices."""
-        stopping = self.tasks - self.staying
-        for task in stopping:
-            task.cancel()
-        await asyncio.gather(*stopping, return_exceptions=True)
-        self.busy = 0
-
-    async def conclude(self) -> None:
-        """Everybody comes back; what was not answered is sent again."""
-        for seat in self.seats:
-            if not seat.inside.is_set():
-                seat.turn = seat.turn // 4 * 4 + OUT
-                await self._put_back(seat, f"/chats/{seat.chat.id}/participants/{seat.user.id}")
-        for message in list(self.unanswered.values()):
-            await self.persist(message, None)
-        for message, text in list(self.unchanged.values()):
-            await self.change(message, text)
-
-    async def until(self, holds: Callable[[], bool], seconds: float) -> bool:
-        """Wait until something holds; tell whether it came to that."""
-        deadline = time.monotonic() + seconds
-        while not holds() and time.monotonic() < deadline:
-            await asyncio.sleep(0.005)
-        return holds()
-
-    def is_settled(self) -> bool:
-        """Tell whether nobody waits for anything and every device is live wherever it may be."""
-        return not self.unanswered and not self.unchanged and not self.busy and all(
-            book.state == LIVE for device in self.devices for book in device.books.values())
-
-
-async def hang_up(ws: aiohttp.ClientWebSocketResponse) -> None:
-    """Close a socket, however the other side takes it."""
-    with contextlib.suppress(aiohttp.ClientError, OSError):
-        await ws.close()
-
+PROGRESS_SECONDS = 10
+PATIENCE_SECONDS = 60.0  # until everybody must have everything in the end
+PROOF_SECONDS = 7.0  # with a bug, and three times at most
+PROOF_TRIES = 3
 
 # ---- Faults
 
@@ -1024,12 +185,11 @@ class Faults:
 
     async def _stop_parent(self) -> float:
         """Stop the parent, and kill a worker, which nobody replaces then."""
-        pid = await self._worker()
-        stopped = asyncio.create_task(
-            self._stop(self.server.process.pid, self.random.uniform(0.2, 1.5)))
-        await asyncio.sleep(0.05)
-        kill(pid, signal.SIGKILL)
-        await stopped
+        worker, parent = await self._worker(), self.server.process.pid
+        async with asyncio.TaskGroup() as stopping:
+            stopping.create_task(self._stop(parent, self.random.uniform(0.2, 1.5)))
+            await asyncio.sleep(0.05)
+            kill(worker, signal.SIGKILL)
         return time.monotonic()
 
     async def _kill_postmaster(self) -> float:
@@ -1199,137 +359,35 @@ class Check:
             self.blame("leaked", "accepted after a removal", len(accepted))
 
 
-# ---- The proof
-
-
-@dataclass(frozen=True)
-class Plant:
-    """A bug, the faults that bring it out, and the counts of which one must tell of it."""
-
-    name: str
-    told_by: tuple[str, ...]
-    faults: tuple[str, ...]
-    changes: tuple[tuple[str, str, str], ...]  # file, what stands there, what is put there
-
-
-CRASH = ("postmaster killed", "backend killed")
-COMMITS = "    rows = await app[DATABASE].rows(POST_MESSAGES, *columns(posts))\n"
-ANSWERS_EARLY = '''    pool = app[DATABASE]._pool
-    connection = await pool.acquire(timeout=2)
-    transaction = connection.transaction()
-    await transaction.start()
-    rows = await connection.fetch(POST_MESSAGES, *columns(posts))
-    async def commit():
-        await asyncio.sleep(0.1)
-        try:
-            await transaction.commit()
-        finally:
-            await pool.release(connection)
-    app[LIVE].spawn(commit())
-'''
-LOCK = """    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
-    at := clock_timestamp();
-
-"""
-ACCEPTED = "    accepted := array(\n        select i.item from unnest(chat_ids, sender_ids, ids)\n"
-NOT_THERE = """
-        where not exists (select from messages m where m.chat_id = i.chat_id and m.id = i.id));
-"""
-FIRST_COUNTS = """    accepted := array(
-        select min(item) from unnest(accepted) as item group by chat_ids[item], ids[item]);
-"""
-STORED_ONE = """    left join messages m on m.chat_id = i.chat_id and m.id = i.id
-    order by i.item;"""
-STORED_LAST = """    left join lateral (
-        select * from messages x where x.chat_id = i.chat_id and x.id = i.id
-        order by x.seq desc limit 1) m on true
-    order by i.item;"""
-SEQUENCES = """
-do $$ begin
-    for number in 1 .. 9 loop
-        execute format('create sequence if not exists numbers_%s', number);
-    end loop;
-end $$;
-"""
-FUNCTIONS, SCHEMA = "sql/post-apply.sql", "sql/0001_schema.sql"
-
-PLANTS = (
-    Plant("synchronous_commit=off", ("lost",), CRASH, (
-        ("postgres.py", '"synchronous_commit": "on"', '"synchronous_commit": "off"'),)),
-    Plant("no idempotency", ("doubled",), ("worker killed", *CRASH), (
-        (SCHEMA, ",\n    constraint messages_id unique (chat_id, id)", ""),
-        (FUNCTIONS, NOT_THERE, ");\n"),
-        (FUNCTIONS, FIRST_COUNTS, ""),
-        (FUNCTIONS, STORED_ONE, STORED_LAST))),
-    Plant("sequence numbers instead of the chat's lock", ("missed", "misordered"), CRASH, (
-        (SCHEMA, "constraint messages_id unique (chat_id, id)\n);\n",
-         "constraint messages_id unique (chat_id, id)\n);\n" + SEQUENCES),
-        (FUNCTIONS, LOCK + ACCEPTED, "    at := clock_timestamp();\n" + ACCEPTED),
-        (FUNCTIONS, "c.last_rev + row_number() over (partition by i.chat_id order by i.item) as",
-         "nextval('numbers_' || i.chat_id) as"),
-        (FUNCTIONS, "set last_rev = p.seq, last_seq = p.seq,",
-         "set last_rev = greatest(c.last_rev, p.seq), last_seq = greatest(c.last_seq, p.seq),"),
-        (FUNCTIONS, "set last_rev = c.last_rev + 1 where",
-         "set last_rev = greatest(c.last_rev, nextval('numbers_' || c.id)) where"))),
-    Plant("an answer before the commit", ("lost",), ("worker killed", *CRASH), (
-        ("messenger.py", COMMITS, ANSWERS_EARLY),)),
-    Plant("no holes filled", ("missed",), ("listeners cut",), (
-        ("messenger.py", "version <= room.version and len(fresh) == rev - room.delivered:",
-         "version <= room.version:"),)),
-    Plant("no polls", ("missed",), ("hints dropped",), (
-        ("messenger.py", "self.spawn(self._database.repeat(self._poll, ", "len(("),)),
-    Plant("membership checked before the lock", ("leaked",), ("listeners cut",), (
-        (FUNCTIONS, LOCK + ACCEPTED, ACCEPTED),
-        (FUNCTIONS, NOT_THERE, NOT_THERE + LOCK))),
-    Plant("late removal", ("leaked",), ("listeners cut",), (
-        ("messenger.py", "in departed]:\n            self.dismiss(",
-         "in departed]:\n            asyncio.get_running_loop().call_later(0.3, self.dismiss, "),)),
-    Plant("a watermark that may go back", ("misordered",), ("listeners cut",), (
-        (FUNCTIONS, "        where m.seq > p.last_read_seq\n        group by p.chat_id",
-         "        group by p.chat_id"),)),
-    Plant("live after one page of a replay", ("missed",), ("worker killed",), (
-        ("messenger.py",
-         "        replay.at = messages[-1].rev if len(messages) == REPLAY_PAGE else upto\n",
-         "        self._join(guest, room)\n"),)),
-)  # fmt: skip
-
-
-def planted(folder: Path, plant: Plant | None) -> Path:
-    """Copy the messenger, and put a bug into it. Raises ValueError if its text is not found."""
-    tree = folder / "tree"
-    tree.mkdir()
-    for name in ("messenger.py", "postgres.py"):
-        shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "sql", tree / "sql")
-    for name, old, new in plant.changes if plant is not None else ():
-        text = (tree / name).read_text()
-        if text.count(old) != 1:
-            raise ValueError(f"{plant}: {name} has {text.count(old)} times:\n{old}")
-        (tree / name).write_text(text.replace(old, new))
-    return tree
+# ---- The command
 
 
 async def prove(seed: int) -> bool:
     """Find nothing in a copy as it is, and each bug that is planted in one; tell whether so."""
-    proven = True
-    for plant in (None, *PLANTS):
-        began = time.monotonic()
-        with scratch() as folder:
-            tree = planted(folder, plant)
-            tally = await torture(
-                folder, tree, 7, seed, plant.faults if plant else (), False, 5 if plant else 30)
-        caught = not tally.found if plant is None else any(map(tally.found.get, plant.told_by))
-        proven = proven and caught
-        what = "as it is" if plant is None else f"planted: {plant.name}"
-        found = tally.verdict() if tally.found else "nothing found"
-        verdict = "as it must" if caught else "WHICH IS WRONG"
-        took = time.monotonic() - began
-        print(f"{what}: {found}, {verdict} ({tally.acknowledged} acknowledged, {took:.1f} s)",
-              flush=True)
+    proven = await is_seen(None, seed)
+    for plant in PLANTS:
+        for again in range(PROOF_TRIES):  # a bug may not have had its chance
+            if await is_seen(plant, seed + again):
+                break
+        else:
+            proven = False
     return proven
 
 
-# ---- The command
+async def is_seen(plant: Plant | None, seed: int) -> bool:
+    """Run a copy with a bug, or without; tell whether that is what was found."""
+    began, faults, patience = time.monotonic(), (), PATIENCE_SECONDS
+    if plant is not None:
+        faults, patience = plant.faults, 5.0
+    with scratch() as folder:
+        tree = planted(folder, plant)
+        tally = await torture(folder, tree, PROOF_SECONDS, seed, faults, patience)
+    seen = any(map(tally.found.get, plant.told_by)) if plant is not None else not tally.found
+    print(
+        f"{plant.name if plant is not None else 'as it is'}: {tally.verdict()}"
+        f"  {'as it must be' if seen else 'WHICH IS WRONG'}"
+        f" ({tally.acknowledged} acknowledged, {time.monotonic() - began:.1f} s)", flush=True)
+    return seen
 
 
 @contextlib.contextmanager
@@ -1340,8 +398,8 @@ def scratch() -> Iterator[Path]:
 
 
 async def torture(
-    folder: Path, tree: Path, seconds: float, seed: int, faults: Sequence[str], speaks: bool,
-    patience: float,
+    folder: Path, tree: Path, seconds: float, seed: int, faults: Sequence[str] = (),
+    patience: float = PATIENCE_SECONDS, speaks: bool = False, least: int = 0,
 ) -> Tally:
     """Run the clients and the faults for a while, then check; answer what was counted."""
     server = Server(folder, tree)
@@ -1350,7 +408,7 @@ async def torture(
     try:
         server.start()
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as run.http:
-            await torment(run, Faults(run, seed, faults), seconds)
+            await torment(run, Faults(run, seed, faults), seconds, least)
             await judge(run)
             for task in run.tasks:
                 task.cancel()
@@ -1361,16 +419,18 @@ async def torture(
     return tally
 
 
-async def torment(run: Run, faults: Faults, seconds: float) -> None:
-    """Let everybody do what they do, for so long; then kill it all in the middle of that."""
+async def torment(run: Run, faults: Faults, seconds: float, least: int) -> None:
+    """Let everybody do what they do for so long; then kill it all in the middle of that."""
     async with asyncio.timeout(START_SECONDS):
         await run.set_up()
     await run.begin()
     going = run.spawn(faults.go_on())
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and not going.done():
-        await asyncio.sleep(min(PROGRESS_SECONDS, max(0, deadline - time.monotonic())))
+    while (left := deadline - time.monotonic()) > 0 or run.tally.faults.total() < least:
+        await asyncio.sleep(min(PROGRESS_SECONDS, max(1, left)))
         run.tally.say(run.tally.progress())
+        if going.done() or left < -3 * seconds:
+            break
     run.server.process.kill()
     await run.cut_short()
     run.server.mute.unlink(missing_ok=True)
@@ -1411,13 +471,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./run torture", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=1.0, help="how long (1)")
     parser.add_argument("--seed", type=int, default=1, help="what the faults are drawn from (1)")
+    parser.add_argument("--faults", type=int, default=0, help="and until there were so many (0)")
     parser.add_argument("--prove", action="store_true", help="see planted bugs caught")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if given.prove:
         return 0 if uvloop.run(prove(given.seed)) else 1
     with scratch() as folder:
-        tally = uvloop.run(torture(folder, ROOT, given.minutes * 60, given.seed, (), True, 60))
+        tally = uvloop.run(torture(
+            folder, ROOT, given.minutes * 60, given.seed, speaks=True, least=given.faults))
     print(f"seed {given.seed}, {given.minutes:g} minutes, {WORKERS} workers")
     print("\n".join(tally.summary()))
     return 1 if tally.found else 0

@@ -1,0 +1,23 @@
+"""The checker's short run: half a minute of every kind of fault, after which nothing is lost."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SEED = 4
+
+
+@pytest.mark.timeout(240)  # it lasts half a minute, on a busy machine until it had its faults
+def test_nothing_is_lost_while_everything_is_killed() -> None:
+    """Clients that try again until they are answered end with everything, each thing once."""
+    command = [sys.executable, str(ROOT / "tests/torture.py")]
+    options = ["--minutes", "0.5", "--faults", "20", "--seed", str(SEED)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=220)
+    print(done.stdout)  # with the seed, for pytest to show
+    assert done.returncode == 0, done.stdout + done.stderr
+    faults = re.search(r"(?m)^faults (\d+)", done.stdout)
+    assert faults is not None
+    assert int(faults[1]) >= 20
