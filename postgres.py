@@ -144,6 +144,7 @@ SERVER_OPTIONS = (
     "max_connections=100",
     "shared_buffers=128MB",
     "max_wal_size=1GB",
+    "recovery_init_sync_method=syncfs",
     "timezone=UTC",
     "log_timezone=UTC",
     "cluster_name=messenger",
