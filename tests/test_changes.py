@@ -159,8 +159,11 @@ async def test_who_may_delete_what(alice: Person, bob: Person, carol: Person, pe
 # ---- Changes since a number
 
 
-async def test_changes_are_each_told_once_as_they_are_now(alice: Person, bob: Person) -> None:
-    """All that was posted, edited or deleted after a number, by `rev`; nothing after the last."""
+async def test_changes_are_each_told_once_as_they_are_now(
+    alice: Person, bob: Person, sql: asyncpg.Connection
+) -> None:
+    """All that was posted, edited or deleted after a number, by `rev`; nothing after the last. A
+    page has 50 by default and 100 at most."""
     chat = await alice.opens(bob)
     sent = [await alice.says(chat, str(number)) for number in range(1, 6)]
     await edits(alice, sent[1], "2b")  # 6
@@ -178,21 +181,14 @@ async def test_changes_are_each_told_once_as_they_are_now(alice: Person, bob: Pe
         found = await pages(bob, f"/chats/{chat}/changes?limit={limit}")
         assert [len(page) for page in found] == sizes
         assert [m["rev"] for page in found for m in page] == [one[0] for one in everything]
-
-
-async def test_fifty_changes_are_told_unless_asked_otherwise(
-    alice: Person, bob: Person, sql: asyncpg.Connection
-) -> None:
-    """A page has 50 by default and 100 at most."""
-    chat = await alice.opens(bob)
     await sql.execute(
         "insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)"
-        " select $1, n, n, gen_random_uuid(), $2, 'x', now() from generate_series(1, 101) n",
+        " select $1, n, n, gen_random_uuid(), $2, 'x', now() from generate_series(10, 104) n",
         chat, alice.id,
     )  # fmt: skip
-    await sql.execute("update chats set last_rev = 101, last_seq = 101 where id = $1", chat)
-    assert [len(page) for page in await pages(bob, f"/chats/{chat}/changes")] == [50, 50, 1]
-    assert [len(page) for page in await pages(bob, f"/chats/{chat}/changes?limit=100")] == [100, 1]
+    for limit, sizes in (("", [50, 50, 1]), ("?limit=100", [100, 1])):
+        found = await pages(bob, f"/chats/{chat}/changes{limit}")
+        assert [len(page) for page in found] == sizes
 
 
 # ---- Live
@@ -250,25 +246,6 @@ async def test_changes_are_heard_at_another_server_with_every_hint_lost(
     async with asyncio.timeout(SOON_SECONDS):
         assert await hears_change(line) == ("message_updated", 3, 2, "zwei")
         assert await hears_change(line) == ("message_updated", 4, 1, "")
-
-
-async def test_removed_participant_hears_no_later_change(
-    alice: Person, bob: Person, carol: Person, elsewhere: Elsewhere  # noqa: F811
-) -> None:
-    """An edit right after a removal, at whichever server, is heard by the others only."""
-    chat = await alice.founds(bob, carol)
-    sent = await alice.says(chat, "public")
-    there = await elsewhere.takes(carol)
-    lines = [await carol.listens_live(chat), await there.listens_live(chat)]
-    watching = [await follows(carol), await follows(there)]
-    await removes(alice, chat, carol)
-    await edits(alice, sent, "secret")
-    for line in lines:
-        with pytest.raises(AssertionError, match="closed with 4403"):
-            await line.hears("message", "message_updated")
-    for line in watching:
-        assert (await line.hears())["type"] == "chat_removed"
-        await line.hears_nothing(0.1)
 
 
 # ---- Order
@@ -365,13 +342,13 @@ async def test_numbers_have_no_holes_whatever_takes_them(
     dice, taken = random.Random(7), [len(sent)]
 
     async def posts(line: Line) -> None:
-        for number in range(40):
+        for number in range(25):
             await line.says("over a socket", ref=number)
             assert (await line.hears("ack", "error"))["ref"] == number
             taken[0] += 1
 
     async def disturbs(who: Person, number: int) -> None:
-        for turn in range(20):
+        for turn in range(10):
             target = dice.choice(sent)
             if turn % 5 == 4:
                 sent.append(await who.says(chat, "over REST"))

@@ -264,7 +264,7 @@ async def test_5_the_removed_hear_nothing_later_and_can_do_nothing(
     for each in (app, elsewhere.app):
         monkeypatch.setattr(each[messenger.BUS], "publish", lambda hints: None)
     chat = await alice.founds(bob, carol)
-    sent = await carol.says(chat, "mine")
+    sent, public = await carol.says(chat, "mine"), await alice.says(chat, "public")
     there, bob_there = await elsewhere.takes(carol), await elsewhere.takes(bob)
     lines = [await who.listens_live(chat) for who in (carol, there)]
     homes = [await follows(who) for who in (carol, there)]
@@ -282,6 +282,7 @@ async def test_5_the_removed_hear_nothing_later_and_can_do_nothing(
             problem = await who.expects(404, method, path, body)
             assert problem["type"] == "chat-not-found"
     await alice.says(chat, "secret")
+    await edits(alice, public, "a secret too")
     for line in lines:
         while not line.ws.closed:
             frame = await line.ws.receive()
@@ -292,7 +293,7 @@ async def test_5_the_removed_hear_nothing_later_and_can_do_nothing(
         while heard[-1]["type"] != "chat_removed":
             heard.append(await line.hears())
         assert {frame["type"] for frame in heard} <= {"error", "chat_removed"}
-    assert await bob.history(chat) == ["mine", "secret", "secret"]
+    assert await bob.history(chat) == ["mine", "a secret too", "secret", "secret"]
 
 
 async def test_6_watermarks_never_go_back(
