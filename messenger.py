@@ -160,11 +160,12 @@ PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
+OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 HEARTBEAT_SECONDS = 25
 PONG_SECONDS = 15
 STALLED_SECONDS = 30  # without taking a byte
-CLOSE_SECONDS = 2
+CLOSE_SECONDS = 1
 WORD_CHARS_MAX = 64  # in the index
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
@@ -1163,9 +1164,15 @@ class Live:
         if missed is None:
             self.dismiss(guest, room.chat_id)
             return
-        messages = [MESSAGE.decode(message) for message in missed]
-        guest.write(b"".join([change_frame(message, replay.since) for message in messages]))
-        replay.at = messages[-1].rev if len(messages) == REPLAY_PAGE else upto
+        frames = bytearray()
+        for message in map(MESSAGE.decode, missed):
+            if len(frames) > BEHIND_BYTES:
+                break  # the rest is read again, once this is taken
+            frames += change_frame(message, replay.since)
+            replay.at = message.rev
+        else:
+            replay.at = replay.at if len(missed) == REPLAY_PAGE else upto
+        guest.write(bytes(frames))
 
     def _fall_behind(self, guest: Socket) -> None:
         """Take a socket that reads too slowly out of the live sets, to catch up at its own pace."""
@@ -1199,7 +1206,7 @@ class Live:
         """Write frames to live sockets. Nothing may await in this loop."""
         slow = []
         for guest in guests:
-            if guest.unsent() > BEHIND_BYTES:
+            if (unsent := guest.unsent()) > BEHIND_BYTES or unsent + len(frames) > OUTPUT_BYTES_MAX:
                 slow.append(guest)
             else:
                 guest.write(frames)
@@ -1285,12 +1292,13 @@ class Live:
                 await asyncio.sleep(POLL_SECONDS * POLL_CHATS_MAX / len(chat_ids))
             rooms = [self._rooms[each] for each in chat_ids[start:][:POLL_CHATS_MAX]
                      if each in self._rooms]
-            known = {room.chat_id: room.delivered for room in rooms}
+            known = {room.chat_id: (room, room.delivered) for room in rooms}
             for row in await self._database.rows(SELECT_POSITIONS, list(known)):
-                if row["last_rev"] < known[row["id"]]:
-                    self._start_over(row["id"])
-                else:
-                    self.advance(row["id"], row["last_rev"], row["version"])
+                room, delivered = known[row["id"]]
+                is_restored = row["last_rev"] < delivered  # to a past state: all start over
+                for guest in list(room.guests) if is_restored else ():
+                    self.close(guest, WS_GOING_AWAY)
+                self.advance(*row)
         if self._sockets:
             since = asked_at - self._polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
@@ -1298,11 +1306,6 @@ class Live:
             for row in await self._database.rows(SELECT_JOINED, since, list(self._homes)):
                 self.came_in(row["chat_id"], [row["user_id"]])
         self._polled_at = asked_at
-
-    def _start_over(self, chat_id: int) -> None:
-        """Send everybody in a room away to come back: the database was restored to a past state."""
-        for guest in list(self._rooms[chat_id].guests) if chat_id in self._rooms else ():
-            self.close(guest, WS_GOING_AWAY)
 
     async def _watch(self) -> None:
         """Look at every socket once a second: expired, stalled, silent?"""
@@ -1463,9 +1466,10 @@ class SearchIndex:
         await asyncio.sleep(INDEX_REST * (time.monotonic() - began))
 
 async def leave_chats(app: web.Application, user_id: int) -> None:
-    """Take a deleted user out of their chats. Raises ServiceUnavailable; may be called again."""
-    while row := await app[DATABASE].row(LEAVE_NEXT_CHAT, user_id):
-        app[LIVE].publish(ChatHint(*row))
+    """Take a deleted user out of their chats; what it cannot do now is done by keep_tidy."""
+    with contextlib.suppress(ServiceUnavailable):
+        while row := await app[DATABASE].row(LEAVE_NEXT_CHAT, user_id):
+            app[LIVE].publish(ChatHint(*row))
 
 async def keep_tidy(app: web.Application) -> None:
     """Finish what deleted accounts left, and sweep away chats without participants."""

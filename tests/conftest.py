@@ -35,6 +35,7 @@ def pytest_asyncio_loop_factories() -> dict[str, Any]:
 SETTINGS = messenger.Settings(bcrypt_cost=4)
 SECRET_KEY = "a key of the tests, longer than 32 bytes"
 PASSWORD = "correct horse"
+SOON_SECONDS = 5  # a generous deadline for what takes up to 2 s
 HEAR_SECONDS = 10  # a generous deadline: nothing waits that long unless it is broken
 
 
@@ -361,3 +362,67 @@ async def carol(people: Callable[[str], Awaitable[Person]]) -> Person:
 def new_id() -> str:
     """Make a message id, as a client does."""
     return str(uuid4())
+
+
+# ---- Two servers on one database
+
+
+class Elsewhere:
+    """A second server on the same database, and the way of people to it."""
+
+    def __init__(self, app: web.Application, make_client: Callable[[], Awaitable[Any]]) -> None:
+        self.app = app
+        self.people: list[Person] = []
+        self._make_client = make_client
+
+    async def takes(self, person: Person) -> Person:
+        """Answer the same person, with the same session, as a client of this server."""
+        same = Person(await self._make_client(), person.name)
+        same.id, same.access, same.refresh = person.id, person.access, person.refresh
+        self.people.append(same)
+        return same
+
+
+@pytest.fixture
+async def elsewhere(
+    database_url: str,
+    aiohttp_server: Callable[..., Awaitable[TestServer]],
+    aiohttp_client: Callable[..., Awaitable[TestClient[Any, Any]]],
+) -> AsyncIterator[Elsewhere]:
+    """A second server on the test's database."""
+    app = messenger.make_app(SETTINGS, database_url, SECRET_KEY)
+    server = await aiohttp_server(app)
+    made = Elsewhere(app, lambda: aiohttp_client(server))
+    yield made
+    for person in made.people:
+        for line in person.lines:
+            await line.close()
+    await server.close()
+
+
+@pytest.fixture(params=["with hints", "without hints"])
+def hints(
+    request: pytest.FixtureRequest, app: web.Application, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Once with the hints of the first server, once with all of them lost."""
+    if request.param == "without hints":
+        monkeypatch.setattr(app[messenger.BUS], "publish", lambda hints: None)
+    return str(request.param)
+
+
+@pytest.fixture
+def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make what is heard be heard by hint alone. Comes before `app`."""
+    monkeypatch.setattr(messenger, "POLL_SECONDS", 3600)
+
+
+async def knows(person: Person, chat: int, line: Line) -> None:
+    """Post until a line at another server hears it: from then on both listen for hints."""
+    async with asyncio.timeout(SOON_SECONDS):
+        hearing = asyncio.create_task(line.hears("message"))
+        posted = 0
+        while not hearing.done():
+            posted = (await person.says(chat, "knock"))["seq"]
+            await asyncio.wait([hearing], timeout=0.05)
+        while (await hearing)["data"]["seq"] < posted:
+            hearing = asyncio.create_task(line.hears("message"))

@@ -7,9 +7,8 @@ from typing import Any
 import asyncpg
 import pytest
 from aiohttp import web
-from conftest import Line, Person, new_id, pages
+from conftest import SOON_SECONDS, Elsewhere, Line, Person, knows, new_id, pages
 from test_every_chat import follows, removes
-from test_order import SOON_SECONDS, Elsewhere, elsewhere, knows, no_polls  # noqa: F401 - fixtures
 
 import messenger
 
@@ -218,7 +217,7 @@ async def test_changes_are_heard_by_all(alice: Person, bob: Person, carol: Perso
 
 @pytest.mark.usefixtures("no_polls")
 async def test_changes_are_heard_at_another_server_by_hint(
-    alice: Person, bob: Person, elsewhere: Elsewhere  # noqa: F811
+    alice: Person, bob: Person, elsewhere: Elsewhere
 ) -> None:
     """An edit and a deletion at one server are heard at the other without any poll."""
     chat = await alice.opens(bob)
@@ -233,7 +232,7 @@ async def test_changes_are_heard_at_another_server_by_hint(
 
 
 async def test_changes_are_heard_at_another_server_with_every_hint_lost(
-    app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere,  # noqa: F811
+    app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without hints the poll finds an edit and a deletion, in order, within 2 s."""
@@ -330,7 +329,7 @@ async def test_change_that_waits_for_a_removal_is_refused(
 
 
 async def test_numbers_have_no_holes_whatever_takes_them(
-    alice: Person, bob: Person, elsewhere: Elsewhere  # noqa: F811
+    alice: Person, bob: Person, elsewhere: Elsewhere
 ) -> None:
     """Posts over sockets and REST, edits and deletions at two servers at once: as many numbers as
     changes; each socket hears them rising, each asker after a number misses nothing."""

@@ -14,15 +14,7 @@ import jwt
 import pytest
 from aiohttp import WSServerHandshakeError
 from aiohttp.test_utils import TestServer
-from conftest import SECRET_KEY, Heard, Line, Person, new_id
-from test_order import (  # noqa: F401 - the last three are fixtures
-    SOON_SECONDS,
-    Elsewhere,
-    elsewhere,
-    hints,
-    knows,
-    no_polls,
-)
+from conftest import SECRET_KEY, SOON_SECONDS, Elsewhere, Heard, Line, Person, knows, new_id
 from test_socket import RawLine
 
 import messenger
@@ -894,8 +886,8 @@ async def test_new_chat_and_joining_are_heard_at_another_server(
     alice: Person,
     bob: Person,
     carol: Person,
-    elsewhere: Elsewhere,  # noqa: F811
-    hints: str,  # noqa: F811
+    elsewhere: Elsewhere,
+    hints: str,
 ) -> None:
     """Chats made, and joined, at one server come to a socket at the other, hints or none."""
     group = await alice.founds(bob)
@@ -920,7 +912,7 @@ async def test_chats_are_heard_at_another_server_by_hint(
     alice: Person,
     bob: Person,
     carol: Person,
-    elsewhere: Elsewhere,  # noqa: F811
+    elsewhere: Elsewhere,
 ) -> None:
     """Who is put into a group, or a new chat, at one server is told at the other without a poll."""
     known, chat = await alice.opens(carol), await alice.founds(bob)
@@ -940,8 +932,8 @@ async def test_removal_is_heard_at_another_server_and_nothing_leaks(
     alice: Person,
     bob: Person,
     carol: Person,
-    elsewhere: Elsewhere,  # noqa: F811
-    hints: str,  # noqa: F811
+    elsewhere: Elsewhere,
+    hints: str,
 ) -> None:
     """Removed at one server, with a post at the other right after: that post is not heard."""
     chat, silent = await alice.founds(bob, carol), await alice.founds(bob, carol)
@@ -963,8 +955,8 @@ async def test_who_was_out_for_a_moment_hears_on_at_another_server(
     alice: Person,
     bob: Person,
     carol: Person,
-    elsewhere: Elsewhere,  # noqa: F811
-    hints: str,  # noqa: F811
+    elsewhere: Elsewhere,
+    hints: str,
 ) -> None:
     """Removed and put back before the other server looks: each message then is heard once."""
     chat = await alice.founds(bob, carol)
@@ -988,7 +980,7 @@ async def test_who_was_out_for_a_moment_hears_on_at_another_server(
 async def test_typing_and_read_are_heard_at_another_server(
     alice: Person,
     bob: Person,
-    elsewhere: Elsewhere,  # noqa: F811
+    elsewhere: Elsewhere,
 ) -> None:
     """Who types and reads at one server is heard to at the other, but by themself for typing."""
     chat = await alice.opens(bob)
@@ -1012,7 +1004,7 @@ async def test_typing_and_read_are_heard_at_another_server(
 async def test_socket_ends_with_its_new_session_at_another_server(
     alice: Person,
     bob: Person,
-    elsewhere: Elsewhere,  # noqa: F811
+    elsewhere: Elsewhere,
 ) -> None:
     """After `auth` a logout elsewhere of the old session does nothing, of the new one closes."""
     chat, old = await alice.opens(bob), alice.access

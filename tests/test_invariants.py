@@ -15,13 +15,13 @@ import asyncpg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from conftest import PASSWORD, SECRET_KEY, Line, Person, new_id, pages
+from conftest import PASSWORD, SECRET_KEY, SOON_SECONDS, Elsewhere, Line, Person, new_id, pages
 from test_changes import deletes, edits
 from test_chats import requests_about
 from test_every_chat import adds, follows, removes
 from test_faults import Server, people_of  # noqa: F401 - a fixture
 from test_input import World, of_body, of_query, world  # noqa: F401 - a fixture
-from test_order import LONG, SOON_SECONDS, Elsewhere, elsewhere, stalls  # noqa: F401 - a fixture
+from test_order import LONG, stalls
 from test_socket import raw  # noqa: F401 - a fixture
 from yarl import URL
 
@@ -109,7 +109,7 @@ async def test_1_answered_means_durable(starts: Any, people_of: Any) -> None:  #
 
 
 async def test_2_numbers_have_no_holes_and_never_repeat(
-    sql: asyncpg.Connection, alice: Person, bob: Person, elsewhere: Elsewhere  # noqa: F811
+    sql: asyncpg.Connection, alice: Person, bob: Person, elsewhere: Elsewhere
 ) -> None:
     """At every moment the numbers of a chat are exactly 1 to its last, whatever is posted, edited,
     deleted and refused at two servers at once."""
@@ -160,7 +160,7 @@ def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few_at_a_time")
 async def test_3_who_comes_back_with_their_number_ends_up_with_everything(
     app: web.Application, alice: Person, bob: Person,
-    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether one stays or reconnects any number of times, soon or late, to either server, with
     every hint lost, all changes arrive; on one socket the numbers only rise."""
@@ -271,7 +271,7 @@ async def test_4_an_id_is_one_message(
 
 async def test_5_the_removed_hear_nothing_later_and_can_do_nothing(
     app: web.Application, alice: Person, bob: Person, carol: Person,
-    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From the answer to a removal on: every request about the chat is 404 and every frame is
     refused, at any server, though all hints are lost; what is posted is not heard."""
@@ -311,7 +311,7 @@ async def test_5_the_removed_hear_nothing_later_and_can_do_nothing(
 
 
 async def test_6_watermarks_never_go_back(
-    sql: asyncpg.Connection, alice: Person, bob: Person, elsewhere: Elsewhere  # noqa: F811
+    sql: asyncpg.Connection, alice: Person, bob: Person, elsewhere: Elsewhere
 ) -> None:
     """Reads in any order, over REST and sockets at two servers, and coming back into a group: at
     no step is less read than before."""

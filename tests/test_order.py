@@ -4,70 +4,19 @@ import asyncio
 import json
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
 import asyncpg
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
-from conftest import SECRET_KEY, SETTINGS, Heard, Line, Person, new_id
+from aiohttp.test_utils import TestServer
+from conftest import SOON_SECONDS, Elsewhere, Heard, Line, Person, knows, new_id
 from test_socket import RawLine, raw  # noqa: F401 - a fixture
 
 import messenger
 import postgres
-
-SOON_SECONDS = 5  # a generous deadline for what takes up to 2 s
-
-
-class Elsewhere:
-    """A second server on the same database, and the way of people to it."""
-
-    def __init__(self, app: web.Application, make_client: Callable[[], Awaitable[Any]]) -> None:
-        self.app = app
-        self.people: list[Person] = []
-        self._make_client = make_client
-
-    async def takes(self, person: Person) -> Person:
-        """Answer the same person, with the same session, as a client of this server."""
-        same = Person(await self._make_client(), person.name)
-        same.id, same.access, same.refresh = person.id, person.access, person.refresh
-        self.people.append(same)
-        return same
-
-
-@pytest.fixture
-async def elsewhere(
-    database_url: str,
-    aiohttp_server: Callable[..., Awaitable[TestServer]],
-    aiohttp_client: Callable[..., Awaitable[TestClient[Any, Any]]],
-) -> AsyncIterator[Elsewhere]:
-    """A second server on the test's database."""
-    app = messenger.make_app(SETTINGS, database_url, SECRET_KEY)
-    server = await aiohttp_server(app)
-    made = Elsewhere(app, lambda: aiohttp_client(server))
-    yield made
-    for person in made.people:
-        for line in person.lines:
-            await line.close()
-    await server.close()
-
-
-@pytest.fixture(params=["with hints", "without hints"])
-def hints(
-    request: pytest.FixtureRequest, app: web.Application, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """Once with the hints of the first server, once with all of them lost."""
-    if request.param == "without hints":
-        monkeypatch.setattr(app[messenger.BUS], "publish", lambda hints: None)
-    return str(request.param)
-
-
-@pytest.fixture
-def no_polls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make what is heard be heard by hint alone. Comes before `app`."""
-    monkeypatch.setattr(messenger, "POLL_SECONDS", 3600)
 
 
 async def sockets_of(person: Person, chat: int, number: int) -> list[Line]:
@@ -511,18 +460,6 @@ async def test_message_is_heard_at_another_server_by_hint(
         assert (await line.hears("message"))["data"]["text"] == f"hint {number}"
 
 
-async def knows(person: Person, chat: int, line: Line) -> None:
-    """Post until a line at another server hears it: from then on both listen for hints."""
-    async with asyncio.timeout(SOON_SECONDS):
-        hearing = asyncio.create_task(line.hears("message"))
-        posted = 0
-        while not hearing.done():
-            posted = (await person.says(chat, "knock"))["seq"]
-            await asyncio.wait([hearing], timeout=0.05)
-        while (await hearing)["data"]["seq"] < posted:
-            hearing = asyncio.create_task(line.hears("message"))
-
-
 async def test_message_is_heard_at_another_server_with_every_hint_lost(
     app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere,
     monkeypatch: pytest.MonkeyPatch,
@@ -537,17 +474,16 @@ async def test_message_is_heard_at_another_server_with_every_hint_lost(
         assert [(await line.hears("message"))["data"]["seq"] for _ in range(5)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.usefixtures("no_polls")
 async def test_coming_back_to_a_server_that_lags_gets_no_lower_number(
     app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who heard of a message at one server is not told a lower number by another, which lags."""
     monkeypatch.setattr(app[messenger.BUS], "publish", lambda hints: None)
-    monkeypatch.setattr(messenger, "POLL_SECONDS", 3600)
     chat = await alice.opens(bob)
     there = await elsewhere.takes(bob)
     await there.listens_live(chat)  # so that the other server knows the chat, at number 0
-    await asyncio.sleep(1.1)  # past the last poll
     last = (await alice.says(chat, "hello"))["seq"]
     line = await there.listens(chat, f"?after={last}")
     assert (await line.hears("ready"))["data"]["rev"] == last

@@ -10,10 +10,9 @@ import asyncpg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from conftest import PASSWORD, SECRET_KEY, SETTINGS, Person, pages
+from conftest import PASSWORD, SECRET_KEY, SETTINGS, SOON_SECONDS, Elsewhere, Person, pages
 from test_chats import dave, puts, roles  # noqa: F401 - a fixture
 from test_every_chat import follows, removes
-from test_order import SOON_SECONDS, Elsewhere, elsewhere, no_polls  # noqa: F401 - fixtures
 
 import messenger
 
@@ -129,7 +128,7 @@ async def test_present_password_is_needed(alice: Person) -> None:
 
 
 async def test_new_password_ends_every_other_session(
-    app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere,  # noqa: F811
+    app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Their tokens and sockets end, at other servers too, though every hint is lost; the session
@@ -365,7 +364,7 @@ async def test_partner_of_a_deleted_account_reads_on(
 
 @pytest.mark.usefixtures("no_polls")
 async def test_deletion_is_heard_at_another_server_by_hint(
-    alice: Person, bob: Person, elsewhere: Elsewhere  # noqa: F811
+    alice: Person, bob: Person, elsewhere: Elsewhere
 ) -> None:
     """Sockets of the deleted end at other servers, and the others there are told."""
     chat = await alice.founds(bob)

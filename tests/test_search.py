@@ -8,9 +8,8 @@ from urllib.parse import quote
 import asyncpg
 import pytest
 from aiohttp import web
-from conftest import Person, pages
+from conftest import Elsewhere, Person, pages
 from test_changes import deletes, edits
-from test_order import Elsewhere, elsewhere  # noqa: F401 - a fixture
 
 import messenger
 
@@ -134,7 +133,7 @@ async def test_long_words_do_no_harm(alice: Person, bob: Person) -> None:
 
 
 async def test_change_is_found_at_once(
-    alice: Person, bob: Person, elsewhere: Elsewhere  # noqa: F811
+    alice: Person, bob: Person, elsewhere: Elsewhere
 ) -> None:
     """A message is found as it is when it is asked for, at any server: posted, edited, deleted."""
     chat = await alice.opens(bob)
@@ -152,7 +151,7 @@ async def test_change_is_found_at_once(
 
 
 async def test_indexers_that_race_leave_no_stale_word(
-    app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere  # noqa: F811
+    app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere
 ) -> None:
     """One that read a message before an edit and writes after another took in the edit changes
     nothing: the old words are not found, the new ones are."""
@@ -185,7 +184,7 @@ async def test_indexers_that_race_leave_no_stale_word(
 
 
 async def test_search_finds_what_is_posted_while_many_index(
-    alice: Person, bob: Person, elsewhere: Elsewhere,  # noqa: F811
+    alice: Person, bob: Person, elsewhere: Elsewhere,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While others post, edit and search at two servers, each finds their own word at once, by
