@@ -52,9 +52,11 @@ from torture_server import BACK_SECONDS, WORKERS, Server, Tally, kill
 START_SECONDS = 30.0
 LATE_SECONDS = 5.0  # with the hints dropped; it takes little more than a second
 REST_SECONDS = (0.3, 0.9)  # between two faults
+DYING_SECONDS = 0.1  # for so long what was not killed itself may still answer
 PROGRESS_SECONDS = 10
 PATIENCE_SECONDS = 60.0  # until everybody must have everything in the end
-PROOF_SECONDS = 7.0  # with a bug, and three times at most
+PROOF_SECONDS = 10.0  # without a bug
+PROOF_PATIENCE_SECONDS = 4.0  # with one
 PROOF_TRIES = 3
 
 # ---- Faults
@@ -112,11 +114,11 @@ class Faults:
             await asyncio.sleep(self.random.uniform(*REST_SECONDS))
 
     def _acknowledged(self, began: float) -> None:
-        if began > self._since:
+        if began > self._since + DYING_SECONDS:
             self._back.set()
 
     async def _recover(self, kind: str) -> None:
-        """Measure until a post that was sent after the fault is acknowledged."""
+        """Measure from the fault until a post that was sent after it is acknowledged."""
         self._back.clear()
         try:
             await asyncio.wait_for(self._back.wait(), BACK_SECONDS)
@@ -376,12 +378,14 @@ async def prove(seed: int) -> bool:
 
 async def is_seen(plant: Plant | None, seed: int) -> bool:
     """Run a copy with a bug, or without; tell whether that is what was found."""
-    began, faults, patience = time.monotonic(), (), PATIENCE_SECONDS
-    if plant is not None:
-        faults, patience = plant.faults, 5.0
+    began = time.monotonic()
     with scratch() as folder:
         tree = planted(folder, plant)
-        tally = await torture(folder, tree, PROOF_SECONDS, seed, faults, patience)
+        if plant is None:
+            tally = await torture(folder, tree, PROOF_SECONDS, seed)
+        else:
+            tally = await torture(
+                folder, tree, plant.seconds, seed, plant.faults, PROOF_PATIENCE_SECONDS)
     seen = any(map(tally.found.get, plant.told_by)) if plant is not None else not tally.found
     print(
         f"{plant.name if plant is not None else 'as it is'}: {tally.verdict()}"

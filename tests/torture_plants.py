@@ -15,6 +15,7 @@ class Plant:
     told_by: tuple[str, ...]
     faults: tuple[str, ...]
     changes: tuple[tuple[str, str, str], ...]  # file, what stands there, what is put there
+    seconds: float = 6.0  # how long the clients go on
 
 
 CRASH = ("postmaster killed", "backend killed")
@@ -84,7 +85,7 @@ PLANTS = (
         ("messenger.py", "version <= room.version and len(fresh) == rev - room.delivered:",
          "version <= room.version:"),)),
     Plant("no polls", ("missed",), ("hints dropped",), (
-        ("messenger.py", "self.spawn(self._database.repeat(self._poll, ", "len(("),)),
+        ("messenger.py", "self.spawn(self._database.repeat(self._poll, ", "len(("),), 11.0),
     Plant("membership checked before the lock", ("leaked",), ("listeners cut",), (
         (FUNCTIONS, LOCK + ACCEPTED, ACCEPTED),
         (FUNCTIONS, NOT_THERE, NOT_THERE + LOCK))),
