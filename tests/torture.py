@@ -453,6 +453,8 @@ async def judge(run: Run) -> None:
     except TimeoutError:
         left = len(run.unanswered) + len(run.unchanged)
         run.tally.blame("wrong", f"{left} things are not answered in the end")
+    if not run.messages:
+        run.tally.blame("wrong", "nothing was ever acknowledged")
     for chat in run.chats:
         await run.look_at_watermarks(chat)
     await check.everything()
