@@ -25,7 +25,6 @@ it, except the table of endpoints and the start-up:
     Shapes                   the bodies, answers and frames that clients see
     Problems                 what can be refused, a line each
     Queries                  every SQL statement
-    Database and bus         rows that become shapes, hints to other processes
     Who is asking            passwords, tokens, sessions
     Live delivery            which socket follows which chat, and how each gets every change
     Writers and upkeep       commit posts, changes, reads; index words; tidy up
@@ -105,7 +104,7 @@ SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 # What an administrator may set, each from the environment variable of its name in capitals, and
 # the bounds that are part of the contract or guard the process.
 
-class Settings(Struct, frozen=True, kw_only=True):
+class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     """What is set from outside; README.md tells what each is for."""
 
     host: str = "127.0.0.1"
@@ -123,14 +122,12 @@ class Settings(Struct, frozen=True, kw_only=True):
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> "Settings":
         """Read the settings from environment variables. Raises StartError naming a wrong one."""
-        names = [name for name in cls.__struct_fields__ if name.upper() in environ]
-        given = {name: environ[name.upper()] for name in names}
         try:
-            settings = msgspec.convert(given, cls, strict=False)
+            settings = msgspec.convert(environ, cls, strict=False)
         except msgspec.ValidationError as error:
             reason, _, name = str(error).rpartition(" - at `$.")
             name = name.rstrip("`")
-            raise StartError(f"{name.upper()}={given.get(name)!r}: {reason}") from None
+            raise StartError(f"{name}={environ.get(name)!r}: {reason}") from None
         if not re.match("(postgres(ql)?://|$)", settings.database_url):
             raise StartError("DATABASE_URL must be like postgresql://user:password@host/database")
         if settings.database_url and not settings.secret_key:
@@ -384,11 +381,6 @@ class AuthIn(Body, tag_field="type", tag="auth"):
 
 ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn
 
-class FrameName(Struct):
-    """What is repeated of a frame that was refused, where it can be read."""
-    ref: Any = None
-    chat_id: Any = None
-
 class Ack(Struct):
     """The number and time under which a message is durable."""
     id: MessageId
@@ -442,7 +434,11 @@ EVENTS: Mapping[str, tuple[type[Struct], str]] = {
     "ready": (Ready, "The chat is live on this socket, from this number on."),
     "error": (ProblemDetails, "A frame was refused; the socket stays open."),
 }
+
+ShapeT = TypeVar("ShapeT")
 ENCODER = msgspec.json.Encoder()
+MESSAGE, CHAT = msgspec.json.Decoder(Message), msgspec.json.Decoder(Chat)
+PARTICIPANT = msgspec.json.Decoder(Participant)
 
 def folded(text: str) -> str:
     """Fold a text so that it compares without regard to case, in any script (Unicode, NFKC).
@@ -528,22 +524,36 @@ def invalid(loc: str, msg: str) -> InvalidInput:
     """Say what is wrong with one field, named like `$.text`."""
     return InvalidInput(errors=[FieldError(loc, msg)])
 
-def refused(slug: str) -> Problem:
-    """Make the problem that a function of sql/post-apply.sql or a constraint names."""
-    if slug == ReplyNotFound.slug:
+def refused(outcome: str) -> Problem | None:
+    """Make the problem that a function of sql/post-apply.sql or a constraint names, if any."""
+    if outcome == ReplyNotFound.slug:
         return ReplyNotFound(errors=[FieldError("$.reply_to", "is no message of this chat")])
-    return Problem.named[slug]()
+    return Problem.named[outcome]() if outcome in Problem.named else None
 
 def invalid_input(error: msgspec.ValidationError) -> InvalidInput:
     """Turn what msgspec found wrong into a problem that names the field."""
     msg, _, path = str(error).partition(" - at `")
-    loc = path.rstrip("`") or "$"
+    loc = path.removeprefix("key` in `").rstrip("`") or "$"
     if field_named := re.search(r"field `([^`]+)`", msg):
         loc = f"{loc}.{field_named[1]}"
         msg = "is missing" if "missing" in msg else "is not a field here"
     if "matching regex" in msg:
         msg = "must not contain U+0000"
     return invalid(loc, msg)
+
+def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
+    """Decode JSON into its declared shape.
+
+    Raises MalformedRequest for what is no JSON, InvalidInput for JSON of another shape.
+    """
+    refusal: Problem = MalformedRequest("The body is not JSON.")
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            return decoder.decode(text)
+        except msgspec.ValidationError as error:
+            msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
+            refusal = invalid_input(error)
+    raise refusal
 
 # ==== Queries =====================================================================================
 # Every statement: first its parameters, then the index that serves it. Each one about a chat takes
@@ -572,10 +582,6 @@ SELECT_HASH = """  -- user_id
 SELECT_LEAVING = """  -- (none)
     -- users_leaving
     select id from users where is_leaving"""
-
-FORGIVE_ATTEMPTS = """  -- key
-    -- attempts_by_key
-    delete from attempts where key = $1"""
 
 SELECT_SESSION = """  -- session_id, user_id
     -- sessions_pkey
@@ -658,46 +664,6 @@ INDEX_WORDS = "select index_words($1, $2, $3, $4, $5)"
 SWEEP_EMPTY_CHAT = "select sweep_empty_chat($1)"
 SELECT_ROOM = "select * from room_news($1, $2, $3, $4)"
 
-# ==== Database and bus ============================================================================
-# The pool, the writer that commits in groups and the notifications are in postgres.py. Here is what
-# goes through them: rows that become shapes, hints by which processes tell each other of news.
-
-ShapeT = TypeVar("ShapeT")
-
-def decoded(decoder: msgspec.json.Decoder[ShapeT], row: Any) -> ShapeT | None:
-    """Decode a row whose only column is the JSON of a shape; None where there is no row."""
-    return decoder.decode(row[0]) if row else None
-
-MESSAGE = msgspec.json.Decoder(Message)
-CHAT = msgspec.json.Decoder(Chat)
-PARTICIPANT = msgspec.json.Decoder(Participant)
-
-class ChatHint(Struct, array_like=True, tag="chat"):
-    """A chat has come to this rev and version; these users came into it."""
-    chat_id: int
-    rev: int
-    version: int
-    joined: list[int] = []
-
-class FrameHint(Struct, array_like=True, tag="frame"):
-    """A frame without a number, for everybody in a chat, for some, or for all but one."""
-    chat_id: int
-    frame: str
-    only: list[int] | None = None
-    but: int = 0
-
-class SessionHint(Struct, array_like=True, tag="session"):
-    """A session has ended."""
-    session_id: int
-
-Hint = ChatHint | FrameHint | SessionHint
-HINTS = msgspec.json.Decoder(list[Hint])
-
-def hint_item(hint: Hint) -> tuple[object, bytes]:
-    """Make of a hint what the bus takes: of a chat's own the newest is enough."""
-    key = hint.chat_id if isinstance(hint, ChatHint) and not hint.joined else object()
-    return key, ENCODER.encode(hint)
-
 # ==== Who is asking ===============================================================================
 # Passwords are hashed by bcrypt over a SHA-2 digest (bcrypt itself stops at 72 bytes and at NUL),
 # in threads of their own. Tokens are JWTs (RFC 7519) that name a session; a session is one login,
@@ -712,6 +678,7 @@ class Asker:
     expires_at: float  # seconds since the epoch
 
 ASKER = web.RequestKey("asker", Asker)
+ME = web.RequestKey("me", int)  # the asker's id
 SUBPROTOCOL = "messenger.v1"
 
 class Passwords:
@@ -798,12 +765,13 @@ class Sessions:
             raise Unauthorized
         asker = Asker(int(claims["sub"]), claims["sid"], claims["exp"])
         if self._alive.get(asker.session_id, 0) < time.monotonic():
+            until = time.monotonic() + SESSION_TRUST_SECONDS
             alive = await self._database.row(SELECT_SESSION, asker.session_id, asker.user_id)
             if not alive or asker.session_id in self._ended:
                 raise Unauthorized
             if len(self._alive) > SESSIONS_REMEMBERED_MAX:
                 self._alive.clear()
-            self._alive[asker.session_id] = time.monotonic() + SESSION_TRUST_SECONDS
+            self._alive[asker.session_id] = until
         return asker
 
     def end(self, session_ids: Iterable[int]) -> None:
@@ -852,6 +820,27 @@ async def authenticate(request: web.Request) -> Asker:
 # hole is read from PostgreSQL first. So news may be lost, repeated or late: the database is the
 # truth. Only here are these dictionaries touched.
 
+class ChatHint(Struct, array_like=True, tag="chat"):
+    """A chat has come to this rev and version; these users came into it."""
+    chat_id: int
+    rev: int
+    version: int
+    joined: list[int] = []
+
+class FrameHint(Struct, array_like=True, tag="frame"):
+    """A frame without a number, for everybody in a chat, for some, or for all but one."""
+    chat_id: int
+    frame: str
+    only: list[int] | None = None
+    but: int = 0
+
+class SessionHint(Struct, array_like=True, tag="session"):
+    """A session has ended."""
+    session_id: int
+
+Hint = ChatHint | FrameHint | SessionHint
+HINTS = msgspec.json.Decoder(list[Hint])
+
 @dataclass(eq=False, slots=True)
 class Replay:
     """What a socket has yet to be given of one chat before it is live there."""
@@ -870,7 +859,7 @@ class Socket:
     def __init__(self, asker: Asker, chat_id: int | None) -> None:
         self.asker = asker
         self.chat_id = chat_id
-        self.task = asyncio.current_task()  # its handler's
+        self.task = typing.cast("asyncio.Task[Any]", asyncio.current_task())  # its handler's
         self.ws: web.WebSocketResponse = web.WebSocketResponse(
             protocols=(SUBPROTOCOL,), autoping=False, compress=False,
             max_msg_size=FRAME_BYTES_MAX + 1, timeout=CLOSE_SECONDS)
@@ -885,13 +874,13 @@ class Socket:
         self._written = self._taken = 0  # bytes in all; taken: when last looked at
         self._transport: asyncio.Transport | None = None
         self._early: list[bytes] = []  # frames that wait for the handshake to be answered
-        self._drain: Callable[[], Awaitable[None]] | None = None
 
     async def open(self, request: web.Request) -> None:
         """Answer the handshake. Raises UpgradeRequired."""
         if not self.ws.can_prepare(request):
             raise UpgradeRequired
-        self._drain = (await self.ws.prepare(request)).drain
+        # Waits until most of what was written is taken; raises ConnectionError.
+        self.drain = (await self.ws.prepare(request)).drain
         self._transport = request.transport
         self.heard_at = self.took_at = time.monotonic()
         self.write(b"".join(self._early))
@@ -910,25 +899,20 @@ class Socket:
         """Tell how many bytes the peer has not taken yet."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
 
-    async def drain(self) -> None:
-        """Wait until most of what was written is taken. Raises ConnectionError."""
-        if self._drain is not None:
-            await self._drain()
-
-    def look(self, now: float) -> Literal["fine", "stalled", "dead"]:
-        """Judge the peer, once a second: ping it where it is silent, see whether it takes bytes."""
+    def look(self, now: float) -> int | None:
+        """Answer, once a second, the code to close it with if its peer stalls or is gone."""
         unsent = self.unsent()
         if unsent == 0 or self._written - unsent > self._taken:
             self.took_at = now
         self._taken = self._written - unsent
         if now - self.took_at > STALLED_SECONDS:
-            return "stalled"
+            return WS_STALLED
         if unsent == 0 and self.pinged_at > self.heard_at:
-            return "dead" if now - self.pinged_at > PONG_SECONDS else "fine"
+            return WS_GOING_AWAY if now - self.pinged_at > PONG_SECONDS else None
         if now - max(self.heard_at, self.pinged_at) > HEARTBEAT_SECONDS:
             self.pinged_at = now
             self.write(b"\x89\x00")
-        return "fine"
+        return None
 
     async def finish(self) -> None:
         """Say why and end the connection: once the peer has answered, or does not."""
@@ -989,7 +973,7 @@ class Live:
 
     async def stop(self) -> None:
         """Close every socket with 1001, all at once, and end the tasks."""
-        handlers = [guest.task for guest in self._sockets if guest.task is not None]
+        handlers = [guest.task for guest in self._sockets]
         for guest in list(self._sockets):
             self.close(guest, WS_GOING_AWAY)
         if handlers:
@@ -999,8 +983,8 @@ class Live:
         await asyncio.gather(*self._spawned, return_exceptions=True)
 
     # ---- Who follows what
-    async def enter(self, guest: Socket, chat_id: int | None) -> None:
-        """Let a socket follow a chat, or all of its user's: it is live there from now on.
+    async def enter(self, guest: Socket) -> None:
+        """Let a socket follow its chat, or all of its user's: it is live there from now on.
 
         Raises ChatNotFound, ServiceUnavailable.
         """
@@ -1008,11 +992,13 @@ class Live:
         SOCKETS.set(len(self._sockets))
         if guest.chat_id is None:
             self._homes.setdefault(guest.asker.user_id, set()).add(guest)
-        rows = await self._database.rows(SELECT_FOLLOWED, guest.asker.user_id, chat_id)
-        while any(self._knows_newer(row["id"], row["version"]) for row in rows):
+        while True:
+            rows = await self._database.rows(
+                SELECT_FOLLOWED, guest.asker.user_id, guest.chat_id)
+            if not any(self._knows_newer(row["id"], row["version"]) for row in rows):
+                break
             await asyncio.sleep(0.05)
-            rows = await self._database.rows(SELECT_FOLLOWED, guest.asker.user_id, chat_id)
-        if chat_id is not None and not rows:
+        if guest.chat_id is not None and not rows:
             raise ChatNotFound
         for row in rows:
             self._follow(guest, *row)
@@ -1035,21 +1021,28 @@ class Live:
         for user_id in user_ids:
             for guest in self._homes.get(user_id, ()):
                 if chat_id not in guest.rooms:
-                    self.spawn(self._bring_in(guest, chat_id))
+                    self.spawn(self._come_in(guest, chat_id))
+
+    async def _come_in(self, guest: Socket, chat_id: int) -> None:
+        with contextlib.suppress(ChatNotFound, ServiceUnavailable):  # the poll finds it again
+            await self._bring_in(guest, chat_id)
 
     async def _bring_in(self, guest: Socket, chat_id: int) -> None:
-        """Show a socket a chat that its user came into, then let it be live there."""
-        with contextlib.suppress(ServiceUnavailable):  # the poll finds it again
-            row = await self._database.row(SELECT_CHAT, chat_id, guest.asker.user_id)
-            chat = decoded(CHAT, row)
-            if chat is None or chat_id in guest.rooms or guest not in self._sockets:
-                return
+        """Show a socket a chat that its user came into, then let it be live there.
+
+        Raises ChatNotFound, ServiceUnavailable.
+        """
+        while chat_id not in guest.rooms and guest in self._sockets:
+            row = await self._database.value(SELECT_CHAT, chat_id, guest.asker.user_id)
+            if row is None:
+                raise ChatNotFound
+            chat = CHAT.decode(row)
             if self._knows_newer(chat_id, chat.version):
-                self.came_in(chat_id, [guest.asker.user_id])  # look again: it may be out
-                return
-            guest.write(encoded("chat", chat))
-            self._follow(guest, chat_id, chat.last_rev, chat.version)
-            self.replay(guest, chat_id, chat.last_rev)
+                await asyncio.sleep(0.05)  # look again: it may be out
+            elif chat_id not in guest.rooms and guest in self._sockets:
+                guest.write(encoded("chat", chat))
+                self._follow(guest, chat_id, chat.last_rev, chat.version)
+                self.replay(guest, chat_id, chat.last_rev)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a task that ends with the server."""
@@ -1096,8 +1089,7 @@ class Live:
         if guest.close_code is None:
             guest.close_code = code
             self.leave(guest)
-            if guest.task is not None:
-                guest.task.cancel()
+            guest.task.cancel()
 
     def end_sessions(self, session_ids: Iterable[int]) -> None:
         """End sessions in this process: their tokens count no longer, their sockets are closed."""
@@ -1109,9 +1101,9 @@ class Live:
     # ---- Catching up
     async def sync(self, guest: Socket, chat_id: int, after: int) -> None:
         """Do what a `sync` asks for. Raises ChatNotFound, ServiceUnavailable."""
-        if chat_id not in guest.rooms:
-            await self.enter(guest, chat_id)
-        self.replay(guest, chat_id, after)
+        await self._bring_in(guest, chat_id)  # where it came in a moment ago
+        if chat_id in guest.rooms:
+            self.replay(guest, chat_id, after)
 
     def replay(self, guest: Socket, chat_id: int, after: int) -> None:
         """Give a socket every change of a chat after a number, then let it be live there."""
@@ -1254,12 +1246,10 @@ class Live:
 
     def tell(self, hint: FrameHint) -> None:
         """Write a frame that has no number and is not repeated to whom it concerns."""
-        room = self._rooms.get(hint.chat_id)
-        guests = list(room.live) if room is not None else []
-        if hint.only is not None:
-            guests = [guest for guest in guests if guest.asker.user_id in hint.only]
-        guests = [guest for guest in guests if guest.asker.user_id != hint.but]
-        self._write_out(guests, text_frame(hint.frame.encode()))
+        if room := self._rooms.get(hint.chat_id):
+            guests = [guest for guest in room.live if guest.asker.user_id != hint.but
+                      and (hint.only is None or guest.asker.user_id in hint.only)]
+            self._write_out(guests, text_frame(hint.frame.encode()))
 
     # ---- What comes in from elsewhere
     def _hear_all(self, hints: str) -> None:
@@ -1279,7 +1269,10 @@ class Live:
     def publish(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
         """Act on a hint here, and pass it on to the other processes."""
         self._hear(hint, changes)
-        self._bus.publish([hint_item(hint)])
+        key: object = object()
+        if isinstance(hint, ChatHint) and not hint.joined:
+            key = (hint.chat_id, hint.version)  # it only says how far a chat is: the newest counts
+        self._bus.publish(key, ENCODER.encode(hint))
 
     async def _poll(self) -> None:
         """Ask PostgreSQL what hints would have told: how far every room is, in pieces spread over
@@ -1315,8 +1308,8 @@ class Live:
                 await asyncio.sleep(0)
             if guest.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch:
                 self.close(guest, WS_TOKEN_ENDED)
-            elif (state := guest.look(now)) != "fine":
-                self.close(guest, WS_STALLED if state == "stalled" else WS_GOING_AWAY)
+            elif code := guest.look(now):
+                self.close(guest, code)
 
 # ==== Writers and upkeep ==========================================================================
 # Each writer commits a group, then publishes what became of it. What need not be done at once is
@@ -1366,8 +1359,8 @@ async def commit_posts(
     news: dict[int, tuple[int, int]] = {}
     changes: dict[int, list[Message]] = {}
     for post, (outcome, seq, created_at, last_rev, version) in zip(posts, rows, strict=True):
-        if outcome not in ("posted", "stored"):
-            outcomes.append(refused(outcome))
+        if problem := refused(outcome):
+            outcomes.append(problem)
             continue
         ack, message = Ack(post.id, post.chat_id, seq, created_at), None
         if outcome == "posted":
@@ -1388,8 +1381,7 @@ async def commit_changes(
 ) -> list[Problem | None]:
     """Commit a group of edits and deletions, and let everybody know: the rooms read them."""
     rows = await app[DATABASE].rows(CHANGE_MESSAGES, *columns(changes))
-    problems = [refused(each["outcome"]) if each["outcome"] in Problem.named else None
-                for each in rows]
+    problems = [refused(row["outcome"]) for row in rows]
     news = {
         change.chat_id: ChatHint(change.chat_id, row["last_rev"], row["version"])
         for change, row, problem in zip(changes, rows, problems, strict=True) if problem is None}
@@ -1405,8 +1397,8 @@ async def commit_reads(
     outcomes: list[Read | Exception] = []
     rows = await app[DATABASE].rows(READ_MESSAGES, *columns(reads))
     for read, row in zip(reads, rows, strict=True):
-        if row["outcome"] in Problem.named:
-            outcomes.append(refused(row["outcome"]))
+        if problem := refused(row["outcome"]):
+            outcomes.append(problem)
             continue
         stand = Read(read.chat_id, row["message_id"], row["seq"], read.user_id, row["read_at"])
         outcomes.append(stand)
@@ -1537,14 +1529,13 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
     )
     return created(User(**row), f"/api/v1/users/{row['id']}")
 
-async def count_attempt(request: web.Request, key: str) -> str:
-    """Count a guess at a password; answers the key, to forgive it by. Raises TooManyAttempts."""
+async def count_attempt(request: web.Request, key: str) -> None:
+    """Count a guess at a password; who knew it is forgiven. Raises TooManyAttempts."""
     if request.app[SETTINGS].rate_limits == "on":
         wait = await request.app[DATABASE].value(
             COUNT_ATTEMPT, key, LOGIN_WINDOW_SECONDS, LOGIN_FAILURES_MAX)
         if wait:
             raise TooManyAttempts(f"Try again in {wait} s.", headers={"Retry-After": str(wait)})
-    return key
 
 async def login(request: web.Request, body: Login) -> Tokens:
     """Log in: start a session and get its tokens.
@@ -1559,9 +1550,11 @@ async def login(request: web.Request, body: Login) -> Tokens:
         email_key = ""  # nobody's
     user = await database.row(SELECT_LOGIN, email_key)
     hashed = user["password_hash"] if user else passwords.nobodys
-    attempt = await count_attempt(request, f"login:{email_key}")
+    attempt = f"login:{email_key}"
+    if email_key:  # else all who mistype theirs would share one allowance
+        await count_attempt(request, attempt)
     if await passwords.matches(body.password, hashed) and user:
-        agent = request.headers.get("User-Agent", "").replace("\0", "")[:200]
+        agent = request.headers.get("User-Agent", "").encode(errors="replace").decode()[:200]
         session = await database.row(START_SESSION, user["id"], hashed, agent, attempt)
         if session:
             return request.app[SESSIONS].tokens(user["id"], session)
@@ -1589,7 +1582,7 @@ async def list_sessions(
     request: web.Request, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
 ) -> Answer[list[Session]]:
     """List one's sessions by id: the logins that have not ended."""
-    me, current = request[ASKER].user_id, request[ASKER].session_id
+    me, current = request[ME], request[ASKER].session_id
     life = request.app[SETTINGS].refresh_token_expire_days * 86_400
     rows = await request.app[DATABASE].rows(SELECT_SESSIONS, me, life, after, limit + 1)
     sessions = [Session(**row, current=row["id"] == current) for row in rows[:limit]]
@@ -1598,12 +1591,12 @@ async def list_sessions(
 
 async def delete_session(request: web.Request, session_id: SessionId) -> None:
     """End one of one's sessions: its tokens and its sockets. Raises SessionNotFound."""
-    if not await end_session(request, session_id, request[ASKER].user_id):
+    if not await end_session(request, session_id, request[ME]):
         raise SessionNotFound
 
 async def logout(request: web.Request) -> None:
     """End this session: its tokens and its sockets."""
-    await end_session(request, request[ASKER].session_id, request[ASKER].user_id)
+    await end_session(request, request[ASKER].session_id, request[ME])
 
 async def end_session(request: web.Request, session_id: int, user_id: int) -> bool:
     """End a user's session here at once, and everywhere soon; tells whether there was one."""
@@ -1614,7 +1607,7 @@ async def end_session(request: web.Request, session_id: int, user_id: int) -> bo
 
 async def get_me(request: web.Request) -> User:
     """Get oneself, with the address. Raises UserNotFound."""
-    return await get_user(request, request[ASKER].user_id)
+    return await get_user(request, request[ME])
 
 async def get_user(request: web.Request, user_id: UserId) -> User:
     """Get a user; oneself with the address. Raises UserNotFound."""
@@ -1622,7 +1615,7 @@ async def get_user(request: web.Request, user_id: UserId) -> User:
     if row is None:
         raise UserNotFound
     user = User(**row)
-    if user_id != request[ASKER].user_id:
+    if user_id != request[ME]:
         user.email = UNSET
     return user
 
@@ -1658,18 +1651,17 @@ async def verified_hash(request: web.Request, password: str | UnsetType) -> str:
     """
     if password is UNSET:
         raise invalid("$.current_password", "is missing")
-    me = request[ASKER].user_id
+    me = request[ME]
     hashed: str | None = await request.app[DATABASE].value(SELECT_HASH, me)
-    attempt = await count_attempt(request, f"password:{me}")
+    await count_attempt(request, f"password:{me}")
     if hashed is None or not await request.app[PASSWORDS].matches(password, hashed):
         raise WrongPassword
-    await request.app[DATABASE].rows(FORGIVE_ATTEMPTS, attempt)
     return hashed
 
 async def check_self(request: web.Request, user_id: int) -> None:
     """Let through who changes their own account. Raises UserNotFound, NotAllowed."""
     await get_user(request, user_id)
-    if user_id != request[ASKER].user_id:
+    if user_id != request[ME]:
         raise NotAllowed
 
 async def delete_user(request: web.Request, user_id: UserId) -> None:
@@ -1706,7 +1698,7 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
 
     A personal chat that was there before answers 200. Raises InvalidInput.
     """
-    me = request[ASKER].user_id
+    me = request[ME]
     others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
     if body.is_group:
         if body.name is None:
@@ -1721,6 +1713,8 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
             raise invalid("$.participant_ids", "a personal chat is with one other user")
         row = await request.app[DATABASE].row(OPEN_PERSONAL_CHAT, me, others[0])
     chat_id, is_new, unknown_ids = row
+    if me in (unknown_ids or ()):
+        raise Unauthorized  # deleted meanwhile
     if unknown_ids:
         raise invalid("$.participant_ids", f"no such user: {', '.join(map(str, unknown_ids))}")
     everyone = [me, *others] if is_new else []
@@ -1732,11 +1726,10 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
 
 async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
     """Get a chat. Raises ChatNotFound."""
-    me = request[ASKER].user_id
-    chat = decoded(CHAT, await request.app[DATABASE].row(SELECT_CHAT, chat_id, me))
+    chat = await request.app[DATABASE].value(SELECT_CHAT, chat_id, request[ME])
     if chat is None:
         raise ChatNotFound
-    return chat
+    return CHAT.decode(chat)
 
 async def list_chats(
     request: web.Request,
@@ -1749,23 +1742,22 @@ async def list_chats(
     if match is None or int(match[2]) > INT8_MAX:
         raise invalid("$.cursor", "is not a cursor of this list")
     rows = await request.app[DATABASE].rows(
-        SELECT_CHATS_BEFORE, request[ASKER].user_id, int(match[1]), int(match[2]), limit + 1)
+        SELECT_CHATS_BEFORE, request[ME], int(match[1]), int(match[2]), limit + 1)
     chats = [CHAT.decode(row["chat"]) for row in rows[:limit]]
     more = {"cursor": "{place}.{id}".format(**rows[limit - 1])} if len(rows) > limit else None
     return page(request, chats, next=more)
 
 async def change_chat(request: web.Request, chat_id: ChatId, body: ChangedChat) -> Chat:
     """Rename a group. Raises ChatNotFound, NotAllowed, PersonalChat."""
-    me = request[ASKER].user_id
-    tell_version(request, chat_id, await request.app[DATABASE].row(
-        RENAME_CHAT, chat_id, me, body.name))
+    row = await request.app[DATABASE].row(RENAME_CHAT, chat_id, request[ME], body.name)
+    tell_version(request, chat_id, row)
     return await get_chat(request, chat_id)
 
 async def list_participants(
     request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
 ) -> Answer[list[Participant]]:
     """List the participants of a chat by user id. Raises ChatNotFound."""
-    me, database = request[ASKER].user_id, request.app[DATABASE]
+    me, database = request[ME], request.app[DATABASE]
     rows = await database.rows(SELECT_PARTICIPANTS, chat_id, me, after, limit + 1)
     if not rows and not await database.row(SELECT_MEMBERSHIP, chat_id, me):
         raise ChatNotFound
@@ -1780,14 +1772,13 @@ async def add_participant(
     Who was in before answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
     """
-    me, user_id = request[ASKER].user_id, body.user_id
     row = await request.app[DATABASE].row(
-        PUT_PARTICIPANT, chat_id, me, user_id, body.role, GROUP_PARTICIPANTS_MAX)
-    tell_version(request, chat_id, row, user_id)
+        PUT_PARTICIPANT, chat_id, request[ME], body.user_id, body.role, GROUP_PARTICIPANTS_MAX)
+    tell_version(request, chat_id, row, body.user_id)
     participant = PARTICIPANT.decode(row["participant"])
     if row["outcome"] != "joined":
         return Answer(participant, 200)
-    return created(participant, f"/api/v1/chats/{chat_id}/participants/{user_id}")
+    return created(participant, f"/api/v1/chats/{chat_id}/participants/{body.user_id}")
 
 async def add_participant_by_id(
     request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
@@ -1805,14 +1796,13 @@ async def remove_participant(request: web.Request, chat_id: ChatId, user_id: Use
 
     Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat.
     """
-    me = request[ASKER].user_id
-    row = await request.app[DATABASE].row(REMOVE_PARTICIPANT, chat_id, me, user_id)
+    row = await request.app[DATABASE].row(REMOVE_PARTICIPANT, chat_id, request[ME], user_id)
     tell_version(request, chat_id, row)
 
 def tell_version(request: web.Request, chat_id: int, row: Mapping[str, Any], *joined: int) -> None:
     """Let every process know how name or participants changed, or raise why they did not."""
-    if row["outcome"] in Problem.named:
-        raise refused(row["outcome"])
+    if problem := refused(row["outcome"]):
+        raise problem
     request.app[LIVE].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
 
 # ==== Handlers: messages ==========================================================================
@@ -1823,8 +1813,7 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
     The same id again answers 200 with the message as it is now.
     Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput.
     """
-    me = request[ASKER].user_id
-    post = NewPost(chat_id, me, body.id or uuid7(), body.text, body.reply_to)
+    post = NewPost(chat_id, request[ME], body.id or uuid7(), body.text, body.reply_to)
     posted = await request.app[POSTS].put(post)
     message = posted.message or await get_message(request, chat_id, post.id)
     if not posted.is_new:
@@ -1833,19 +1822,18 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
 
 async def get_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> Message:
     """Get a message as it is now. Raises ChatNotFound, MessageNotFound."""
-    me, database = request[ASKER].user_id, request.app[DATABASE]
-    message = decoded(MESSAGE, await database.row(SELECT_MESSAGE, chat_id, me, message_id))
+    me, database = request[ME], request.app[DATABASE]
+    message = await database.value(SELECT_MESSAGE, chat_id, me, message_id)
     if message is None:
         in_chat = await database.row(SELECT_MEMBERSHIP, chat_id, me)
         raise MessageNotFound if in_chat else ChatNotFound
-    return message
+    return MESSAGE.decode(message)
 
 async def change_message(
     request: web.Request, chat_id: ChatId, message_id: MessageId, body: ChangedMessage
 ) -> Message:
     """Edit one's message. Raises ChatNotFound, MessageNotFound, SenderOnly."""
-    await request.app[CHANGES].put(
-        NewChange(chat_id, request[ASKER].user_id, message_id, body.text))
+    await request.app[CHANGES].put(NewChange(chat_id, request[ME], message_id, body.text))
     return await get_message(request, chat_id, message_id)
 
 async def delete_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> None:
@@ -1853,7 +1841,7 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
 
     Raises ChatNotFound, MessageNotFound, SenderOnly.
     """
-    await request.app[CHANGES].put(NewChange(chat_id, request[ASKER].user_id, message_id, None))
+    await request.app[CHANGES].put(NewChange(chat_id, request[ME], message_id, None))
 
 async def list_messages(
     request: web.Request,
@@ -1870,7 +1858,7 @@ async def list_messages(
     only messages that hold all of its words, whole and in any case, newest first; no tombstones.
     Raises ChatNotFound, InvalidInput.
     """
-    me, database = request[ASKER].user_id, request.app[DATABASE]
+    me, database = request[ME], request.app[DATABASE]
     if after is not None and (before is not None or q is not None):
         raise invalid("$.after", "not together with before or q")
     if q is not None:
@@ -1898,7 +1886,7 @@ async def search_messages(
     request: web.Request, chat_id: int, q: str, limit: int, before: int | None
 ) -> Answer[list[Message]]:
     """Find the messages of a chat that hold all of some words. Raises ChatNotFound."""
-    me, database = request[ASKER].user_id, request.app[DATABASE]
+    me, database = request[ME], request.app[DATABASE]
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
         await request.app[INDEX].take_in(chat_id)
     bound = INT8_MAX if before is None else before
@@ -1917,7 +1905,7 @@ async def list_changes(
     Raises ChatNotFound.
     """
     missed = await request.app[DATABASE].value(
-        SELECT_MISSED, chat_id, request[ASKER].user_id, after, INT8_MAX, limit + 1)
+        SELECT_MISSED, chat_id, request[ME], after, INT8_MAX, limit + 1)
     if missed is None:
         raise ChatNotFound
     messages = [MESSAGE.decode(message) for message in missed[:limit]]
@@ -1929,15 +1917,14 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
 
     Raises ChatNotFound, MessageNotFound.
     """
-    read = NewRead(chat_id, request[ASKER].user_id, body.message_id)
-    return await request.app[READS].put(read)
+    return await request.app[READS].put(NewRead(chat_id, request[ME], body.message_id))
 
 # ==== Handlers: the socket ========================================================================
 # Frames of one socket take effect in the order they were sent. Messages enter the posts writer in
 # that order without waiting for one another; any other frame waits for those before it.
 
 CLIENT_FRAME = msgspec.json.Decoder(ClientFrame)
-FRAME_NAME = msgspec.json.Decoder(FrameName)
+FRAME = msgspec.json.Decoder(dict[str, Any])
 
 async def follow_chat(
     request: web.Request, chat_id: ChatId, *, after: Number | None = None
@@ -1961,7 +1948,7 @@ async def follow(request: web.Request, guest: Socket, after: int | None) -> web.
     """Serve a socket until it is closed."""
     live = request.app[LIVE]
     try:
-        await live.enter(guest, guest.chat_id)
+        await live.enter(guest)
         if guest.chat_id is not None:
             delivered = guest.rooms[guest.chat_id].delivered
             live.replay(guest, guest.chat_id, delivered if after is None else after)
@@ -1970,7 +1957,7 @@ async def follow(request: web.Request, guest: Socket, after: int | None) -> web.
     except ConnectionError:
         return guest.ws  # the peer is gone
     except asyncio.CancelledError:
-        if guest.close_code is None or guest.task is None:
+        if guest.close_code is None:
             raise  # not by Live.close: the server stops
         guest.task.uncancel()
     finally:
@@ -1987,7 +1974,7 @@ async def listen(request: web.Request, guest: Socket) -> None:
         if incoming.type is WSMsgType.TEXT:
             await take_frame(request, guest, incoming.data)
         elif incoming.type is WSMsgType.BINARY:
-            refuse_frame(guest, MalformedRequest("Frames are JSON text."), FrameName())
+            refuse_frame(guest, MalformedRequest("Frames are JSON text."))
         elif incoming.type is WSMsgType.PING:
             guest.write(b"\x8a" + bytes((len(incoming.data),)) + incoming.data)
         elif incoming.type is WSMsgType.ERROR:
@@ -2013,12 +2000,12 @@ async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
             await unanswered_below(guest, 1)
             await FRAME_HANDLERS[type(frame)](request, guest, frame)
     except Problem as problem:
-        name = FrameName()
+        ref = chat_id = None
         with contextlib.suppress(msgspec.DecodeError, RecursionError):
-            name = FRAME_NAME.decode(text)
-        name.ref = name.ref if type(name.ref) in (str, int, float) else None
-        name.chat_id = name.chat_id if type(name.chat_id) is int else None
-        refuse_frame(guest, problem, name)
+            ref, chat_id = map(FRAME.decode(text).get, ("ref", "chat_id"))
+        refuse_frame(
+            guest, problem, ref if type(ref) in (str, int, float) else None,
+            chat_id if type(chat_id) is int else None)
 
 def chat_of(guest: Socket, chat_id: int | None) -> int:
     """Tell which chat a frame is about. Raises ChatNotFound, InvalidInput."""
@@ -2030,9 +2017,11 @@ def chat_of(guest: Socket, chat_id: int | None) -> int:
         raise ChatNotFound("This socket follows another chat.")
     return guest.chat_id
 
-def refuse_frame(guest: Socket, problem: Problem, name: FrameName) -> None:
+def refuse_frame(
+    guest: Socket, problem: Problem, ref: Ref | None = None, chat_id: int | None = None
+) -> None:
     """Tell a socket that a frame of its was refused."""
-    guest.write(encoded("error", problem.details(), name.ref, name.chat_id))
+    guest.write(encoded("error", problem.details(), ref, chat_id))
 
 def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
     """Put a message on its way; its acknowledgement or refusal follows once it is decided."""
@@ -2045,7 +2034,7 @@ def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
         problem = None if future.cancelled() else future.exception()
         if problem is not None:
             known = problem if isinstance(problem, Problem) else InternalError()
-            refuse_frame(guest, known, FrameName(frame.ref, frame.chat_id))
+            refuse_frame(guest, known, frame.ref, frame.chat_id)
         elif frame.ref is not None and not future.cancelled():
             guest.write(encoded("ack", future.result().ack, frame.ref))
 
@@ -2078,7 +2067,7 @@ async def take_sync(request: web.Request, guest: Socket, frame: SyncIn) -> None:
         try:
             await request.app[LIVE].sync(guest, chat_of(guest, chat_id), after)
         except Problem as problem:
-            refuse_frame(guest, problem, FrameName(frame.ref, chat_id))
+            refuse_frame(guest, problem, frame.ref, chat_id)
 
 async def take_auth(request: web.Request, guest: Socket, frame: AuthIn) -> None:
     """Let the socket belong to a fresh token's session."""
@@ -2236,20 +2225,6 @@ def without_none(hint: Any) -> Any:
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     return typing.get_args(hint)[0] if is_union else hint
 
-def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
-    """Decode JSON into its declared shape.
-
-    Raises MalformedRequest for what is no JSON, InvalidInput for JSON of another shape.
-    """
-    refusal: Problem = MalformedRequest("The body is not JSON.")
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        try:
-            return decoder.decode(text)
-        except msgspec.ValidationError as error:
-            msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
-            refusal = invalid_input(error)
-    raise refusal
-
 async def read_body(request: web.Request) -> bytes:
     """Read a body. Raises MalformedRequest, BodyTooLarge (by aiohttp)."""
     try:
@@ -2287,7 +2262,8 @@ def bind(endpoint: Endpoint) -> Handler:
 
     async def serve(request: web.Request) -> web.StreamResponse:
         if not endpoint.public:
-            request[ASKER] = await authenticate(request)
+            request[ASKER] = asker = await authenticate(request)
+            request[ME] = asker.user_id
         arguments = {
             name: read_path(kind, request.match_info[name], PATH_PROBLEMS[name])
             for name, kind in signature.path.items()
@@ -2333,7 +2309,8 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         if "Allow" in raised_http.headers:
             problem.headers = {"Allow": raised_http.headers["Allow"]}
     except asyncpg.UniqueViolationError as error:
-        problem = refused(str(error.constraint_name).removeprefix("users_").replace("_", "-"))
+        taken = str(error.constraint_name).removeprefix("users_").replace("_", "-")
+        problem = refused(taken) or InternalError()
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:
@@ -2361,10 +2338,10 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[SESSIONS], app[LIVE] = sessions, live
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
     app[INDEX] = SearchIndex(database)
-    chat_of = operator.attrgetter("chat_id")
-    app[POSTS] = GroupWriter(functools.partial(commit_posts, app), chat_of, ServiceUnavailable)
-    app[CHANGES] = GroupWriter(functools.partial(commit_changes, app), chat_of, ServiceUnavailable)
-    app[READS] = GroupWriter(functools.partial(commit_reads, app), chat_of, ServiceUnavailable)
+    lock_of = operator.attrgetter("chat_id")
+    app[POSTS] = GroupWriter(functools.partial(commit_posts, app), lock_of, ServiceUnavailable)
+    app[CHANGES] = GroupWriter(functools.partial(commit_changes, app), lock_of, ServiceUnavailable)
+    app[READS] = GroupWriter(functools.partial(commit_reads, app), lock_of, ServiceUnavailable)
 
     async def run(app: web.Application) -> typing.AsyncIterator[None]:
         await database.open()
@@ -2378,11 +2355,8 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
         await database.close()
         app[PASSWORDS].close()
 
-    async def stop(_app: web.Application) -> None:
-        await live.stop()
-
     app.cleanup_ctx.append(run)
-    app.on_shutdown.append(stop)
+    app.on_shutdown.append(lambda _app: live.stop())
     for endpoint in ENDPOINTS:
         name = endpoint.handler.__name__
         app.router.add_route(endpoint.method, endpoint.path, bind(endpoint), name=name)
@@ -2485,6 +2459,7 @@ def main() -> int:
     if PARENT in os.environ:
         postgres.die_with(int(os.environ[PARENT]))
     logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it tells of every retry
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # it cites URLs with tokens
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
         with contextlib.suppress(asyncio.CancelledError):

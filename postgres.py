@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -752,13 +752,13 @@ class Notifications:
         self._sending: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
 
-    def publish(self, hints: Iterable[tuple[Hashable, bytes]]) -> None:
-        """Tell the other processes, soon: JSON, by keys of which the newest replaces the older.
+    def publish(self, key: Hashable, hint: bytes) -> None:
+        """Tell the other processes, soon: JSON, of which the newest of a key replaces the older.
 
         Never raises, never waits.
         """
-        self._pending.update(hints)
-        if self._pending and self._sending is None:
+        self._pending[key] = hint
+        if self._sending is None:
             self._sending = asyncio.create_task(self._send())
 
     def _take_payload(self) -> str:

@@ -35,7 +35,7 @@ join users u on u.id = p.user_id and u.deleted_at is null;
 -- One row is one Chat as one of its participants (reader_id) sees it.
 create or replace view chat_view as
 select c.id, c.name, c.is_group, c.created_at,
-       (select json_agg(first) from (
+       (select coalesce(json_agg(first), '[]') from (
            select v.user_id, v.username, v.role, v.last_read_seq
            from participant_view v where v.chat_id = c.id order by v.ordinal limit 100) first
        ) as participants,
@@ -408,6 +408,19 @@ begin
 end
 $$;
 
+-- Keeps users from being deleted until the transaction ends, and answers the ids of nobody's.
+create or replace function hold_users(ids bigint[]) returns bigint[]
+language plpgsql volatile as $$
+begin
+    perform 1 from users u where u.id = any (ids) and u.deleted_at is null
+    order by u.id for key share;
+    return array(
+        select distinct i.id from unnest(ids) as i (id)
+        where not exists (select from users u where u.id = i.id and u.deleted_at is null)
+        order by 1);
+end
+$$;
+
 -- Opens the personal chat of two users, once: the same chat for both, whoever asks, however often.
 -- Answers its id and whether it is new, or the id of nobody's.
 create or replace function open_personal_chat(me bigint, other bigint)
@@ -415,11 +428,8 @@ returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
 language plpgsql volatile as $$
 #variable_conflict use_column
 begin
-    -- Both are kept from being deleted until the chat stands.
-    perform 1 from users u where u.id in (me, other) and u.deleted_at is null
-    order by u.id for key share;
-    if not exists (select from users u where u.id = other and u.deleted_at is null) then
-        unknown_ids := array[other];
+    unknown_ids := hold_users(array[me, other]);
+    if unknown_ids <> '{}' then
         return next;
         return;
     end if;
@@ -444,12 +454,7 @@ returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
 language plpgsql volatile as $$
 #variable_conflict use_column
 begin
-    perform 1 from users u where u.id = any (member_ids || owner) and u.deleted_at is null
-    order by u.id for key share;
-    unknown_ids := array(
-        select distinct m.id from unnest(member_ids) as m (id)
-        where not exists (select from users u where u.id = m.id and u.deleted_at is null)
-        order by 1);
+    unknown_ids := hold_users(member_ids || owner);
     if unknown_ids <> '{}' then
         return next;
         return;
@@ -496,8 +501,6 @@ begin
 end
 $$;
 
--- Takes a deleted user out of one chat, group or personal, in a transaction of its own. Answers
-
 -- Puts a user into a group, or gives a role to one who is in (null: leaves it as it is).
 -- Answers its outcome: joined, set, unchanged or why not; the chat's version after it; who it is.
 create or replace function put_participant(
@@ -520,14 +523,11 @@ begin
         when not c.is_group then 'personal-chat'
         when new_role is not null and my_role <> 'owner' then 'owner-only'
         when target = me and new_role <> 'owner' then 'owner-stays'
+        when hold_users(array[target]) <> '{}' then 'user-not-found'
         when old_role = coalesce(new_role, old_role) then 'unchanged'
         when old_role is not null then 'set'
         when c.participant_count >= at_most then 'group-full'
         else 'joined' end;
-    if outcome = 'joined' then
-        perform 1 from users u where u.id = target and u.deleted_at is null for key share;
-        outcome := case when found then 'joined' else 'user-not-found' end;
-    end if;
     if outcome in ('set', 'joined') then
         version := c.version + 1;
         insert into participants as p (
@@ -658,7 +658,9 @@ begin
       and u.password_hash = coalesce(verified_hash, u.password_hash);
     if not found then
         return null;
-    elsif active is false then
+    end if;
+    delete from attempts where verified_hash is not null and key = 'password:' || me;
+    if active is false then
         return end_sessions(me, 0);
     elsif new_hash is not null then
         return end_sessions(me, my_session);

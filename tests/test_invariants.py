@@ -165,7 +165,7 @@ async def test_3_who_comes_back_with_their_number_ends_up_with_everything(
     """Whether one stays or reconnects any number of times, soon or late, to either server, with
     every hint lost, all changes arrive; on one socket the numbers only rise."""
     for each in (app, elsewhere.app):
-        monkeypatch.setattr(each[messenger.BUS], "publish", lambda hints: None)
+        monkeypatch.setattr(each[messenger.BUS], "publish", lambda key, hint: None)
     chat = await alice.opens(bob)
     there, far = await elsewhere.takes(alice), await elsewhere.takes(bob)
     dice, end, made = random.Random(7), [10**9], [0]
@@ -276,7 +276,7 @@ async def test_5_the_removed_hear_nothing_later_and_can_do_nothing(
     """From the answer to a removal on: every request about the chat is 404 and every frame is
     refused, at any server, though all hints are lost; what is posted is not heard."""
     for each in (app, elsewhere.app):
-        monkeypatch.setattr(each[messenger.BUS], "publish", lambda hints: None)
+        monkeypatch.setattr(each[messenger.BUS], "publish", lambda key, hint: None)
     chat = await alice.founds(bob, carol)
     sent, public = await carol.says(chat, "mine"), await alice.says(chat, "public")
     there, bob_there = await elsewhere.takes(carol), await elsewhere.takes(bob)

@@ -465,7 +465,7 @@ async def test_message_is_heard_at_another_server_with_every_hint_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without hints the poll finds what was posted, whole and in order, within 2 s."""
-    monkeypatch.setattr(app[messenger.BUS], "publish", lambda hints: None)
+    monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
     chat = await alice.opens(bob)
     line = await (await elsewhere.takes(bob)).listens_live(chat)
     for _ in range(5):
@@ -480,7 +480,7 @@ async def test_coming_back_to_a_server_that_lags_gets_no_lower_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Who heard of a message at one server is not told a lower number by another, which lags."""
-    monkeypatch.setattr(app[messenger.BUS], "publish", lambda hints: None)
+    monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
     chat = await alice.opens(bob)
     there = await elsewhere.takes(bob)
     await there.listens_live(chat)  # so that the other server knows the chat, at number 0

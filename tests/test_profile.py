@@ -133,7 +133,7 @@ async def test_new_password_ends_every_other_session(
 ) -> None:
     """Their tokens and sockets end, at other servers too, though every hint is lost; the session
     that changed it goes on."""
-    monkeypatch.setattr(app[messenger.BUS], "publish", lambda hints: None)
+    monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
     chat = await alice.opens(bob)
     other, bobs = await again(alice), await bob.listens_live(chat)
     there = await elsewhere.takes(other)

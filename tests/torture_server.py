@@ -85,9 +85,9 @@ import messenger
 import postgres
 messenger.__file__ = os.path.abspath(__file__)  # by which the parent starts its workers
 publish = postgres.Notifications.publish
-def publish_unless_mute(self, hints):
+def publish_unless_mute(self, key, hint):
     if not os.path.exists(os.environ["TORTURE_MUTE"]):
-        publish(self, hints)
+        publish(self, key, hint)
 postgres.Notifications.publish = publish_unless_mute
 if messenger.PARENT not in os.environ:
     postgres.die_with(int(os.environ["TORTURE_PID"]))

@@ -284,7 +284,8 @@ def openapi() -> Json:
         made = operation(Described(endpoint), schemas, refusals)
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = made
     general = "".join(f"\n- {kind.status} `{kind.slug}`: {kind.title}." for kind in GENERAL)
-    shown = {slug: m.refused(slug).details() for slug in sorted(m.Problem.named)}
+    problems = {slug: m.refused(slug) or m.InternalError() for slug in sorted(m.Problem.named)}
+    shown = {slug: problem.details() for slug, problem in problems.items()}
     shown["invalid-input"] = m.invalid("$.text", "is missing").details()
     return {
         "openapi": "3.1.0",
