@@ -8,6 +8,7 @@ from pathlib import Path
 
 import asyncpg
 import msgspec
+from torture_plants import PLANTS
 
 import messenger
 
@@ -239,6 +240,13 @@ def test_built_statement_is_seen() -> None:
         "a + 1",
     ):
         assert not built_sql(ast.parse(source)), source
+
+
+def test_every_planted_bug_finds_its_place() -> None:
+    """What `./run torture --prove` replaces is there, once: a change of it shows at once."""
+    for plant in PLANTS:
+        for name, old, _ in plant.changes:
+            assert (ROOT / name).read_text().count(old) == 1, (plant.name, name)
 
 
 def test_every_endpoint_is_documented() -> None:

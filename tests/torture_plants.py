@@ -96,9 +96,8 @@ PLANTS = (
         (FUNCTIONS, "        where m.seq > p.last_read_seq\n        group by p.chat_id",
          "        group by p.chat_id"),)),
     Plant("live after one page of a replay", ("missed",), ("worker killed",), (
-        ("messenger.py",
-         "        replay.at = messages[-1].rev if len(messages) == REPLAY_PAGE else upto\n",
-         "        self._join(guest, room)\n"),)),
+        ("messenger.py", "        guest.write(bytes(frames))\n",
+         "        guest.write(bytes(frames))\n        self._join(guest, room)\n"),)),
 )  # fmt: skip
 
 
