@@ -2358,8 +2358,9 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.cleanup_ctx.append(run)
     app.on_shutdown.append(lambda _app: live.stop())
     for endpoint in ENDPOINTS:
-        name = endpoint.handler.__name__
-        app.router.add_route(endpoint.method, endpoint.path, bind(endpoint), name=name)
+        name, handler = endpoint.handler.__name__, bind(endpoint)
+        for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
+            app.router.add_route(method, endpoint.path, handler, name=name)
     return app
 
 def listen_on(host: str, port: int, shared: bool = False) -> socket.socket:

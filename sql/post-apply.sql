@@ -2,22 +2,24 @@
 -- A change of a view's columns or of a function's answer drops the old one in a migration first.
 
 -- One row is one Message of the contract. read_by is told in chats of up to 100; who joined later
--- than the message is not among its readers.
+-- than the message is not among its readers. Where no step of a reader covers it (the chat was
+-- larger then, or the row is old and gone), the next step tells until when they passed it.
 create or replace view message_view as
 select m.id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
        m.created_at, m.edited_at, m.deleted_at,
        case when c.participant_count <= 100 then (
            select coalesce(json_agg(json_build_object(
-                      'user_id', p.user_id, 'username', reader.username, 'read_at', step.read_at)
-                      order by step.read_at, p.user_id), '[]')
+                      'user_id', p.user_id, 'username', reader.username,
+                      'read_at', coalesce(step.read_at, p.last_read_at))
+                      order by coalesce(step.read_at, p.last_read_at), p.user_id), '[]')
            from participants p
            join users reader on reader.id = p.user_id and reader.deleted_at is null
-           cross join lateral (
-               select r.read_at, r.from_seq from reads r
+           left join lateral (
+               select r.read_at from reads r
                where r.chat_id = p.chat_id and r.user_id = p.user_id and r.seq >= m.seq
-               order by r.seq limit 1) step
+               order by r.seq limit 1) step on true
            where p.chat_id = m.chat_id and p.user_id <> m.sender_id
-             and p.joined_seq < m.seq and p.last_read_seq >= m.seq and step.from_seq < m.seq
+             and p.joined_seq < m.seq and p.last_read_seq >= m.seq
        ) else '[]' end as read_by,
        (select count(*) from participants p
         where p.chat_id = m.chat_id and p.user_id <> m.sender_id

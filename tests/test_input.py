@@ -580,3 +580,13 @@ async def test_health_is_told_to_anyone(
     await on_cluster(cluster, f"alter database {name} allow_connections true")
     assert await asks("/health/readiness") == (200, {"status": "ready"})
     assert (await world.asks(endpoint)).status == 200
+
+
+async def test_head_is_answered_like_get_without_a_body(world: World) -> None:
+    """Whatever can be got has a HEAD with the same status and headers, and no body."""
+    for path in ("/api/v1/users/me", "/api/v1/health/liveness", "/docs", "/api/v1/chats/999999"):
+        headers = world.alice.headers
+        got = await world.client.get(path, headers=headers)
+        head = await world.client.head(path, headers=headers)
+        assert (head.status, await head.read()) == (got.status, b"")
+        assert head.headers["Content-Length"] == str(len(await got.read()))

@@ -443,3 +443,10 @@ async def test_large_chats_only_count_readers(
     shown = await alice.gets(f"/chats/{chat}")
     assert shown["last_message"] == history[1]
     assert {p["user_id"]: p["last_read_seq"] for p in shown["participants"]}[bob.id] == 2
+    # Small again, it names them all, those who read meanwhile too.
+    await alice.expects(204, "DELETE", f"/chats/{chat}/participants/{ids[-1]}")
+    history = await alice.gets(f"/chats/{chat}/messages")
+    named = [sorted(r["user_id"] for r in m["read_by"]) for m in history]
+    assert named == [[bob.id], sorted((bob.id, carol.id))]
+    assert history[0]["read_by"][0]["read_at"] == message["read_by"][0]["read_at"]
+    assert all(r["read_at"] > history[1]["created_at"] for r in history[1]["read_by"])
