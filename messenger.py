@@ -49,7 +49,9 @@ on gets every change after it, in order; who was removed gets nothing posted lat
 never goes back; no input makes a 5xx; a reader who stalls delays nobody.
 
 To add an endpoint: its shapes, its statement under Queries, a handler whose signature says what it
-takes and answers and whose docstring's first line is its summary, and its line in ENDPOINTS.
+takes and answers and whose docstring's first line is its summary, and its line in ENDPOINTS; then
+`./run documents`, and its tests beside those of its room: tests/test_accounts.py, test_profile.py,
+test_chats.py, test_messages.py, test_changes.py, test_search.py, test_socket.py, test_every_chat.py.
 """
 
 import asyncio
@@ -546,7 +548,7 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
 
     Raises MalformedRequest for what is no JSON, InvalidInput for JSON of another shape.
     """
-    refusal: Problem = MalformedRequest("The body is not JSON.")
+    refusal: Problem = MalformedRequest("What was sent is not JSON.")
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         try:
             return decoder.decode(text)
@@ -1720,7 +1722,7 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     everyone = [me, *others] if is_new else []
     for start in range(0, len(everyone), HINT_USERS_MAX):
         joined = everyone[start : start + HINT_USERS_MAX]
-        request.app[LIVE].publish(ChatHint(chat_id, 0, 1, joined))
+        request.app[LIVE].publish(ChatHint(chat_id, rev=0, version=1, joined=joined))
     chat = await get_chat(request, chat_id)
     return created(chat, f"/api/v1/chats/{chat_id}") if is_new else Answer(chat, 200)
 
@@ -2260,7 +2262,7 @@ def bind(endpoint: Endpoint) -> Handler:
     """Make the aiohttp handler of an endpoint."""
     signature = Signature.of(endpoint)
 
-    async def serve(request: web.Request) -> web.StreamResponse:
+    async def answer(request: web.Request) -> web.StreamResponse:
         if not endpoint.public:
             request[ASKER] = asker = await authenticate(request)
             request[ME] = asker.user_id
@@ -2276,7 +2278,7 @@ def bind(endpoint: Endpoint) -> Handler:
                 arguments["body"] = decode_json(signature.body, body)
         return respond(endpoint, await endpoint.handler(request, **arguments))
 
-    return serve
+    return answer
 
 def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
     """Turn what a handler returned into a response."""
@@ -2356,7 +2358,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
         app[PASSWORDS].close()
 
     app.cleanup_ctx.append(run)
-    app.on_shutdown.append(lambda _app: live.stop())
+    app.on_shutdown.append(lambda _app: live.stop())  # where nobody stopped it before
     for endpoint in ENDPOINTS:
         name, handler = endpoint.handler.__name__, bind(endpoint)
         for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):

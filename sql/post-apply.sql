@@ -201,7 +201,7 @@ language sql stable as $$
     from chats c where c.id = chat
 $$;
 
--- The same for who follows the chat, if they are in it: no row for a stranger.
+-- The same as JSON, for a participant of the chat: no row for a stranger.
 create or replace function missed_messages(
     chat bigint, reader bigint, after_rev bigint, upto_rev bigint, at_most int)
 returns table (messages text[]) language sql stable as $$

@@ -33,7 +33,7 @@ SQL = re.compile(
     re.IGNORECASE,
 )
 RUNS_SQL = {
-    "rows", "row", "shape", "execute", "executemany", "fetch", "fetchrow", "fetchval", "prepare",
+    "rows", "row", "value", "execute", "executemany", "fetch", "fetchrow", "fetchval", "prepare",
     "cursor",
 }  # fmt: skip
 
@@ -203,7 +203,7 @@ def built_sql(tree: ast.AST) -> list[str]:
             if node.func.attr in ("format", "join", "replace", "format_map"):
                 pieces = [text_of(node.func.value)]
             if node.func.attr in RUNS_SQL and node.args:
-                query = node.args[1] if node.func.attr == "shape" else node.args[0]
+                query = node.args[0]
                 from_file = isinstance(query, ast.Call) and ast.unparse(query.func).endswith(
                     ("sql').read_bytes", "sql').read_text")
                 )
@@ -229,7 +229,7 @@ def test_built_statement_is_seen() -> None:
         '"update t set a = {}".format(a)',
         'database.rows(f"{a} from t", 1)',
         "database.row(SELECT + ORDER)",
-        "database.shape(CHAT, QUERIES[a])",
+        "database.value(QUERIES[a])",
         'f"delete from {t}"',
     ):
         assert built_sql(ast.parse(source)), source
