@@ -1450,14 +1450,14 @@ class SearchIndex:
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""
-        began = time.monotonic()
         for chat_id in list(self.waiting):
+            began = time.monotonic()
             self.waiting.discard(chat_id)
             try:
                 await self.take_in(chat_id)
             except ServiceUnavailable:
                 self.waiting.add(chat_id)
-        await asyncio.sleep(INDEX_REST * (time.monotonic() - began))
+            await asyncio.sleep(INDEX_REST * (time.monotonic() - began))
 
 async def leave_chats(app: web.Application, user_id: int) -> None:
     """Take a deleted user out of their chats; what it cannot do now is done by keep_tidy."""

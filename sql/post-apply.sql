@@ -159,11 +159,13 @@ returns table (since bigint, seq bigint, rev bigint, text text) language sql sta
 $$;
 
 -- Takes in the words of the messages between two numbers, each message's joined by spaces. Where
--- another was faster it does nothing: the words may be older than what that one has seen.
+-- another was faster it does nothing: the words may be older than what that one has seen. What a
+-- crash takes back is taken in again, so the posts' flush to disk is not joined.
 create or replace function index_words(
     chat bigint, since bigint, upto bigint, seqs bigint[], words text[])
 returns void language plpgsql volatile as $$
 begin
+    perform set_config('synchronous_commit', 'off', true);  -- of this transaction
     insert into search_positions as i (chat_id, rev) values (chat, upto)
     on conflict (chat_id) do update set rev = upto where i.rev = since;
     if not found then
