@@ -50,8 +50,9 @@ never goes back; no input makes a 5xx; a reader who stalls delays nobody.
 
 To add an endpoint: its shapes, its statement under Queries, a handler whose signature says what it
 takes and answers and whose docstring's first line is its summary, and its line in ENDPOINTS; then
-`./run documents`, and its tests beside those of its room: tests/test_accounts.py, test_profile.py,
-test_chats.py, test_messages.py, test_changes.py, test_search.py, test_socket.py, test_every_chat.py.
+`./run documents`, and its tests beside those of its room in tests/: test_accounts.py and
+test_profile.py, test_chats.py, test_messages.py, test_changes.py and test_search.py, test_socket.py
+and test_every_chat.py.
 """
 
 import asyncio
