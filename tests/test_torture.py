@@ -1,4 +1,4 @@
-"""The checker's short run: half a minute of every kind of fault, after which nothing is lost."""
+"""The checker's short run, half a minute of every kind of fault; `--prove` is part of .ci/run."""
 
 import re
 import subprocess

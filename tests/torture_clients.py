@@ -32,7 +32,8 @@ ASK_SECONDS = 3.0  # until a client takes an answer for lost; some stops of a wo
 REMOVED_SECONDS = (1.0, 2.0)  # longer than what an abandoned statement may still wait for a lock
 PAUSE_SECONDS = 0.05  # of a sender, on average
 BURST = 6  # messages at once on one socket
-LAST_WORDS = 8  # of who is just being removed
+LAST_WORDS = 16  # of who is just being removed
+KEEPERS = 2  # at work at once
 RECENT = 50  # messages of one's own that may still be changed
 
 # ---- Who is there
@@ -524,7 +525,7 @@ class Run:
         while True:
             await asyncio.sleep(self.random.uniform(0.5, 1.5))
             await self.open.wait()
-            seat = self.random.choice(self.seats)
+            seat = self.random.choice([seat for seat in self.seats if seat.inside.is_set()])
             if time.monotonic() - seat.came_at > max(REMOVED_SECONDS):
                 self.busy += 1
                 await self._remove(seat)
@@ -539,7 +540,7 @@ class Run:
             removing.create_task(self.insists(self.keeper, "DELETE", path))
             for _ in range(LAST_WORDS):
                 self.spawn(self.persist(self.compose(seat), None))
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.002)
         seat.step()
         await asyncio.sleep(self.random.uniform(*REMOVED_SECONDS))
         await self._put_back(seat, path)
@@ -621,7 +622,7 @@ class Run:
         for device in self.devices:
             self.staying.add(self.spawn(device.stay()))
         self.open.set()
-        for work in (self.read, self.keep, self.churn):
+        for work in (self.read, self.churn, *[self.keep] * KEEPERS):
             self.spawn(work())
         for seat in self.seats:
             self.spawn(self.send(seat))

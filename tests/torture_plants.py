@@ -59,6 +59,9 @@ do $$ begin
     end loop;
 end $$;
 """
+PAGE_END = """            replay.at = replay.at if len(missed) == REPLAY_PAGE else upto
+        guest.write(bytes(frames))
+"""
 FUNCTIONS, SCHEMA = "sql/post-apply.sql", "sql/0001_schema.sql"
 
 PLANTS = (
@@ -88,7 +91,7 @@ PLANTS = (
         ("messenger.py", "self.spawn(self._database.repeat(self._poll, ", "len(("),), 11.0),
     Plant("membership checked before the lock", ("leaked",), ("listeners cut",), (
         (FUNCTIONS, LOCK + ACCEPTED, ACCEPTED),
-        (FUNCTIONS, NOT_THERE, NOT_THERE + LOCK))),
+        (FUNCTIONS, NOT_THERE, NOT_THERE + LOCK)), 9.0),
     Plant("late removal", ("leaked",), ("listeners cut",), (
         ("messenger.py", "in departed]:\n            self.dismiss(",
          "in departed]:\n            asyncio.get_running_loop().call_later(0.3, self.dismiss, "),)),
@@ -96,8 +99,7 @@ PLANTS = (
         (FUNCTIONS, "        where m.seq > p.last_read_seq\n        group by p.chat_id",
          "        group by p.chat_id"),)),
     Plant("live after one page of a replay", ("missed",), ("worker killed",), (
-        ("messenger.py", "        guest.write(bytes(frames))\n",
-         "        guest.write(bytes(frames))\n        self._join(guest, room)\n"),)),
+        ("messenger.py", PAGE_END, f"{PAGE_END}        self._join(guest, room)\n"),)),
 )  # fmt: skip
 
 
