@@ -377,6 +377,33 @@ async def test_postgres_killed_is_back_soon_and_sockets_stay(
     assert await line.hears_text("goes on")
 
 
+async def test_frozen_postgres_keeps_nobody_waiting(running: Server, people_of: Any) -> None:
+    """While PostgreSQL is there but answers nothing, every request is 503 within about two seconds,
+    those that queue behind others too; once it goes on, all is served, and sockets stayed open."""
+    alice, bob = await people_of(running, "alice"), await people_of(running, "bob")
+    chat = await alice.opens(bob)
+    line = await bob.listens_live(chat)
+    calls = [("POST", f"/chats/{chat}/messages", {"text": "lost?", "id": new_id()})] * 20
+    calls += [("GET", f"/chats/{chat}", None), ("GET", "/health/readiness", None)] * 20
+    pids = processes_in(running.folder) - {running.process.pid}
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    for _ in range(2):
+        async with asyncio.timeout(3.3):  # two waits of 1.8 s, one after the other, are too long
+            answers = await asyncio.gather(*[alice.asks(*call) for call in calls])
+        assert {answer.status for answer in answers} == {503}
+        assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    async with asyncio.timeout(BACK_SECONDS):
+        while (await alice.asks("GET", "/health/readiness")).status != 200:
+            await asyncio.sleep(0.05)
+    answer = await alice.asks(*calls[0])
+    assert answer.status in (200, 201)
+    assert (await line.hears("message"))["data"]["id"] == (await answer.json())["id"]
+    assert len(await alice.history(chat)) == 1
+
+
 async def test_stop_while_postgres_is_away_leaves_nothing(running: Server, people_of: Any) -> None:
     """SIGTERM right after PostgreSQL died, with a post under way, ends as soon as any."""
     alice = await people_of(running, "alice")
