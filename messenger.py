@@ -158,6 +158,8 @@ LOGIN_FAILURES_MAX = 10  # for one account, within the window
 LOGIN_WINDOW_SECONDS = 15 * 60
 PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 
+FRAMES_BURST = 2000  # from one socket at once; as many more, refused, and it is closed
+FRAMES_PER_SECOND = 500
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
@@ -184,6 +186,7 @@ WS_GOING_AWAY = 1001
 WS_TOKEN_ENDED = 4401
 WS_NOT_IN_CHAT = 4403
 WS_STALLED = 4408
+WS_FLOODING = 4429
 
 # ==== Shapes ======================================================================================
 # The contract's bodies, answers and frames. Bodies refuse unknown fields.
@@ -520,6 +523,7 @@ class InvalidInput(Problem, status=422, title="The input is not valid"): ...
 class ReplyNotFound(Problem, status=422, title="reply_to is no message of this chat"): ...
 class UpgradeRequired(Problem, status=426, title="This address speaks websocket only"): ...
 class TooManyAttempts(Problem, status=429, title="Too many failed attempts"): ...
+class TooManyFrames(Problem, status=429, title="Frames come faster than they may"): ...
 class InternalError(Problem, status=500, title="Something went wrong"): ...
 class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
 
@@ -873,6 +877,8 @@ class Socket:
         self.answered = asyncio.Event()
         self.opened = asyncio.Event()
         self.close_code: int | None = None  # once it is being closed
+        self.allowance: float = FRAMES_BURST  # of frames, at that time
+        self.counted_at = time.monotonic()
         self.heard_at = self.took_at = self.pinged_at = time.monotonic()
         self._written = self._taken = 0  # bytes in all; taken: when last looked at
         self._transport: asyncio.Transport | None = None
@@ -901,6 +907,12 @@ class Socket:
     def unsent(self) -> int:
         """Tell how many bytes the peer has not taken yet."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def spend(self, now: float) -> float:
+        """Count a frame against the allowance; tell what is left of it."""
+        since, self.counted_at = self.counted_at, now
+        self.allowance = min(FRAMES_BURST, self.allowance + FRAMES_PER_SECOND * (now - since)) - 1
+        return self.allowance
 
     def look(self, now: float) -> int | None:
         """Answer, once a second, the code to close it with if its peer stalls or is gone."""
@@ -1996,6 +2008,10 @@ async def unanswered_below(guest: Socket, limit: int) -> None:
 async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
     """Do what a frame asks for; refuse it where that cannot be."""
     try:
+        if request.app[SETTINGS].rate_limits == "on" and guest.spend(guest.heard_at) < 0:
+            if guest.allowance < -FRAMES_BURST:
+                request.app[LIVE].close(guest, WS_FLOODING)
+            raise TooManyFrames
         frame = decode_json(CLIENT_FRAME, text)
         if isinstance(frame, MessageIn):
             take_message(request, guest, frame)

@@ -218,6 +218,9 @@ def test_every_problem_is_described() -> None:
              for kind, status in refusals(path, method).items()}
     general = (messenger.NotFound, messenger.MethodNotAllowed, messenger.InternalError)
     found |= {one.slug: one.status for one in general}
+    flood = messenger.TooManyFrames  # of sockets only: it is in their document
+    found[flood.slug] = flood.status
+    assert f"`{flood.slug}`" in ASYNCAPI.content["info"]["description"]
     assert found == {slug: one.status for slug, one in messenger.Problem.named.items()}
     responses = OPENAPI.content["components"]["responses"]
     assert all(kinds(responses[one.__name__]) == [one.slug] for one in general)

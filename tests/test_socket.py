@@ -809,3 +809,31 @@ async def test_what_was_sent_before_hanging_up_is_posted(
     await line.sends(CLOSE, (1000).to_bytes(2, "big"))
     heard = await drains(other, 50)
     assert [frame["data"]["text"] for frame in heard] == [str(number) for number in range(50)]
+
+
+async def test_flood_is_refused_and_then_closed(
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames beyond the allowance are refused, by their `ref`; who goes on is closed with 4429.
+    Others are not concerned, and the allowance grows again."""
+    monkeypatch.setattr(messenger, "FRAMES_BURST", 20)
+    monkeypatch.setattr(messenger, "FRAMES_PER_SECOND", 2)
+    chat = await alice.opens(bob)
+    line, other = await alice.listens_live(chat), await bob.listens_live(chat)
+    for number in range(23):
+        await line.says("hello", ref=number)
+    refused = [(await line.hears("error"))]
+    assert refused[0]["data"]["type"] == "too-many-frames"
+    assert refused[0]["data"]["status"] == 429
+    assert refused[0]["ref"] >= 20
+    await asyncio.sleep(2)
+    await line.says("calm again", ref="calm")
+    while (heard := await line.hears("ack", "error"))["ref"] != "calm":
+        pass
+    assert heard["type"] == "ack"
+    for _ in range(60):
+        await line.says("hello", ref=0)
+    assert await line.is_closed() == 4429
+    await other.says("still here", ref="other")
+    while (await other.hears("ack", "message")).get("ref") != "other":
+        pass

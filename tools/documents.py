@@ -60,7 +60,7 @@ CLOSE_CODES = {
     4401: "the token expired or was revoked",
     4403: "the user is no longer in this chat",
     4408: "the client took no byte for 30 s",
-    4429: "too many frames",
+    4429: "went on after `too-many-frames`",
 }
 TAGS = {  # by the start of a path: the first that fits
     "/api/v1/chats/[^/]+/(messages|changes|read)": ("messages", "Post, edit, read and search."),
