@@ -54,7 +54,7 @@ def start(programs: Path, folder: Path) -> subprocess.Popen[bytes]:
         user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     settings = ["-clisten_addresses=", f"-cunix_socket_directories={folder}", "-cfsync=off"]
-    settings += ["-clog_min_messages=fatal"]
+    settings += ["-clog_min_messages=panic"]
     return subprocess.Popen(
         [programs / "postgres", "-D", cluster, *settings], user=user, cwd=folder
     )
