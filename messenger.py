@@ -135,12 +135,11 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
             raise StartError("DATABASE_URL must be like postgresql://user:password@host/database")
         if settings.database_url and not settings.secret_key:
             raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
-        if settings.secret_key and len(settings.secret_key.encode()) < SECRET_KEY_BYTES_MIN:
-            raise StartError(f"SECRET_KEY must have at least {SECRET_KEY_BYTES_MIN} bytes")
+        if settings.secret_key and len(settings.secret_key.encode()) < postgres.SECRET_BYTES_MIN:
+            raise StartError(f"SECRET_KEY must have at least {postgres.SECRET_BYTES_MIN} bytes")
         return settings
 
 INT8_MAX = 2**63 - 1
-SECRET_KEY_BYTES_MIN = 32
 BODY_BYTES_MAX = 64 * 1024
 FRAME_BYTES_MAX = 64 * 1024
 GROUP_PARTICIPANTS_MAX = 1000
@@ -2050,11 +2049,10 @@ def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
     def answer(future: "asyncio.Future[Posted]") -> None:
         guest.unanswered -= 1
         guest.answered.set()
-        problem = None if future.cancelled() else future.exception()
-        if problem is not None:
+        if problem := future.exception():
             known = problem if isinstance(problem, Problem) else InternalError()
             refuse_frame(guest, known, frame.ref, frame.chat_id)
-        elif frame.ref is not None and not future.cancelled():
+        elif frame.ref is not None:
             guest.write(encoded("ack", future.result().ack, frame.ref))
 
     future = request.app[POSTS].put(post)
