@@ -56,12 +56,12 @@ and test_every_chat.py.
 """
 
 import asyncio
-import base64
 import contextlib
 import functools
 import hashlib
 import inspect
 import logging
+import math
 import operator
 import os
 import re
@@ -73,8 +73,7 @@ import time
 import types
 import typing
 import unicodedata
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,7 +81,6 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID
 
 import asyncpg
-import bcrypt
 import email_validator
 import jwt
 import msgspec
@@ -91,11 +89,14 @@ import uvloop
 from aiohttp import WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+import edge
 import postgres
+from edge import Passwords, Rate, text_frame
 from postgres import Database, GroupWriter, Notifications, StartError
 
 VERSION = "0.1.0"
-SQL, WEB = Path(__file__).parent / "sql", Path(__file__).parent / "web"
+HERE = Path(__file__).resolve().parent
+SQL, WEB, ADMINISTER = HERE / "sql", HERE / "web", HERE / "tools" / "administer.py"
 log = logging.getLogger("messenger")
 
 REQUESTS = prometheus_client.Histogram(
@@ -107,6 +108,8 @@ SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 # What an administrator may set, each from the environment variable of its name in capitals, and
 # the bounds that are part of the contract or guard the process.
 
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+
 class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     """What is set from outside; README.md tells what each is for."""
 
@@ -115,10 +118,23 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     database_url: str = ""
     secret_key: str = ""
+    secret_key_old: str = ""
+    registration: Literal["open", "closed"] = "open"
     access_token_expire_minutes: Annotated[int, Meta(ge=1, le=1440)] = 30
     refresh_token_expire_days: Annotated[int, Meta(ge=1, le=365)] = 7
     bcrypt_cost: Annotated[int, Meta(ge=4, le=16)] = 12
+    trusted_proxies: str = ""
+    cors_origins: str = ""
     rate_limits: Literal["on", "off"] = "on"
+    login_failures_per_account: Count = 10
+    login_failures_per_address: Count = 100
+    registrations_per_address: Count = 100
+    messages_burst: Count = 60
+    messages_per_second: Count = 20
+    typing_per_second: Count = 5
+    sockets_per_user: Count = 50
+    refused_handshakes_per_second: Count = 10
+    access_log: Literal["on", "off"] = "off"
     workers: Annotated[int, Meta(ge=1, le=16)] = 1
     metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
 
@@ -135,8 +151,12 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
             raise StartError("DATABASE_URL must be like postgresql://user:password@host/database")
         if settings.database_url and not settings.secret_key:
             raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
-        if settings.secret_key and len(settings.secret_key.encode()) < postgres.SECRET_BYTES_MIN:
-            raise StartError(f"SECRET_KEY must have at least {postgres.SECRET_BYTES_MIN} bytes")
+        for name in ("secret_key", "secret_key_old"):
+            size, least = len(getattr(settings, name).encode()), postgres.SECRET_BYTES_MIN
+            if 0 < size < least:
+                raise StartError(f"{name.upper()} must have at least {least} bytes")
+        edge.read_networks(settings.trusted_proxies)
+        edge.read_origins(settings.cors_origins)
         return settings
 
 INT8_MAX = 2**63 - 1
@@ -153,12 +173,14 @@ TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
 SESSIONS_REMEMBERED_MAX = 10_000
-LOGIN_FAILURES_MAX = 10  # for one account, within the window
-LOGIN_WINDOW_SECONDS = 15 * 60
-PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
+ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
-FRAMES_BURST = 2000  # from one socket at once; as many more, refused, and it is closed
+BODY_SECONDS = 15
+IDLE_SECONDS = 30  # of a connection between two requests; so long a request's headers may take
+FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
+REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
+REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
@@ -173,6 +195,8 @@ INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
 INDEX_REST = 9  # the background indexing rests so many times as long as it worked
 UPKEEP_SECONDS = 60
 UPKEEP_ROWS = 1000  # deleted at once
+ENDED_SECONDS = 86_400  # for which an ended session is kept
+READ_SECONDS = 90 * 86_400  # and when somebody passed a message
 LEAVING_SECONDS = 1.0  # how long the deletion of an account waits until its chats are left
 WATCH_SECONDS = 1.0
 POLL_SECONDS = 1.0
@@ -420,25 +444,11 @@ class Expiry(Struct):
     expires_at: datetime
 
 class Event(Struct, omit_defaults=True):
-    """What the server sends over a socket; EVENTS tells what `data` is by `type`."""
+    """What the server sends over a socket; its type tells what `data` is."""
     type: str
     data: Any
     ref: Ref | None = None
     chat_id: int | None = None
-
-EVENTS: Mapping[str, tuple[type[Struct], str]] = {
-    "message": (Message, "A message was posted."),
-    "message_updated": (Message, "A message was edited or deleted."),
-    "read": (Read, "Somebody read up to there."),
-    "typing": (Typing, "Somebody is writing."),
-    "chat": (Chat, "On a socket for all chats: the user came into this one."),
-    "chat_updated": (ChatUpdate, "Name or participants changed; the larger version is true."),
-    "chat_removed": (ChatRemoved, "On a socket for all chats: the user is no longer in this one."),
-    "ack": (Ack, "A message frame that carried `ref` is durable."),
-    "auth": (Expiry, "The new token counts."),
-    "ready": (Ready, "The chat is live on this socket, from this number on."),
-    "error": (ProblemDetails, "A frame was refused; the socket stays open."),
-}
 
 ShapeT = TypeVar("ShapeT")
 ENCODER = msgspec.json.Encoder()
@@ -488,12 +498,19 @@ class Problem(Exception):
         self.detail = detail or "; ".join(f"{e.loc} {e.msg}" for e in errors) or f"{self.title}."
         self.headers = PROBLEM_HEADERS.get(self.status, {}) if headers is None else headers
 
+    @classmethod
+    def until(cls, seconds: float) -> "Problem":
+        """Make one that tells after how many seconds to come back."""
+        wait = max(1, math.ceil(seconds))
+        return cls(f"{cls.title}. Try again in {wait} s.", headers={"Retry-After": str(wait)})
+
     def details(self) -> ProblemDetails:
         """Describe the problem as clients see it."""
         return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
 
 PROBLEM_HEADERS = {
-    401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"}, 503: {"Retry-After": "1"}}
+    401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"},
+    429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 
 class MalformedRequest(Problem, status=400, title="The request cannot be read"): ...
 class Unauthorized(Problem, status=401, title="A valid access token is needed"): ...
@@ -503,6 +520,7 @@ class OwnerOnly(Problem, status=403, title="Only the owner may do this"): ...
 class NotAllowed(Problem, status=403, title="Only some may do this"): ...
 class SenderOnly(Problem, status=403, title="Only the sender may do this"): ...
 class WrongPassword(Problem, status=403, title="The present password is wrong"): ...
+class RegistrationClosed(Problem, status=403, title="Only an administrator makes accounts"): ...
 class ForeignOrigin(Problem, status=403, title="Pages of another site may not connect"): ...
 class NotFound(Problem, status=404, title="There is nothing here"): ...
 class UserNotFound(Problem, status=404, title="There is no such user"): ...
@@ -517,12 +535,17 @@ class PartnerGone(Problem, status=409, title="The other user deleted their accou
 class PersonalChat(Problem, status=409, title="A personal chat has its two participants"): ...
 class GroupFull(Problem, status=409, title="The group has as many participants as it can"): ...
 class OwnerStays(Problem, status=409, title="An owner makes another the owner first"): ...
+class RequestTimeout(Problem, status=408, title="The body came too slowly"): ...
 class BodyTooLarge(Problem, status=413, title="The body is larger than 64 KiB"): ...
 class InvalidInput(Problem, status=422, title="The input is not valid"): ...
 class ReplyNotFound(Problem, status=422, title="reply_to is no message of this chat"): ...
 class UpgradeRequired(Problem, status=426, title="This address speaks websocket only"): ...
-class TooManyAttempts(Problem, status=429, title="Too many failed attempts"): ...
+class TooManyAttempts(Problem, status=429, title="Too many attempts"): ...
+class TooManyMessages(Problem, status=429, title="Messages come faster than they may"): ...
 class TooManyFrames(Problem, status=429, title="Frames come faster than they may"): ...
+class TooMuchTyping(Problem, status=429, title="Typing is told more often than it may"): ...
+class TooManySockets(Problem, status=429, title="The user has too many sockets open"): ...
+class TooManyHandshakes(Problem, status=429, title="Too many sockets were refused"): ...
 class InternalError(Problem, status=500, title="Something went wrong"): ...
 class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
 
@@ -535,6 +558,11 @@ def refused(outcome: str) -> Problem | None:
     if outcome == ReplyNotFound.slug:
         return ReplyNotFound(errors=[FieldError("$.reply_to", "is no message of this chat")])
     return Problem.named[outcome]() if outcome in Problem.named else None
+
+def taken(error: asyncpg.UniqueViolationError) -> Problem:
+    """Make the problem that the name of a constraint stands for."""
+    constraint = str(error.constraint_name)
+    return refused(constraint.removeprefix("users_").replace("_", "-")) or InternalError()
 
 def invalid_input(error: msgspec.ValidationError) -> InvalidInput:
     """Turn what msgspec found wrong into a problem that names the field."""
@@ -579,7 +607,7 @@ SELECT_USER = """  -- user_id
 
 SELECT_LOGIN = """  -- email_key
     -- users_email_taken
-    select id, password_hash from users where email_key = $1"""
+    select id, password_hash from users where email_key = $1 and not is_disabled"""
 
 SELECT_HASH = """  -- user_id
     -- users_pkey
@@ -593,13 +621,6 @@ SELECT_SESSION = """  -- session_id, user_id
     -- sessions_pkey
     select true from sessions where id = $1 and user_id = $2 and ended_at is null"""
 
-SELECT_SESSIONS = """  -- user_id, life of a refresh token in seconds, after, limit
-    -- sessions_of_user
-    select id, created_at, last_used_at, user_agent from sessions
-    where user_id = $1 and ended_at is null and rotated_at > now() - make_interval(secs => $2)
-      and id > $3
-    order by id limit $4"""
-
 END_SESSION = """  -- session_id, user_id
     -- sessions_pkey
     update sessions set ended_at = now() where id = $1 and user_id = $2 and ended_at is null
@@ -612,12 +633,6 @@ SELECT_SESSIONS_ENDED = """  -- seconds to look back
 SELECT_CHAT = """  -- chat_id, reader_id
     -- participants_pkey
     select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2"""
-
-SELECT_PARTICIPANTS = """  -- chat_id, reader_id, after, limit
-    -- participants_pkey
-    select v.user_id, v.username, v.role, v.last_read_seq
-    from participants me join participant_view v on v.chat_id = me.chat_id
-    where me.chat_id = $1 and me.user_id = $2 and v.user_id > $3 order by v.user_id limit $4"""
 
 SELECT_MESSAGE = """  -- chat_id, reader_id, message_id
     -- messages_id
@@ -649,13 +664,15 @@ SELECT_USERS = "select * from users_after($1, $2, $3, $4)"
 CHANGE_USER = "select change_user($1, $2, $3, $4, $5, $6, $7, $8, $9)"
 DELETE_USER = "select delete_user($1)"
 LEAVE_NEXT_CHAT = "select * from leave_next_chat($1)"
-START_SESSION = "select * from start_session($1, $2, $3, $4)"
+SELECT_SESSIONS = "select * from sessions_after($1, $2, $3, $4)"
+START_SESSION = "select * from start_session($1, $2, $3, $4, $5, $6)"
 ROTATE_SESSION = "select * from rotate_session($1, $2, $3, $4)"
 COUNT_ATTEMPT = "select count_attempt($1, $2, $3)"
 CREATE_GROUP = "select * from create_group($1, $2, $3)"
 OPEN_PERSONAL_CHAT = "select * from open_personal_chat($1, $2)"
 SELECT_CHATS_BEFORE = "select * from chats_before($1, $2, $3, $4)"
 RENAME_CHAT = "select * from rename_chat($1, $2, $3)"
+SELECT_PARTICIPANTS = "select * from participants_after($1, $2, $3, $4)"
 PUT_PARTICIPANT = "select * from put_participant($1, $2, $3, $4, $5)"
 REMOVE_PARTICIPANT = "select * from remove_participant($1, $2, $3)"
 POST_MESSAGES = "select * from post_messages($1, $2, $3, $4, $5)"
@@ -667,13 +684,13 @@ SELECT_MESSAGES_FOUND = "select * from history_found($1, $2, $3, $4, $5)"
 SELECT_MISSED = "select * from missed_messages($1, $2, $3, $4, $5)"
 SELECT_UNINDEXED = "select * from unindexed_messages($1, $2)"
 INDEX_WORDS = "select index_words($1, $2, $3, $4, $5)"
+PURGE_OLD = "select purge_old($1, $2, $3, $4, $5)"
 SWEEP_EMPTY_CHAT = "select sweep_empty_chat($1)"
 SELECT_ROOM = "select * from room_news($1, $2, $3, $4)"
 
 # ==== Who is asking ===============================================================================
-# Passwords are hashed by bcrypt over a SHA-2 digest (bcrypt itself stops at 72 bytes and at NUL),
-# in threads of their own. Tokens are JWTs (RFC 7519) that name a session; a session is one login,
-# and a refresh token is good for one generation of it (RFC 9700, section 4.14).
+# Tokens are JWTs (RFC 7519) that name a session; a session is one login, and a refresh token is
+# good for one generation of it (RFC 9700, section 4.14). Who asks too often is asked to wait.
 
 @dataclass(frozen=True, slots=True)
 class Asker:
@@ -687,47 +704,12 @@ ASKER = web.RequestKey("asker", Asker)
 ME = web.RequestKey("me", int)  # the asker's id
 SUBPROTOCOL = "messenger.v1"
 
-class Passwords:
-    """Hashes and verifies passwords, a bounded number at a time."""
-
-    def __init__(self, cost: int) -> None:
-        self.cost = cost
-        self._waiting = 0
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="bcrypt")
-        # Verified against for an unknown address, so that it takes as long as a known one.
-        self.nobodys = f"$2b${cost:02d}${'.' * 53}"
-
-    async def hash(self, password: str) -> str:
-        """Hash a password for storing. Raises ServiceUnavailable."""
-        hashed = await self._run(bcrypt.hashpw, self._digest(password), bcrypt.gensalt(self.cost))
-        return hashed.decode()
-
-    async def matches(self, password: str, hashed: str) -> bool:
-        """Tell whether a password is the one that was hashed. Raises ServiceUnavailable."""
-        return await self._run(bcrypt.checkpw, self._digest(password), hashed.encode())
-
-    @staticmethod
-    def _digest(password: str) -> bytes:
-        return base64.b64encode(hashlib.sha256(password.encode()).digest())
-
-    async def _run(self, function: Callable[..., ShapeT], *args: bytes) -> ShapeT:
-        if self._waiting >= PASSWORD_QUEUE_MAX:
-            raise ServiceUnavailable("Too many passwords are being checked.")
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
-        finally:
-            self._waiting -= 1
-
-    def close(self) -> None:
-        """End the threads; what still waits is dropped."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
 class Sessions:
     """Makes tokens, reads them, and knows for a moment which sessions are alive."""
 
     def __init__(self, settings: Settings, secret_key: str, database: Database) -> None:
-        self._key = secret_key
+        self._key = secret_key  # signs; the old one is only believed
+        self._keys = [key for key in (secret_key, settings.secret_key_old) if key]
         self._database = database
         self._access_seconds = settings.access_token_expire_minutes * 60
         self._refresh_seconds = settings.refresh_token_expire_days * 86_400
@@ -753,16 +735,16 @@ class Sessions:
 
     def read(self, token: str, kind: Literal["access", "refresh"]) -> dict[str, Any] | None:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
-        try:
-            claims: dict[str, Any] = jwt.decode(
-                token, self._key, algorithms=["HS256"], leeway=TOKEN_LEEWAY_SECONDS,
-                options={
-                    "require": ["sub", "sid", "typ", "jti", "iat", "exp"],
-                    "verify_iat": False,  # PostgreSQL's clock may be ahead of ours
-                })
-        except (jwt.InvalidTokenError, ValueError):
-            return None
-        return claims if claims["typ"] == kind else None
+        options: Any = {
+            "require": ["sub", "sid", "typ", "jti", "iat", "exp"],
+            "verify_iat": False,  # PostgreSQL's clock may be ahead of ours
+        }
+        for key in self._keys:
+            with contextlib.suppress(jwt.InvalidTokenError, ValueError):
+                claims: dict[str, Any] = jwt.decode(
+                    token, key, ["HS256"], options, leeway=TOKEN_LEEWAY_SECONDS)
+                return claims if claims["typ"] == kind else None
+        return None
 
     async def asker(self, token: str) -> Asker:
         """Tell who holds an access token. Raises Unauthorized, ServiceUnavailable."""
@@ -794,6 +776,10 @@ DATABASE = web.AppKey("database", Database)
 BUS = web.AppKey("bus", Notifications)
 PASSWORDS = web.AppKey("passwords", Passwords)
 SESSIONS = web.AppKey("sessions", Sessions)
+PROXIES = web.AppKey("proxies", list[edge.Network])
+ORIGINS = web.AppKey("origins", frozenset[str])
+# What this process counts, by what is heard beyond it: a problem, or the close code of a socket.
+RATES = web.AppKey("rates", dict[type[Problem] | int, Rate])
 
 def bearer_token(request: web.Request) -> str:
     """Find the token of a request: in Authorization, and for sockets also where browsers can."""
@@ -808,16 +794,29 @@ def bearer_token(request: web.Request) -> str:
         return request.query.get("token", "")
     return ""
 
+def address_of(request: web.Request) -> str:
+    """Tell the address that a request comes from, as far as it can be believed."""
+    return edge.client_address(request, request.app[PROXIES])
+
+def spend(app: web.Application, problem: type[Problem], key: Hashable) -> None:
+    """Count against a limit of this process. Raises the problem beyond it."""
+    if app[SETTINGS].rate_limits == "on" and (wait := app[RATES][problem].spend(key)):
+        raise problem.until(wait)
+
 async def authenticate(request: web.Request) -> Asker:
-    """Tell who sends a request. Raises Unauthorized, ForeignOrigin, ServiceUnavailable."""
-    origin = request.headers.get("Origin", "").lower()
-    ours = ("", f"http://{request.host}".lower(), f"https://{request.host}".lower())
-    if request.path.startswith("/ws") and origin not in ours:
+    """Tell who sends a request.
+
+    Raises Unauthorized, ForeignOrigin, TooManyHandshakes, ServiceUnavailable.
+    """
+    is_socket = request.path.startswith("/ws")
+    if is_socket and edge.is_foreign(request, request.app[ORIGINS]):
         raise ForeignOrigin  # a page of another site may not use its visitor's token
-    token = bearer_token(request)
-    if not token:
-        raise Unauthorized
-    return await request.app[SESSIONS].asker(token)
+    try:
+        return await request.app[SESSIONS].asker(bearer_token(request))
+    except Unauthorized:
+        if is_socket:
+            spend(request.app, TooManyHandshakes, address_of(request))
+        raise
 
 # ==== Live delivery ===============================================================================
 # A room is a chat that has sockets here: the set of those that are live, and the number up to which
@@ -876,8 +875,6 @@ class Socket:
         self.answered = asyncio.Event()
         self.opened = asyncio.Event()
         self.close_code: int | None = None  # once it is being closed
-        self.allowance: float = FRAMES_BURST  # of frames, at that time
-        self.counted_at = time.monotonic()
         self.heard_at = self.took_at = self.pinged_at = time.monotonic()
         self._written = self._taken = 0  # bytes in all; taken: when last looked at
         self._transport: asyncio.Transport | None = None
@@ -906,12 +903,6 @@ class Socket:
     def unsent(self) -> int:
         """Tell how many bytes the peer has not taken yet."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
-
-    def spend(self, now: float) -> float:
-        """Count a frame against the allowance; tell what is left of it."""
-        since, self.counted_at = self.counted_at, now
-        self.allowance = min(FRAMES_BURST, self.allowance + FRAMES_PER_SECOND * (now - since)) - 1
-        return self.allowance
 
     def look(self, now: float) -> int | None:
         """Answer, once a second, the code to close it with if its peer stalls or is gone."""
@@ -948,15 +939,6 @@ class Room:
     live: set[Socket] = field(default_factory=set)  # those that got everything up to `delivered`
     pulling: asyncio.Task[None] | None = None
 
-def text_frame(payload: bytes) -> bytes:
-    """Frame a text for a websocket: final and unmasked (RFC 6455, section 5.2)."""
-    size = len(payload)
-    if size < 126:
-        return bytes((0x81, size)) + payload
-    if size < 65_536:
-        return b"\x81\x7e" + size.to_bytes(2, "big") + payload
-    return b"\x81\x7f" + size.to_bytes(8, "big") + payload
-
 def encoded(kind: str, data: Struct, ref: Ref | None = None, chat_id: int | None = None) -> bytes:
     """Encode an event as it goes over the wire."""
     return text_frame(ENCODER.encode(Event(kind, data, ref, chat_id)))
@@ -974,14 +956,14 @@ class Live:
         self._bus = bus
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
-        self._homes: dict[int, set[Socket]] = {}  # user id: those that follow all of their chats
+        self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
         self._spawned: set[asyncio.Task[None]] = set()
         self._polled_at = time.monotonic()
         self._missed_hints = asyncio.Event()
 
     def start(self) -> None:
         """Begin to poll and to look after the sockets."""
-        self._bus.subscribe(self._hear_all, self._missed_hints.set)
+        self._bus.subscribe(self._hear_others, self._missed_hints.set)
         self.spawn(self._database.repeat(self._watch, WATCH_SECONDS))
         self.spawn(self._database.repeat(self._poll, POLL_SECONDS, self._missed_hints))
 
@@ -997,6 +979,10 @@ class Live:
         await asyncio.gather(*self._spawned, return_exceptions=True)
 
     # ---- Who follows what
+    def sockets_of(self, user_id: int) -> int:
+        """Tell how many sockets of a user are open here."""
+        return len(self._of_users.get(user_id, ()))
+
     async def enter(self, guest: Socket) -> None:
         """Let a socket follow its chat, or all of its user's: it is live there from now on.
 
@@ -1004,8 +990,7 @@ class Live:
         """
         self._sockets.add(guest)
         SOCKETS.set(len(self._sockets))
-        if guest.chat_id is None:
-            self._homes.setdefault(guest.asker.user_id, set()).add(guest)
+        self._of_users.setdefault(guest.asker.user_id, set()).add(guest)
         while True:
             rows = await self._database.rows(
                 SELECT_FOLLOWED, guest.asker.user_id, guest.chat_id)
@@ -1033,8 +1018,8 @@ class Live:
     def came_in(self, chat_id: int, user_ids: Iterable[int]) -> None:
         """Let users who came into a chat follow it where they follow all of theirs."""
         for user_id in user_ids:
-            for guest in self._homes.get(user_id, ()):
-                if chat_id not in guest.rooms:
+            for guest in self._of_users.get(user_id, ()):
+                if guest.chat_id is None and chat_id not in guest.rooms:
                     self.spawn(self._come_in(guest, chat_id))
 
     async def _come_in(self, guest: Socket, chat_id: int) -> None:
@@ -1071,10 +1056,10 @@ class Live:
             self._leave_room(guest, chat_id)
         self._sockets.discard(guest)
         SOCKETS.set(len(self._sockets))
-        if guest in (home := self._homes.get(guest.asker.user_id, set())):
-            home.discard(guest)
-            if not home:
-                del self._homes[guest.asker.user_id]
+        if guest in (others := self._of_users.get(guest.asker.user_id, set())):
+            others.discard(guest)
+            if not others:
+                del self._of_users[guest.asker.user_id]
         if guest.catching_up is not None:
             guest.catching_up.cancel()
 
@@ -1266,8 +1251,7 @@ class Live:
             self._write_out(guests, text_frame(hint.frame.encode()))
 
     # ---- What comes in from elsewhere
-    def _hear_all(self, hints: str) -> None:
-        """Take the hints of another process."""
+    def _hear_others(self, hints: str) -> None:
         for hint in HINTS.decode(hints):
             self._hear(hint)
 
@@ -1310,7 +1294,7 @@ class Live:
             since = asked_at - self._polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
             self.end_sessions(row["id"] for row in ended)
-            for row in await self._database.rows(SELECT_JOINED, since, list(self._homes)):
+            for row in await self._database.rows(SELECT_JOINED, since, list(self._of_users)):
                 self.came_in(row["chat_id"], [row["user_id"]])
         self._polled_at = asked_at
 
@@ -1478,12 +1462,14 @@ async def leave_chats(app: web.Application, user_id: int) -> None:
             app[LIVE].publish(ChatHint(*row))
 
 async def keep_tidy(app: web.Application) -> None:
-    """Finish what deleted accounts left, and sweep away chats without participants."""
-    for row in await app[DATABASE].rows(SELECT_LEAVING):
+    """Finish what deleted accounts left, and sweep away what nobody asks for any more."""
+    database, life = app[DATABASE], app[SETTINGS].refresh_token_expire_days * 86_400
+    for row in await database.rows(SELECT_LEAVING):
         await leave_chats(app, row["id"])
     swept = 1
     while swept:
-        swept = await app[DATABASE].value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS)
+        swept = await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS) + await database.value(
+            PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, UPKEEP_ROWS)
         await asyncio.sleep(0.05)  # others come first
 
 LIVE = web.AppKey("live", Live)
@@ -1534,22 +1520,29 @@ def checked_email(email: str) -> tuple[str, str]:
 email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
 async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
-    """Register a user. Raises EmailTaken, UsernameTaken, InvalidInput."""
+    """Register a user.
+
+    Raises EmailTaken, UsernameTaken, InvalidInput, RegistrationClosed, TooManyAttempts.
+    """
+    settings = request.app[SETTINGS]
+    if settings.registration == "closed":
+        raise RegistrationClosed
     email, email_key = checked_email(body.email)
     username, username_key = checked_username(body.username)
+    await count_attempt(
+        request, f"register:{address_of(request)}", settings.registrations_per_address)
     hashed = await request.app[PASSWORDS].hash(body.password)
     row = await request.app[DATABASE].row(
         INSERT_USER, email, email_key, username, username_key, hashed
     )
     return created(User(**row), f"/api/v1/users/{row['id']}")
 
-async def count_attempt(request: web.Request, key: str) -> None:
-    """Count a guess at a password; who knew it is forgiven. Raises TooManyAttempts."""
+async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
+    """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
     if request.app[SETTINGS].rate_limits == "on":
-        wait = await request.app[DATABASE].value(
-            COUNT_ATTEMPT, key, LOGIN_WINDOW_SECONDS, LOGIN_FAILURES_MAX)
+        wait = await request.app[DATABASE].value(COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
         if wait:
-            raise TooManyAttempts(f"Try again in {wait} s.", headers={"Retry-After": str(wait)})
+            raise TooManyAttempts.until(wait)
 
 async def login(request: web.Request, body: Login) -> Tokens:
     """Log in: start a session and get its tokens.
@@ -1558,21 +1551,28 @@ async def login(request: web.Request, body: Login) -> Tokens:
     Raises InvalidCredentials, TooManyAttempts.
     """
     database, passwords = request.app[DATABASE], request.app[PASSWORDS]
+    settings, origin = request.app[SETTINGS], f"login from:{address_of(request)}"
     try:
         email_key = checked_email(body.email)[1]
     except InvalidInput:
         email_key = ""  # nobody's
-    user = await database.row(SELECT_LOGIN, email_key)
-    hashed = user["password_hash"] if user else passwords.nobodys
-    attempt = f"login:{email_key}"
+    account = f"login:{email_key}"
+    # Counted before it is tried, so that guesses at once are counted too; success is forgiven.
+    await count_attempt(request, origin, settings.login_failures_per_address)
     if email_key:  # else all who mistype theirs would share one allowance
-        await count_attempt(request, attempt)
-    if await passwords.matches(body.password, hashed) and user:
-        agent = request.headers.get("User-Agent", "").encode(errors="replace").decode()[:200]
-        session = await database.row(START_SESSION, user["id"], hashed, agent, attempt)
+        await count_attempt(request, account, settings.login_failures_per_account)
+    agent = request.headers.get("User-Agent", "").encode(errors="replace").decode()[:200]
+    while True:
+        user = await database.row(SELECT_LOGIN, email_key)
+        hashed = user["password_hash"] if user else passwords.nobodys
+        if not await passwords.matches(body.password, hashed) or not user:
+            raise InvalidCredentials
+        dearer = await passwords.hash(body.password) if passwords.is_cheap(hashed) else None
+        session = await database.row(
+            START_SESSION, user["id"], hashed, dearer, agent, account, origin)
         if session:
             return request.app[SESSIONS].tokens(user["id"], session)
-    raise InvalidCredentials
+        # The hash is another by now: the password was changed, or another login made it dearer.
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
     """Get new tokens for a refresh token, given as Bearer or in the body; the old one ends.
@@ -1667,7 +1667,8 @@ async def verified_hash(request: web.Request, password: str | UnsetType) -> str:
         raise invalid("$.current_password", "is missing")
     me = request[ME]
     hashed: str | None = await request.app[DATABASE].value(SELECT_HASH, me)
-    await count_attempt(request, f"password:{me}")
+    await count_attempt(
+        request, f"password:{me}", request.app[SETTINGS].login_failures_per_account)
     if hashed is None or not await request.app[PASSWORDS].matches(password, hashed):
         raise WrongPassword
     return hashed
@@ -1825,8 +1826,9 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
     """Post a message; it is durable once this is answered.
 
     The same id again answers 200 with the message as it is now.
-    Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput.
+    Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput, TooManyMessages.
     """
+    spend(request.app, TooManyMessages, request[ME])
     post = NewPost(chat_id, request[ME], body.id or uuid7(), body.text, body.reply_to)
     posted = await request.app[POSTS].put(post)
     message = posted.message or await get_message(request, chat_id, post.id)
@@ -1846,7 +1848,8 @@ async def get_message(request: web.Request, chat_id: ChatId, message_id: Message
 async def change_message(
     request: web.Request, chat_id: ChatId, message_id: MessageId, body: ChangedMessage
 ) -> Message:
-    """Edit one's message. Raises ChatNotFound, MessageNotFound, SenderOnly."""
+    """Edit one's message. Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages."""
+    spend(request.app, TooManyMessages, request[ME])
     await request.app[CHANGES].put(NewChange(chat_id, request[ME], message_id, body.text))
     return await get_message(request, chat_id, message_id)
 
@@ -1945,14 +1948,14 @@ async def follow_chat(
 ) -> web.WebSocketResponse:
     """Follow one chat over a websocket, live or from a number on.
 
-    Raises ChatNotFound, ForeignOrigin, UpgradeRequired.
+    Raises ChatNotFound, ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
     return await follow(request, Socket(request[ASKER], chat_id), after)
 
 async def follow_chats(request: web.Request) -> web.WebSocketResponse:
     """Follow every chat of the user over a websocket, those joined later too.
 
-    Raises ForeignOrigin, UpgradeRequired.
+    Raises ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
     return await follow(request, Socket(request[ASKER], None), None)
 
@@ -1960,7 +1963,9 @@ CLOSED_EARLY = {WS_TOKEN_ENDED: Unauthorized, WS_NOT_IN_CHAT: ChatNotFound}
 
 async def follow(request: web.Request, guest: Socket, after: int | None) -> web.WebSocketResponse:
     """Serve a socket until it is closed."""
-    live = request.app[LIVE]
+    live, settings = request.app[LIVE], request.app[SETTINGS]
+    if settings.rate_limits == "on" and live.sockets_of(request[ME]) >= settings.sockets_per_user:
+        raise TooManySockets
     try:
         await live.enter(guest)
         if guest.chat_id is not None:
@@ -2007,10 +2012,7 @@ async def unanswered_below(guest: Socket, limit: int) -> None:
 async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
     """Do what a frame asks for; refuse it where that cannot be."""
     try:
-        if request.app[SETTINGS].rate_limits == "on" and guest.spend(guest.heard_at) < 0:
-            if guest.allowance < -FRAMES_BURST:
-                request.app[LIVE].close(guest, WS_FLOODING)
-            raise TooManyFrames
+        spend(request.app, TooManyFrames, id(guest))
         frame = decode_json(CLIENT_FRAME, text)
         if isinstance(frame, MessageIn):
             take_message(request, guest, frame)
@@ -2024,6 +2026,8 @@ async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
         refuse_frame(
             guest, problem, ref if type(ref) in (str, int, float) else None,
             chat_id if type(chat_id) is int else None)
+        if problem.status == 429 and request.app[RATES][WS_FLOODING].spend(id(guest)):
+            request.app[LIVE].close(guest, WS_FLOODING)
 
 def chat_of(guest: Socket, chat_id: int | None) -> int:
     """Tell which chat a frame is about. Raises ChatNotFound, InvalidInput."""
@@ -2044,6 +2048,7 @@ def refuse_frame(
 def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
     """Put a message on its way; its acknowledgement or refusal follows once it is decided."""
     chat_id, me = chat_of(guest, frame.chat_id), guest.asker.user_id
+    spend(request.app, TooManyMessages, me)
     post = NewPost(chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
 
     def answer(future: "asyncio.Future[Posted]") -> None:
@@ -2067,6 +2072,7 @@ async def take_read(request: web.Request, guest: Socket, frame: ReadIn) -> None:
 async def take_typing(request: web.Request, guest: Socket, frame: TypingIn) -> None:
     """Tell the others, where they are not too many."""
     chat_id, me = chat_of(guest, frame.chat_id), guest.asker.user_id
+    spend(request.app, TooMuchTyping, me)
     membership = await request.app[DATABASE].row(SELECT_MEMBERSHIP, chat_id, me)
     if membership is None:
         raise ChatNotFound
@@ -2099,36 +2105,21 @@ FRAME_HANDLERS: Mapping[type[Body], Callable[..., Awaitable[None]]] = {
 
 # ==== Handlers: pages, health =====================================================================
 
-PAGE_HEADERS = {
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache"}
-
-@functools.cache
-def page_headers(name: str) -> Mapping[str, str]:
-    """Let a page of web/ run the script and the style within it, and nothing else (CSP 3)."""
-    policy = (
-        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
-        "form-action 'none'; frame-ancestors 'none'")
-    for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", (WEB / name).read_text()):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy += f"; {tag}-src 'sha256-{digest}'"
-    return PAGE_HEADERS | {"Content-Security-Policy": policy}
-
 async def get_web_client(request: web.Request) -> web.StreamResponse:
     """Get the web client, a page."""
-    return web.FileResponse(WEB / "index.html", headers=page_headers("index.html"))
+    return web.FileResponse(WEB / "index.html", headers=edge.page_headers(WEB / "index.html"))
 
 async def get_docs(request: web.Request) -> web.StreamResponse:
     """Get a page that shows the two documents."""
-    return web.FileResponse(WEB / "docs.html", headers=page_headers("docs.html"))
+    return web.FileResponse(WEB / "docs.html", headers=edge.page_headers(WEB / "docs.html"))
 
 async def get_openapi(request: web.Request) -> web.StreamResponse:
     """Get the OpenAPI 3.1 document of the calls."""
-    return web.FileResponse(WEB / "openapi.json", headers=PAGE_HEADERS)
+    return web.FileResponse(WEB / "openapi.json", headers={"Cache-Control": "no-cache"})
 
 async def get_asyncapi(request: web.Request) -> web.StreamResponse:
     """Get the AsyncAPI 3 document of the socket frames."""
-    return web.FileResponse(WEB / "asyncapi.json", headers=PAGE_HEADERS)
+    return web.FileResponse(WEB / "asyncapi.json", headers={"Cache-Control": "no-cache"})
 
 async def get_metrics(request: web.Request) -> web.Response:
     """Get what Prometheus collects; on a port of its own, so that it can be kept private."""
@@ -2206,8 +2197,8 @@ ENDPOINTS = (
 
 PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id": MessageNotFound,
                  "session_id": SessionNotFound}
+PROBLEM_JSON = "application/problem+json"
 HTTP_PROBLEMS = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Signature:
@@ -2243,9 +2234,12 @@ def without_none(hint: Any) -> Any:
     return typing.get_args(hint)[0] if is_union else hint
 
 async def read_body(request: web.Request) -> bytes:
-    """Read a body. Raises MalformedRequest, BodyTooLarge (by aiohttp)."""
+    """Read a body. Raises MalformedRequest, RequestTimeout, BodyTooLarge (by aiohttp)."""
     try:
-        return await request.read()
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.read()
+    except TimeoutError:
+        raise RequestTimeout from None
     except web.RequestPayloadError:
         raise MalformedRequest("The body does not fit its Content-Encoding.") from None
     except ConnectionError:
@@ -2273,7 +2267,7 @@ def read_query(request: web.Request, shape: type[Struct]) -> dict[str, Any]:
     except msgspec.ValidationError as error:
         raise invalid_input(error) from None
 
-def bind(endpoint: Endpoint) -> Handler:
+def bind(endpoint: Endpoint) -> edge.Handler:
     """Make the aiohttp handler of an endpoint."""
     signature = Signature.of(endpoint)
 
@@ -2314,7 +2308,7 @@ def json_answer(
         body=ENCODER.encode(value) + b"\n", status=status, headers=headers, content_type=kind)
 
 @web.middleware
-async def answer_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def answer_problems(request: web.Request, handler: edge.Handler) -> web.StreamResponse:
     """Answer what was refused as a problem; what nobody foresaw as a blank 500, logged."""
     began, problem = time.perf_counter(), None
     try:
@@ -2326,34 +2320,62 @@ async def answer_problems(request: web.Request, handler: Handler) -> web.StreamR
         if "Allow" in raised_http.headers:
             problem.headers = {"Allow": raised_http.headers["Allow"]}
     except asyncpg.UniqueViolationError as error:
-        taken = str(error.constraint_name).removeprefix("users_").replace("_", "-")
-        problem = refused(taken) or InternalError()
+        problem = taken(error)
     except (ConnectionError, asyncio.CancelledError):
         raise
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", request.method, request.rel_url.raw_path)
         problem = InternalError()
     if problem is not None:
         answer = json_answer(
-            problem.details(), problem.status, problem.headers, "application/problem+json")
+            problem.details(), problem.status, problem.headers, PROBLEM_JSON)
     if answer.status != 101:
         operation = request.match_info.route.name or "none"
         REQUESTS.labels(operation, answer.status).observe(time.perf_counter() - began)
     return answer
 
+def refuse_unreadable(
+    _connection: web.RequestHandler, request: web.BaseRequest, status: int = 500, *_: Any
+) -> web.Response:
+    """Answer what aiohttp could not even parse like anything else that is refused."""
+    if request.writer.output_size > 0:
+        raise ConnectionError  # a part of another answer is out
+    problem = MalformedRequest() if status < 500 else InternalError()
+    answer = json_answer(problem.details(), problem.status, edge.SAFE_HEADERS, PROBLEM_JSON)
+    answer.force_close()
+    return answer
+
+web.RequestHandler.handle_error = refuse_unreadable  # type: ignore[assignment]
+
 # ==== Application =================================================================================
 # Start, serve, stop. Whatever keeps the server from starting is one line.
 
+def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
+    """Make what this process counts by itself."""
+    handshakes = settings.refused_handshakes_per_second
+    return {
+        TooManyMessages: Rate(settings.messages_burst, settings.messages_per_second),
+        TooManyFrames: Rate(FRAMES_BURST, FRAMES_PER_SECOND),
+        TooMuchTyping: Rate(settings.typing_per_second, settings.typing_per_second),
+        TooManyHandshakes: Rate(handshakes, handshakes),
+        WS_FLOODING: Rate(REFUSALS_BURST, REFUSALS_PER_SECOND),
+    }
+
 def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Application:
     """Make the aiohttp application on a database whose schema is up to date."""
-    app = web.Application(middlewares=[answer_problems], client_max_size=BODY_BYTES_MAX)
+    app = web.Application(client_max_size=BODY_BYTES_MAX)
+    app[PROXIES] = edge.read_networks(settings.trusted_proxies)
+    app[ORIGINS] = edge.read_origins(settings.cors_origins)
+    app.middlewares.extend(
+        [edge.log_access(address_of), edge.guard_browsers(app[ORIGINS]), answer_problems])
     database = Database(database_url, ServiceUnavailable)
     bus = Notifications(database)
     sessions = Sessions(settings, secret_key, database)
     live = Live(database, sessions, bus)
     app[SETTINGS], app[DATABASE], app[BUS] = settings, database, bus
     app[SESSIONS], app[LIVE] = sessions, live
-    app[PASSWORDS] = Passwords(settings.bcrypt_cost)
+    app[PASSWORDS] = Passwords(settings.bcrypt_cost, ServiceUnavailable)
+    app[RATES] = make_rates(settings)
     app[INDEX] = SearchIndex(database)
     lock_of = operator.attrgetter("chat_id")
     app[POSTS] = GroupWriter(functools.partial(commit_posts, app), lock_of, ServiceUnavailable)
@@ -2380,25 +2402,6 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
             app.router.add_route(method, endpoint.path, handler, name=name)
     return app
 
-def listen_on(host: str, port: int, shared: bool = False) -> socket.socket:
-    """Listen before anything else is started; workers share their port. Raises StartError."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024, reuse_port=shared)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StartError(f"cannot listen on HOST {host}, PORT {port}: {reason}") from None
-
-def hold_port(host: str, port: int) -> socket.socket:
-    """Take a port for workers to listen on, without listening. Raises StartError."""
-    with listen_on(host, port) as free:  # nobody else does, whom sharing would let in unseen
-        held = socket.socket(free.family, socket.SOCK_STREAM)
-        address = free.getsockname()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    held.bind(address)
-    return held
-
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
@@ -2407,8 +2410,8 @@ async def serve(settings: Settings) -> None:
     is_worker, has_workers = PARENT in os.environ, settings.workers > 1
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(
-            hold_port(settings.host, settings.port) if has_workers
-            else listen_on(settings.host, settings.port, shared=is_worker))
+            edge.hold_port(settings.host, settings.port) if has_workers
+            else edge.listen_on(settings.host, settings.port, shared=is_worker))
         url, secret_key = settings.database_url, settings.secret_key
         where = "your PostgreSQL (DATABASE_URL)"
         if not url:
@@ -2441,11 +2444,12 @@ async def start_sites(
     metrics.router.add_get("/metrics", get_metrics)
     sites = [(app, listener)]
     if settings.metrics_port:
-        private = stack.enter_context(listen_on(settings.host, settings.metrics_port))
+        private = stack.enter_context(edge.listen_on(settings.host, settings.metrics_port))
         sites.append((metrics, private))
     for served, port in sites:
         runner = web.AppRunner(
-            served, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_SECONDS)
+            served, access_log=None, handle_signals=False, keepalive_timeout=IDLE_SECONDS,
+            shutdown_timeout=SHUTDOWN_SECONDS)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
         site = web.SockSite(runner, port)
@@ -2466,22 +2470,20 @@ async def start_workers(
             own["METRICS_PORT"] = str(settings.metrics_port + number)
         command = [sys.executable, __file__]
         workers.create_task(postgres.keep_running(command, os.environ | own))
-    while True:
-        with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection(settings.host, int(shared["PORT"]))
-            return writer.close()
-        await asyncio.sleep(0.05)
+    await edge.until_listening(settings.host, int(shared["PORT"]))
 
 def main() -> int:
-    """Start the server; answer the exit status."""
+    """Start the server; answer the exit status. `messenger.py user …` is tools/administer.py."""
+    if sys.argv[1:]:
+        os.execv(sys.executable, [sys.executable, str(ADMINISTER), *sys.argv[1:]])  # noqa: S606
     if PARENT in os.environ:
         postgres.die_with(int(os.environ[PARENT]))
-    logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it tells of every retry
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # it cites URLs with tokens
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     try:
+        edge.require_parser()
+        settings = Settings.load(os.environ)
+        edge.start_logs(settings.access_log == "on")
         with contextlib.suppress(asyncio.CancelledError):
-            uvloop.run(serve(Settings.load(os.environ)))
+            uvloop.run(serve(settings))
     except StartError as error:
         print(f"messenger: {error}", file=sys.stderr)
         return 1

@@ -162,6 +162,10 @@ class StartError(Exception):
     """One line fit to be shown to the person who starts the server."""
 
 
+class FolderInUse(StartError):
+    """Another process keeps a server up on the folder."""
+
+
 # -------------------------------------------------------------------------------------- Children
 
 
@@ -242,6 +246,11 @@ class Postgres:
             place = error.filename or self.folder
             raise StartError(f"cannot use {place}: {error.strerror}") from error
         self._supervisor = asyncio.create_task(self._supervise())
+
+    async def start_or_join(self) -> None:
+        """Starts PostgreSQL, unless another process keeps it up: then that one is used."""
+        with contextlib.suppress(FolderInUse):
+            await self.start()
 
     async def stop(self) -> None:
         """Stops PostgreSQL in order, or by force after 10 s. Does nothing if it is not started.
@@ -470,7 +479,7 @@ def kept_secret(path: Path) -> str:
 def _lock(folder: Path) -> int:
     """Locks the folder until the descriptor it answers is closed or our process ends.
 
-    Raises StartError if it is locked.
+    Raises FolderInUse if it is locked.
     """
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -480,7 +489,7 @@ def _lock(folder: Path) -> int:
     except BlockingIOError:
         holder = os.read(lock, 20).decode(errors="replace") or "unknown"
         os.close(lock)
-        raise StartError(f"{folder} is in use by another messenger (pid {holder})") from None
+        raise FolderInUse(f"{folder} is in use by another messenger (pid {holder})") from None
     return lock
 
 

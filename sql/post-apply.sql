@@ -644,6 +644,58 @@ begin
 end
 $$;
 
+-- A page of accounts by id, as an administrator sees them.
+create or replace function accounts_after(after bigint, at_most int)
+returns table (id bigint, email text, username text, state text) language sql stable as $$
+    select u.id, u.email, u.username,
+        case when u.is_disabled then 'disabled' when u.is_active then 'active' else 'inactive' end
+    from users u where u.id > after and u.deleted_at is null order by u.id limit at_most
+$$;
+
+-- Signs a user out everywhere and keeps them out, or lets them in again. Answers the ended sessions.
+create or replace function disable_user(target bigint, disabled boolean) returns bigint[]
+language plpgsql volatile as $$
+begin
+    update users set is_disabled = disabled, is_active = not disabled
+    where id = target and deleted_at is null;
+    return case when disabled then end_sessions(target, 0) else '{}' end;
+end
+$$;
+
+-- Gives a user another password, forgives the tries at the old one and signs them out everywhere.
+-- Answers the ended sessions.
+create or replace function reset_password(target bigint, new_hash text) returns bigint[]
+language plpgsql volatile as $$
+begin
+    update users set password_hash = new_hash where id = target and deleted_at is null;
+    delete from attempts where key in (
+        'password:' || target, 'login:' || (select email_key from users where id = target));
+    return end_sessions(target, 0);
+end
+$$;
+
+-- A page of a user's sessions that can still be refreshed, by id.
+create or replace function sessions_after(
+    me bigint, life_seconds float8, after bigint, at_most int)
+returns table (id bigint, created_at timestamptz, last_used_at timestamptz, user_agent text)
+language sql stable as $$
+    select s.id, s.created_at, s.last_used_at, s.user_agent from sessions s
+    where s.user_id = me and s.ended_at is null
+      and s.rotated_at > now() - make_interval(secs => life_seconds) and s.id > after
+    order by s.id limit at_most
+$$;
+
+-- A page of a chat's participants by user id, for one of them; no row for a stranger.
+create or replace function participants_after(
+    chat bigint, reader bigint, after bigint, at_most int)
+returns table (user_id bigint, username text, role text, last_read_seq bigint)
+language sql stable as $$
+    select v.user_id, v.username, v.role, v.last_read_seq
+    from participants me join participant_view v on v.chat_id = me.chat_id
+    where me.chat_id = chat and me.user_id = reader and v.user_id > after
+    order by v.user_id limit at_most
+$$;
+
 -- Changes what is given (not null) of an account whose password was verified, where that was
 -- needed. A new password ends every other session, an account made inactive also this one.
 -- Answers the ended sessions; null where the password is no longer the verified one.
@@ -731,17 +783,57 @@ begin
 end
 $$;
 
--- Starts a session of a user whose password was verified, which forgives the tries at it and makes
--- the account active again; no row where the password is no longer the verified one.
+-- Deletes pieces of what has grown old, and answers how many rows it was: sessions some time after
+-- they ended or could be refreshed no more, attempts that count no longer, when a message was
+-- passed (that it was stays known).
+create or replace function purge_old(
+    kept_seconds float8, life_seconds float8, attempt_seconds float8, read_seconds float8,
+    at_most int)
+returns bigint language sql volatile as $$
+    with ended as (
+        delete from sessions where id = any (array(
+            select s.id from sessions s
+            where s.ended_at < now() - make_interval(secs => kept_seconds) limit at_most))
+        returning 1
+    ), expired as (
+        delete from sessions where id = any (array(
+            select s.id from sessions s
+            where s.rotated_at < now() - make_interval(secs => life_seconds + kept_seconds)
+              and s.ended_at is null
+            limit at_most))
+        returning 1
+    ), attempt as (
+        delete from attempts where ctid = any (array(
+            select a.ctid from attempts a
+            where a.at < now() - make_interval(secs => attempt_seconds) limit at_most))
+        returning 1
+    ), step as (
+        delete from reads r using (
+            select chat_id, user_id, seq from reads
+            where read_at < now() - make_interval(secs => read_seconds) limit at_most) old
+        where r.chat_id = old.chat_id and r.user_id = old.user_id and r.seq = old.seq
+        returning 1
+    )
+    select count(*)
+    from (table ended union all table expired union all table attempt union all table step) gone
+$$;
+
+-- Starts a session of a user whose password was verified, which forgives all tries at the account
+-- and one of the address's, makes the account active again and its hash the dearer one, if any;
+-- no row where the password is no longer the verified one.
 create or replace function start_session(
-    me bigint, verified_hash text, agent text, attempt text)
+    me bigint, verified_hash text, dearer_hash text, agent text, attempt text, from_address text)
 returns table (id bigint, generation bigint, rotated_at timestamptz)
 language sql volatile as $$
     with forgiven as (
         delete from attempts where key = attempt
+    ), forgiven_once as (
+        delete from attempts where ctid = (
+            select a.ctid from attempts a where a.key = from_address order by a.at desc limit 1)
     ), woken as (
-        update users u set is_active = true
-        where u.id = me and u.password_hash = verified_hash and u.deleted_at is null returning u.id
+        update users u set is_active = true, password_hash = coalesce(dearer_hash, verified_hash)
+        where u.id = me and u.password_hash = verified_hash and not u.is_disabled
+        returning u.id
     )
     insert into sessions as s (user_id, user_agent) select woken.id, agent from woken
     returning s.id, s.generation, s.rotated_at

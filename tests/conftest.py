@@ -32,7 +32,11 @@ def pytest_asyncio_loop_factories() -> dict[str, Any]:
     return {"uvloop": uvloop.new_event_loop}
 
 
-SETTINGS = messenger.Settings(bcrypt_cost=4)
+ENOUGH = 1_000_000
+SETTINGS = messenger.Settings(
+    bcrypt_cost=4, messages_burst=ENOUGH, messages_per_second=ENOUGH, typing_per_second=ENOUGH,
+    sockets_per_user=ENOUGH, refused_handshakes_per_second=ENOUGH,
+    registrations_per_address=ENOUGH, login_failures_per_address=ENOUGH)
 SECRET_KEY = "a key of the tests, longer than 32 bytes"
 PASSWORD = "correct horse"
 SOON_SECONDS = 5  # a generous deadline for what takes up to 2 s

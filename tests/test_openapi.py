@@ -8,15 +8,26 @@ import shutil
 import subprocess
 import sys
 import typing
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncpg
+import msgspec
 import openapi_spec_validator
 import pytest
 from aiohttp.test_utils import TestClient
-from conftest import PASSWORD, ROOT, Line, Person, new_id, on_cluster
+from conftest import (
+    PASSWORD,
+    ROOT,
+    SECRET_KEY,
+    SETTINGS,
+    Line,
+    Person,
+    new_id,
+    on_cluster,
+)
 from jsonschema import Draft202012Validator
 from recorder import Document, Json, Recorder, documents, kinds, pointer
 
@@ -42,7 +53,7 @@ def test_both_documents_are_up_to_date() -> None:
 
 def test_stale_document_is_told_in_one_line(tmp_path: Path) -> None:
     """A document that differs, or is not there, is named; making it again gives the same bytes."""
-    for name in ("messenger.py", "postgres.py", "tools", "web"):
+    for name in ("messenger.py", "postgres.py", "edge.py", "tools", "web"):
         copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copied(ROOT / name, tmp_path / name)
     openapi, asyncapi = tmp_path / "web/openapi.json", tmp_path / "web/asyncapi.json"
@@ -218,9 +229,9 @@ def test_every_problem_is_described() -> None:
              for kind, status in refusals(path, method).items()}
     general = (messenger.NotFound, messenger.MethodNotAllowed, messenger.InternalError)
     found |= {one.slug: one.status for one in general}
-    flood = messenger.TooManyFrames  # of sockets only: it is in their document
-    found[flood.slug] = flood.status
-    assert f"`{flood.slug}`" in ASYNCAPI.content["info"]["description"]
+    for flood in (messenger.TooManyFrames, messenger.TooMuchTyping):  # of sockets only
+        found[flood.slug] = flood.status
+        assert f"`{flood.slug}`" in ASYNCAPI.content["info"]["description"]
     assert found == {slug: one.status for slug, one in messenger.Problem.named.items()}
     responses = OPENAPI.content["components"]["responses"]
     assert all(kinds(responses[one.__name__]) == [one.slug] for one in general)
@@ -229,7 +240,9 @@ def test_every_problem_is_described() -> None:
 
 def test_every_frame_is_described() -> None:
     """Each frame, in both directions, on both sockets; and each code by which they are closed."""
-    sent = {f"server_{name}" for name in messenger.EVENTS}
+    names = ["message", "message_updated", "read", "typing", "chat", "chat_updated", "chat_removed",
+             "ack", "auth", "ready", "error"]
+    sent = {f"server_{name}" for name in names}
     shapes = typing.get_args(messenger.ClientFrame)
     received = {f"client_{shape.__struct_config__.tag}" for shape in shapes}
     assert ASYNCAPI.content["components"]["messages"].keys() == sent | received
@@ -394,9 +407,9 @@ async def try_accounts(
     await dave.posts("/users/refresh", status=200)
     await dave.logs_in()
     guess = {"email": "dave2@example.com", "current_password": "a wrong one"}
-    for status in [403] * messenger.LOGIN_FAILURES_MAX + [429]:
+    for status in [403] * SETTINGS.login_failures_per_account + [429]:
         await dave.expects(status, "PUT", f"/users/{dave.id}", guess)
-    for status in [401] * messenger.LOGIN_FAILURES_MAX + [429]:
+    for status in [401] * SETTINGS.login_failures_per_account + [429]:
         await dave.posts("/users/login", {"email": dave.email, "password": "a wrong one"}, status)
     await dave.expects(204, "DELETE", f"/users/{dave.id}")
 
@@ -519,6 +532,61 @@ async def try_sockets(alice: Person, bob: Person) -> None:
     assert (await every.hears("chat_removed"))["data"] == {"chat_id": other}
 
 
+MakeClient = Callable[..., Awaitable[TestClient[Any, Any]]]
+
+
+async def meets(alice: Person, make_client: MakeClient, url: str, **settings: Any) -> Person:
+    """Answer Alice as a client of another server on the same database, with other settings."""
+    strict = msgspec.structs.replace(SETTINGS, **settings)
+    same = Person(await make_client(messenger.make_app(strict, url, SECRET_KEY)), alice.name)
+    same.id, same.access = alice.id, alice.access
+    return same
+
+
+async def try_limits(
+    alice: Person, chat: int, make_client: MakeClient, url: str
+) -> None:
+    """Go beyond every limit that answers over HTTP."""
+    hasty = await meets(
+        alice, make_client, url, messages_burst=1, messages_per_second=1, sockets_per_user=1,
+        refused_handshakes_per_second=1, registrations_per_address=1)
+    message = await hasty.says(chat, "once")
+    await hasty.says(chat, "twice", 429)
+    await hasty.expects(429, "PATCH", f"/chats/{chat}/messages/{message['id']}", {"text": "x"})
+    line = await hasty.listens(chat)
+    for path in ("/ws", f"/ws/{chat}"):
+        for _ in range(2):
+            await hasty.client.get(path)
+        assert (await hasty.client.get(path, headers=hasty.headers)).status == 429
+    await line.close()
+    account = {"email": "one@example.com", "username": "one_one", "password": PASSWORD}
+    await hasty.posts("/users", account, 429)
+    closed = await meets(alice, make_client, url, registration="closed")
+    await closed.posts("/users", account, 403)
+
+
+async def try_slow_bodies(
+    alice: Person, chat: int, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Send each body so slowly that it is not waited for, by a client that sends piece by piece."""
+    async def slowly() -> AsyncIterator[bytes]:
+        for piece in (b"{", b" ", b"}"):  # the first waits for the second
+            yield piece
+            await asyncio.sleep(0.2)
+
+    monkeypatch.setattr(messenger, "BODY_SECONDS", 0.1)
+    ids = {"chat_id": chat, "user_id": alice.id, "message_id": NOBODYS, "session_id": 1}
+    async with aiohttp.ClientSession(headers=alice.headers) as session:
+        for path, method, operation in operations():
+            if "requestBody" in operation:
+                path = path.format(**ids)
+                url = alice.client.make_url(path)
+                async with session.request(method, url, data=slowly()) as answer:
+                    recorder.faults += recorder.hear_answer(
+                        method, path, b"{}", answer.status, answer.headers, await answer.read())
+    monkeypatch.undo()
+
+
 async def is_unavailable_everywhere(alice: Person, chat: int) -> None:
     """Get from each endpoint what it answers while the database cannot be reached."""
     ids = {"chat_id": chat, "user_id": alice.id, "message_id": NOBODYS, "session_id": 1}
@@ -537,7 +605,8 @@ def needs_no_database(path: str, method: str) -> bool:
 
 async def test_what_is_said_is_described(
     recorder: Recorder, alice: Person, bob: Person, carol: Person, sql: asyncpg.Connection,
-    people: Callable[[str], Awaitable[Person]], cluster: str,
+    people: Callable[[str], Awaitable[Person]], cluster: str, database_url: str,
+    aiohttp_client: MakeClient, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every answer of every endpoint and every frame is as it is described, and nothing is
     described that was not seen."""
@@ -550,6 +619,8 @@ async def test_what_is_said_is_described(
     await try_sockets(alice, bob)
     await is_refused_everywhere(alice, await alice.opens(bob))
     chat = await alice.founds(bob)
+    await try_limits(alice, chat, aiohttp_client, database_url)
+    await try_slow_bodies(alice, chat, recorder, monkeypatch)
     name = await sql.fetchval("select current_database()")
     away = f"alter database {name} allow_connections false"
     ended = f"select pg_terminate_backend(pid) from pg_stat_activity where datname = '{name}'"

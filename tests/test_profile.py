@@ -119,7 +119,7 @@ async def test_present_password_is_needed(alice: Person) -> None:
         assert await changes(alice, 403, **wrong) == "wrong-password"
     assert (await alice.gets("/users/me"))["username"] == "alice"
     await changes(alice, email="new@example.com", current_password=PASSWORD)
-    for _ in range(messenger.LOGIN_FAILURES_MAX):
+    for _ in range(SETTINGS.login_failures_per_account):
         await changes(alice, 403, password=NEW_PASSWORD, current_password="guess")
     body = {"password": NEW_PASSWORD, "current_password": PASSWORD}
     answer = await alice.asks("PUT", f"/users/{alice.id}", body)

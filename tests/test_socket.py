@@ -12,10 +12,12 @@ from typing import Any
 import aiohttp
 import jwt
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestServer
 from conftest import HEAR_SECONDS, SECRET_KEY, Heard, Line, Person, new_id
 
 import messenger
+from edge import Rate
 
 NOBODYS = "00000000-0000-4000-8000-000000000000"
 TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
@@ -812,12 +814,12 @@ async def test_what_was_sent_before_hanging_up_is_posted(
 
 
 async def test_flood_is_refused_and_then_closed(
-    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+    app: web.Application, alice: Person, bob: Person
 ) -> None:
     """Frames beyond the allowance are refused, by their `ref`; who goes on is closed with 4429.
     Others are not concerned, and the allowance grows again."""
-    monkeypatch.setattr(messenger, "FRAMES_BURST", 20)
-    monkeypatch.setattr(messenger, "FRAMES_PER_SECOND", 2)
+    app[messenger.RATES][messenger.TooManyFrames] = Rate(20, 2)
+    app[messenger.RATES][messenger.WS_FLOODING] = Rate(20, 2)
     chat = await alice.opens(bob)
     line, other = await alice.listens_live(chat), await bob.listens_live(chat)
     for number in range(23):

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ CLOSE_CODES = {
     4401: "the token expired or was revoked",
     4403: "the user is no longer in this chat",
     4408: "the client took no byte for 30 s",
-    4429: "went on after `too-many-frames`",
+    4429: "went on after `too-many-messages`, `too-many-frames` or `too-much-typing`",
 }
 TAGS = {  # by the start of a path: the first that fits
     "/api/v1/chats/[^/]+/(messages|changes|read)": ("messages", "Post, edit, read and search."),
@@ -199,7 +199,7 @@ class Described:
         if not self.endpoint.public:
             found.add(m.Unauthorized)
         if self.signature.body is not None:
-            found |= {m.MalformedRequest, m.BodyTooLarge, m.InvalidInput}
+            found |= {m.MalformedRequest, m.RequestTimeout, m.BodyTooLarge, m.InvalidInput}
         if self.signature.query.__struct_fields__:
             found.add(m.InvalidInput)
         by_status: dict[int, list[type[m.Problem]]] = {}
@@ -321,10 +321,27 @@ def client_messages(schemas: Schemas) -> Json:
         for shape in typing.get_args(m.ClientFrame) for tag in [shape.__struct_config__.tag]}
 
 
+# What `data` is, and when the server sends it, by the type of the frame.
+EVENTS: Mapping[str, tuple[type[msgspec.Struct], str]] = {
+    "message": (m.Message, "A message was posted."),
+    "message_updated": (m.Message, "A message was edited or deleted."),
+    "read": (m.Read, "Somebody read up to there."),
+    "typing": (m.Typing, "Somebody is writing."),
+    "chat": (m.Chat, "On a socket for all chats: the user came into this one."),
+    "chat_updated": (m.ChatUpdate, "Name or participants changed; the larger version is true."),
+    "chat_removed": (
+        m.ChatRemoved, "On a socket for all chats: the user is no longer in this one."),
+    "ack": (m.Ack, "A message frame that carried `ref` is durable."),
+    "auth": (m.Expiry, "The new token counts."),
+    "ready": (m.Ready, "The chat is live on this socket, from this number on."),
+    "error": (m.ProblemDetails, "A frame was refused; the socket stays open."),
+}
+
+
 def server_messages(schemas: Schemas) -> Json:
     """Describe the frames that the server sends."""
     found = {}
-    for name, (shape, summary) in m.EVENTS.items():
+    for name, (shape, summary) in EVENTS.items():
         properties = {"type": {"const": name}, "data": schemas.of(shape)}
         frame = {"type": name, "data": examples(shape)[0]}
         if name in ("ack", "error"):

@@ -1,0 +1,127 @@
+"""What an administrator does by hand: `messenger.py user COMMAND`.
+
+    messenger.py user list                      every account: id, state, address, username
+    messenger.py user create EMAIL USERNAME     make one, and print its first password
+    messenger.py user disable EMAIL             sign it out everywhere, and keep it out
+    messenger.py user enable EMAIL              let it in again
+    messenger.py user reset-password EMAIL      print a new password, and sign it out everywhere
+    messenger.py user delete EMAIL              delete it, as its owner could; its messages stay
+
+It takes the settings of the server from the environment, and works beside a running server or
+without one. A running server acts on it within two seconds.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import asyncpg
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import messenger as m
+from edge import Passwords, start_logs
+from postgres import Database, Postgres, StartError, migrate_when_up
+
+PAGE_ROWS = 1000
+PASSWORD_BYTES = 12  # of randomness, in a password that is printed
+
+SELECT_ACCOUNT = "select id from users where email_key = $1"
+SELECT_ACCOUNTS = "select * from accounts_after($1, $2)"
+DISABLE_USER = "select disable_user($1, $2)"
+RESET_PASSWORD = "select reset_password($1, $2)"  # noqa: S105
+
+
+async def list_accounts(database: Database) -> None:
+    """Print every account."""
+    last = 0
+    while rows := await database.rows(SELECT_ACCOUNTS, last, PAGE_ROWS):
+        for row in rows:
+            print("{id:>8}  {state:8}  {email}  {username}".format(**row))
+        last = rows[-1]["id"]
+
+
+async def create_account(
+    database: Database, passwords: Passwords, email: str, username: str
+) -> None:
+    """Make an account, and print its first password. Raises Problem."""
+    names = *m.checked_email(email), *m.checked_username(username)
+    password = secrets.token_urlsafe(PASSWORD_BYTES)
+    try:
+        row = await database.row(m.INSERT_USER, *names, await passwords.hash(password))
+    except asyncpg.UniqueViolationError as error:
+        raise m.taken(error) from None
+    print(f"user {row['id']} has the password {password}")
+
+
+async def change_account(
+    database: Database, passwords: Passwords, verb: str, email: str
+) -> None:
+    """Disable, enable or delete an account, or give it another password. Raises Problem."""
+    user_id = await database.value(SELECT_ACCOUNT, m.checked_email(email)[1])
+    if user_id is None:
+        raise m.UserNotFound
+    if verb == "reset-password":
+        password = secrets.token_urlsafe(PASSWORD_BYTES)
+        await database.value(RESET_PASSWORD, user_id, await passwords.hash(password))
+        print(f"user {user_id} has the password {password}")
+        return
+    if verb == "delete":
+        await database.value(m.DELETE_USER, user_id)
+        while await database.row(m.LEAVE_NEXT_CHAT, user_id):
+            pass  # each chat in a transaction of its own
+    else:
+        await database.value(DISABLE_USER, user_id, verb == "disable")
+    print(f"user {user_id} is {verb}d")
+
+
+async def obey(database: Database, passwords: Passwords, arguments: Sequence[str]) -> None:
+    """Do what the command line asks for. Raises StartError, Problem."""
+    match arguments:
+        case ["user", "list"]:
+            await list_accounts(database)
+        case ["user", "create", email, username]:
+            await create_account(database, passwords, email, username)
+        case ["user", ("disable" | "enable" | "reset-password" | "delete") as verb, email]:
+            await change_account(database, passwords, verb, email)
+        case _:
+            raise StartError(f"no such command\n\n{__doc__}")
+
+
+async def administer(settings: m.Settings, arguments: Sequence[str]) -> None:
+    """Find the database, starting it where no server runs, and obey. Raises StartError, Problem."""
+    async with contextlib.AsyncExitStack() as stack:
+        url = settings.database_url
+        if not url:
+            server = Postgres(Path(settings.data_dir))
+            stack.push_async_callback(server.stop)
+            await server.start_or_join()
+            url = server.dsn
+        await migrate_when_up(url, m.SQL)
+        database = Database(url, m.ServiceUnavailable)
+        stack.push_async_callback(database.close)
+        await database.open()
+        passwords = Passwords(settings.bcrypt_cost, m.ServiceUnavailable)
+        stack.callback(passwords.close)
+        await obey(database, passwords, arguments)
+
+
+def main() -> int:
+    """Obey the command line; answer the exit status."""
+    start_logs(access_log=False)
+    try:
+        asyncio.run(administer(m.Settings.load(os.environ), sys.argv[1:]))
+    except StartError as error:
+        print(f"messenger: {error}", file=sys.stderr)
+        return 1
+    except m.Problem as problem:
+        print(f"messenger: {problem.detail}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
