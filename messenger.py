@@ -1310,8 +1310,8 @@ class Live:
                 self.close(guest, code)
 
 # ==== Writers and upkeep ==========================================================================
-# Each writer commits a group, then publishes what became of it. What need not be done at once is
-# done here later: the words of messages are indexed, what was left behind is tidied up.
+# Each writer commits a group, then tells everybody what became of it. What need not be done at once
+# is done here later: the words of messages are indexed, what was left behind is tidied up.
 
 class NewPost(Struct):
     """A message on its way to the writer; its id is given before, so that it may be sent twice."""
@@ -1340,19 +1340,19 @@ class NewRead(Struct):
     user_id: int
     message_id: UUID
 
-def columns(items: Sequence[Struct]) -> list[list[Any]]:
-    """Turn a group of items into one array for each of their fields, for `unnest`."""
-    return [list(column) for column in zip(*map(msgspec.structs.astuple, items), strict=True)]
+async def commit(database: Database, statement: str, items: Sequence[Struct]) -> list[Any]:
+    """Commit a group of items, each of their fields as one array; answers a row for each item."""
+    columns = zip(*map(msgspec.structs.astuple, items), strict=True)
+    return await database.rows(statement, *map(list, columns))
 
-async def commit_posts(
-    app: web.Application, posts: list[NewPost], again: bool
+def publish_posts(
+    app: web.Application, posts: list[NewPost], rows: list[Any], again: bool
 ) -> list[Posted | Exception]:
-    """Commit a group of messages, and let everybody know.
+    """Let everybody know of a group of messages.
 
     What is stored before may be so by a commit of ours whose answer was lost (`again`), and may
     never have been written out: the room is told how far the chat is, and reads.
     """
-    rows = await app[DATABASE].rows(POST_MESSAGES, *columns(posts))
     outcomes: list[Posted | Exception] = []
     news: dict[int, tuple[int, int]] = {}
     changes: dict[int, list[Message]] = {}
@@ -1374,11 +1374,10 @@ async def commit_posts(
     POSTED.inc(sum(map(len, changes.values())))
     return outcomes
 
-async def commit_changes(
-    app: web.Application, changes: list[NewChange], _again: bool
+def publish_changes(
+    app: web.Application, changes: list[NewChange], rows: list[Any], _again: bool
 ) -> list[Problem | None]:
-    """Commit a group of edits and deletions, and let everybody know: the rooms read them."""
-    rows = await app[DATABASE].rows(CHANGE_MESSAGES, *columns(changes))
+    """Let everybody know of a group of edits and deletions: the rooms read them."""
     problems = [refused(row["outcome"]) for row in rows]
     news = {
         change.chat_id: ChatHint(change.chat_id, row["last_rev"], row["version"])
@@ -1388,12 +1387,11 @@ async def commit_changes(
     app[INDEX].waiting.update(news)
     return problems
 
-async def commit_reads(
-    app: web.Application, reads: list[NewRead], _again: bool
+def publish_reads(
+    app: web.Application, reads: list[NewRead], rows: list[Any], _again: bool
 ) -> list[Read | Exception]:
-    """Commit a group of reads, and tell of those who moved."""
+    """Tell of those in a group of readers who moved."""
     outcomes: list[Read | Exception] = []
-    rows = await app[DATABASE].rows(READ_MESSAGES, *columns(reads))
     for read, row in zip(reads, rows, strict=True):
         if problem := refused(row["outcome"]):
             outcomes.append(problem)
@@ -2377,13 +2375,17 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[PASSWORDS] = Passwords(settings.bcrypt_cost, ServiceUnavailable)
     app[RATES] = make_rates(settings)
     app[INDEX] = SearchIndex(database)
-    lock_of = operator.attrgetter("chat_id")
-    app[POSTS] = GroupWriter(functools.partial(commit_posts, app), lock_of, ServiceUnavailable)
-    app[CHANGES] = GroupWriter(functools.partial(commit_changes, app), lock_of, ServiceUnavailable)
-    app[READS] = GroupWriter(functools.partial(commit_reads, app), lock_of, ServiceUnavailable)
+
+    def writer(statement: str, publish: Callable[..., Any]) -> GroupWriter[Any, Any]:
+        return GroupWriter(
+            functools.partial(commit, database, statement), functools.partial(publish, app),
+            operator.attrgetter("chat_id"), ServiceUnavailable)
+
+    app[POSTS] = writer(POST_MESSAGES, publish_posts)
+    app[CHANGES] = writer(CHANGE_MESSAGES, publish_changes)
+    app[READS] = writer(READ_MESSAGES, publish_reads)
 
     async def run(app: web.Application) -> typing.AsyncIterator[None]:
-        await database.open()
         live.start()
         live.spawn(database.repeat(app[INDEX].run, INDEX_SECONDS))
         live.spawn(database.repeat(functools.partial(keep_tidy, app), UPKEEP_SECONDS))

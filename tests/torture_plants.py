@@ -20,19 +20,21 @@ class Plant:
 
 CRASH = ("postmaster killed", "backend killed")
 # The commit follows a tenth of a second after the answer.
-COMMITS = "    rows = await app[DATABASE].rows(POST_MESSAGES, *columns(posts))\n"
-ANSWERS_EARLY = '''    pool = app[DATABASE]._pool
-    connection = await pool.acquire(timeout=2)
+COMMITS = "    return await database.rows(statement, *map(list, columns))\n"
+ANSWERS_EARLY = '''    if statement is not POST_MESSAGES:
+        return await database.rows(statement, *map(list, columns))
+    connection = await asyncpg.connect(database.url, timeout=2)
     transaction = connection.transaction()
     await transaction.start()
-    rows = await connection.fetch(POST_MESSAGES, *columns(posts))
-    async def commit():
+    rows = await connection.fetch(POST_MESSAGES, *map(list, columns))
+    async def finish():
         await asyncio.sleep(0.1)
         try:
             await transaction.commit()
         finally:
-            await pool.release(connection)
-    app[LIVE].spawn(commit())
+            await connection.close()
+    asyncio.ensure_future(finish())
+    return rows
 '''
 # The parts of post_messages that are moved or taken away.
 LOCK = """    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;

@@ -103,7 +103,6 @@ async def administer(settings: m.Settings, arguments: Sequence[str]) -> None:
         await migrate_when_up(url, m.SQL)
         database = Database(url, m.ServiceUnavailable)
         stack.push_async_callback(database.close)
-        await database.open()
         passwords = Passwords(settings.bcrypt_cost, m.ServiceUnavailable)
         stack.callback(passwords.close)
         await obey(database, passwords, arguments)
