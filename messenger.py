@@ -686,7 +686,7 @@ SELECT_UNINDEXED = "select * from unindexed_messages($1, $2)"
 INDEX_WORDS = "select index_words($1, $2, $3, $4, $5)"
 PURGE_OLD = "select purge_old($1, $2, $3, $4, $5)"
 SWEEP_EMPTY_CHAT = "select sweep_empty_chat($1)"
-SELECT_ROOM = "select * from room_news($1, $2, $3, $4)"
+SELECT_ROOM = "select * from room_news($1, $2, $3, $4, $5)"
 
 # ==== Who is asking ===============================================================================
 # Tokens are JWTs (RFC 7519) that name a session; a session is one login, and a refresh token is
@@ -1210,7 +1210,8 @@ class Live:
             while room.target[0] > room.delivered or room.target[1] > room.version:
                 target, known = room.target, (room.delivered, room.version)
                 try:
-                    row = await self._database.row(SELECT_ROOM, room.chat_id, *known, REPLAY_PAGE)
+                    row = await self._database.row(
+                        SELECT_ROOM, room.chat_id, *known, REPLAY_PAGE, POLL_BACK_SECONDS)
                 except ServiceUnavailable:
                     await asyncio.sleep(0.2)
                     continue
@@ -1225,8 +1226,10 @@ class Live:
             room.pulling = None
 
     def _take_snapshot(self, room: Room, row: Mapping[str, Any]) -> None:
-        """Write out what was read: first who left is let go, so that they get nothing newer."""
-        departed = set(row["departed"])
+        """Write out what was read: first who left or logged out is let go, to get nothing newer."""
+        departed, ended = set(row["departed"]), set(row["ended"])
+        for guest in [guest for guest in room.guests if guest.asker.session_id in ended]:
+            self.close(guest, WS_TOKEN_ENDED)
         for guest in [guest for guest in room.guests if guest.asker.user_id in departed]:
             self.dismiss(guest, room.chat_id)
         frames = []

@@ -178,12 +178,13 @@ begin
 end
 $$;
 
--- What a process needs that knows a chat up to a rev and a version, all of one snapshot.
+-- What a process needs that knows a chat up to a rev and a version, all of one snapshot: so whoever
+-- left, or whose session ended, before a message was posted is named together with the message.
 create or replace function room_news(
-    chat bigint, known_rev bigint, known_version bigint, at_most int)
+    chat bigint, known_rev bigint, known_version bigint, at_most int, ended_seconds float8)
 returns table (
     last_rev bigint, version bigint, name text, messages text[], participants text[],
-    departed bigint[])
+    departed bigint[], ended bigint[])
 language sql stable as $$
     select c.last_rev, c.version, c.name,
         array(
@@ -199,6 +200,11 @@ language sql stable as $$
             select distinct d.user_id from departures d
             where d.chat_id = chat and d.version > known_version and not exists (
                 select from participants p where p.chat_id = chat and p.user_id = d.user_id)
+        ),
+        array(
+            select s.id from sessions s
+            join participants p on p.chat_id = chat and p.user_id = s.user_id
+            where s.ended_at > now() - make_interval(secs => ended_seconds)
         )
     from chats c where c.id = chat
 $$;
