@@ -41,6 +41,7 @@ class Server:
         self.folder = folder  # the working folder too, by which its processes are found
         self.settings = settings
         self.data = folder / "data"
+        self.program = ROOT / "messenger.py"
         self.url = self.said = ""
         self.process: asyncio.subprocess.Process
 
@@ -48,7 +49,7 @@ class Server:
         """Start it; returns once it has printed its URL."""
         with (self.folder / "stderr").open("w") as stderr:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, str(ROOT / "messenger.py"),
+                sys.executable, str(self.program),
                 cwd=self.folder, env=environment(DATA_DIR=self.data, **self.settings),
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=stderr,
                 start_new_session=True,
