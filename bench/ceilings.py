@@ -1,0 +1,189 @@
+"""The ceilings: what the machine can do where nothing but the unavoidable is done.
+
+They run on the server's core, in Python on uvloop and asyncpg as the server does.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import asyncpg
+import msgspec
+import uvloop
+from aiohttp import WSMsgType, web
+from rig import SERVER_CORE, TEXT, Figures, messenger, percentile, pin, postgres
+
+LATE_SECONDS = 0.2
+SESSION = {"jit": "off", "timezone": "UTC"}
+
+
+def call_posts(
+    dsn: str, chats: Sequence[int], senders: Sequence[int], group: int, seconds: float
+) -> Figures:
+    """Call the posting function alone, a group at a time, over the chats in turn."""
+
+    async def call() -> Figures:
+        connection = await asyncpg.connect(dsn, server_settings=SESSION)
+        delays: list[float] = []
+        place = 0
+        began = now = time.perf_counter()
+        while now < began + seconds:
+            items = range(place, place + group)
+            place += group
+            arguments: list[list[Any]] = [
+                [chats[item % len(chats)] for item in items],
+                [senders[item % len(senders)] for item in items],
+                [messenger.uuid7() for _ in items],
+                [TEXT] * group,
+                [None] * group,
+            ]
+            rows = await connection.fetch(messenger.POST_MESSAGES, *arguments)
+            assert all(row["outcome"] == "posted" for row in rows)
+            before, now = now, time.perf_counter()
+            delays.append((now - before) * 1000)
+        await connection.close()
+        return {"rate": place / (now - began), "p50": percentile(delays, 50)}
+
+    return uvloop.run(call())
+
+
+def call_select(
+    dsn: str, query: str, arguments: Sequence[object], shape: type[msgspec.Struct],
+    at_once: int, seconds: float,
+) -> Figures:  # fmt: skip
+    """Run a SELECT alone, decode the JSON in its last column and encode the list of it."""
+    decoder, encoder = msgspec.json.Decoder(shape), msgspec.json.Encoder()
+    delays: list[float] = []
+
+    async def repeat(pool: Any, until: float) -> None:
+        while (began := time.perf_counter()) < until:
+            async with pool.acquire() as connection:
+                rows = await connection.fetch(query, *arguments)
+            encoder.encode([decoder.decode(row[-1]) for row in rows])
+            delays.append((time.perf_counter() - began) * 1000)
+
+    async def call() -> Figures:
+        most = min(at_once, postgres.CONNECTIONS_MAX)
+        pool = await asyncpg.create_pool(
+            dsn, min_size=most, max_size=most, server_settings=SESSION,
+            reset=postgres.keep_as_it_is,
+        )  # fmt: skip
+        began = time.perf_counter()
+        await asyncio.gather(*(repeat(pool, began + seconds) for _ in range(at_once)))
+        passed = time.perf_counter() - began
+        await pool.close()
+        return {"rate": len(delays) / passed, "p50": percentile(delays, 50)}
+
+    return uvloop.run(call())
+
+
+def call_missed(dsn: str, chat: int, reader: int, after: int, upto: int) -> Figures:
+    """Run the SELECTs of a catch-up alone, one after the other."""
+
+    async def call() -> Figures:
+        connection = await asyncpg.connect(dsn, server_settings=SESSION)
+        began, at = time.perf_counter(), after
+        while at < upto:
+            missed = await connection.fetchval(
+                messenger.SELECT_MISSED, chat, reader, at, upto, messenger.REPLAY_PAGE
+            )
+            at += len(missed)
+        passed = time.perf_counter() - began
+        await connection.close()
+        return {"rate": (upto - after) / passed, "seconds": passed}
+
+    return uvloop.run(call())
+
+
+class Listener(asyncio.Protocol):
+    """A connection that gets everything; what it sends after its handshake is a post."""
+
+    def __init__(self, room: "BareRoom") -> None:
+        self.room = room
+        self.transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the way to the client."""
+        self.transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Write to it no longer."""
+        self.room.listeners.discard(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Take a handshake, or a post."""
+        if data.startswith(b"GET"):
+            self.transport.write(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+            self.room.listeners.add(self)
+        else:
+            self.room.post(self)
+
+
+class BareRoom:
+    """Writes the same bytes to every socket for each post, so many posts at a time."""
+
+    def __init__(self, delivery: bytes, ack: bytes, group: int) -> None:
+        self.delivery, self.ack, self.group = delivery * group, ack, group
+        self.listeners: set[Listener] = set()
+        self.waiting: list[Listener] = []
+        self.late = asyncio.get_running_loop().call_soon(self.write)
+
+    def post(self, sender: Listener) -> None:
+        """Write as soon as there is a whole group; at the end of a round there may be none."""
+        self.waiting.append(sender)
+        if len(self.waiting) >= self.group:
+            self.write()
+        elif len(self.waiting) == 1:
+            self.late = asyncio.get_running_loop().call_later(LATE_SECONDS, self.write)
+
+    def write(self) -> None:
+        """Write to all, then answer the senders."""
+        self.late.cancel()
+        if not self.waiting:
+            return
+        for listener in self.listeners:
+            listener.transport.write(self.delivery)
+        for each in self.waiting:
+            each.transport.write(self.ack)
+        self.waiting.clear()
+
+
+def serve_writes(port: Any, delivery: bytes, ack: bytes, group: int) -> None:
+    """Serve a bare room until killed; `port` is told where."""
+    pin(SERVER_CORE)
+
+    async def serve() -> None:
+        room = BareRoom(delivery, ack, group)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: Listener(room), "127.0.0.1", 0, backlog=1024)
+        port.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    uvloop.run(serve())
+
+
+def serve_bare_websockets(port: Any) -> None:
+    """Serve aiohttp's websockets as its documentation shows them, until killed."""
+    pin(SERVER_CORE)
+
+    async def follow(request: web.Request) -> web.WebSocketResponse:
+        ws = web.WebSocketResponse(heartbeat=messenger.HEARTBEAT_SECONDS, compress=False)
+        await ws.prepare(request)
+        async for message in ws:
+            if message.type is WSMsgType.ERROR:
+                break
+        return ws
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_get("/ws", follow)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
+        await site.start()
+        port.send((runner.addresses[0][1], os.getpid()))
+        await asyncio.Event().wait()
+
+    uvloop.run(serve())
