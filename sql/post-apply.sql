@@ -119,7 +119,10 @@ begin
     end if;
     for stretch in reverse before >> 16 .. 0 loop
         return query select w.seq from message_words w
-            join messages m on m.chat_id = chat and m.seq = w.seq and m.deleted_at is null
+            -- offset 0: asked for what was found; else the planner may go through the whole chat
+            cross join lateral (
+                select from messages m
+                where m.chat_id = chat and m.seq = w.seq and m.deleted_at is null offset 0) m
             where w.words @> search_keys(chat, stretch, wanted) and w.seq < before
             order by w.seq desc limit at_most - sofar;
         get diagnostics more = row_count;
@@ -137,7 +140,8 @@ returns table (last_seq bigint, message json) language sql stable as $$
     from participants p join chats c on c.id = p.chat_id
     left join lateral (
         select v.* from found_messages(p.chat_id, least(before, c.last_seq + 1), at_most, wanted) f
-        join message_view v on v.chat_id = p.chat_id and v.seq = f.seq
+        cross join lateral (
+            select * from message_view w where w.chat_id = p.chat_id and w.seq = f.seq offset 0) v
     ) m on true
     where p.chat_id = chat and p.user_id = reader order by m.seq desc
 $$;
@@ -412,7 +416,8 @@ begin
          with ordinality as i (chat_id, user_id, message_id, item)
     left join participants p on p.chat_id = i.chat_id and p.user_id = i.user_id
     left join chats c on c.id = p.chat_id
-    left join messages m on m.chat_id = p.chat_id and m.id = i.message_id
+    -- Both by i: by p.chat_id and i.message_id the planner would look through the whole chat.
+    left join messages m on m.chat_id = i.chat_id and m.id = i.message_id
     left join messages stand on stand.chat_id = p.chat_id and stand.seq = p.last_read_seq
     order by i.item;
 end
@@ -637,7 +642,9 @@ $$;
 create or replace function users_after(
     first_key text, beyond_key text, after bigint, at_most int)
 returns table (id bigint, username text, is_active boolean, created_at timestamptz)
-language plpgsql stable as $$
+language plpgsql stable
+set plan_cache_mode = force_custom_plan  -- a plan for any start would go through all users
+as $$
 begin
     if first_key = '' then
         return query select u.id, u.username, u.is_active, u.created_at from users u
