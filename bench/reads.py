@@ -144,9 +144,7 @@ async def list_rows(bench: Bench, server: Server, who: Person, count: int) -> li
     found = await bench.alternate(
         f"list of {count:,} chats",
         server=getting(bench, server, "/chats", who.token),
-        ceiling=selecting(
-            bench, server, messenger.SELECT_CHATS_BEFORE, arguments, messenger.Chat
-        ),
+        ceiling=selecting(bench, server, messenger.SELECT_CHATS_BEFORE, arguments, messenger.Chat),
         alone=getting(bench, server, "/chats", who.token, at_once=1),
     )
     mine, best, alone = found["server"], found["ceiling"], found["alone"]
@@ -168,9 +166,7 @@ async def catch_up_row(bench: Bench, server: Server, chat: int, reader: Person) 
     size = SIZES[0]
 
     async def select() -> Figures:
-        return await bench.ceiling(
-            call_missed, server.dsn, chat, reader.id, size - MISSED, size
-        )
+        return await bench.ceiling(call_missed, server.dsn, chat, reader.id, size - MISSED, size)
 
     found = await bench.alternate(
         "catch-up", server=catching_up(bench, server, chat, size, reader), ceiling=select
