@@ -111,6 +111,17 @@ def read_address(node: str) -> Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
+def named_by(element: str) -> str:
+    """Tell whom an element of Forwarded names (RFC 7239, section 4); nobody unless all of it is
+    right: what a client left open, or had put into quotes, must not pass for a proxy's word.
+    """
+    pairs = [
+        re.fullmatch(r'\s*([\w-]+)=(?:"([^"\\]*)"|([^\s"\\]*))\s*', pair)
+        for pair in element.split(";")]
+    named = {pair[1].lower(): pair[2] or pair[3] for pair in pairs if pair}
+    return named.get("for", "") if all(pairs) else ""
+
+
 def nearest_stranger(peer: Address, way: Sequence[str], trusted: list[Network]) -> Address:
     """Follow a request's way back for as long as trusted proxies tell of it.
 
@@ -136,8 +147,11 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     if peer is None:
         return ""  # a Unix socket
     listed = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
-    elements = [element.get("for", "") for element in request.forwarded]
-    told = {nearest_stranger(peer, way, trusted) for way in (listed, elements) if any(way)}
+    elements = ",".join(request.headers.getall("Forwarded", ())).split(",")
+    named = [named_by(element) for element in elements]
+    told = {
+        nearest_stranger(peer, way, trusted)
+        for way, header in ((listed, listed), (named, elements)) if any(header)}
     address = told.pop() if len(told) == 1 else peer
     return str(ipaddress.ip_network((address, 64), strict=False) if address.version == 6
                else address)
