@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
@@ -191,9 +190,10 @@ def test_what_the_client_wrote_itself_cannot_swallow_the_proxys_word() -> None:
     """A Forwarded that the client left open does not change what the proxy's part of it says."""
     seen = set()
     for own in (
-        f"for={OTHER}", f'for="{OTHER}', f'for={OTHER};x="a', f'for={OTHER};x="a\\', f"for={OTHER};",
-        f"for={OTHER};x=", f'for="{OTHER}";', "for", "=", '"', ";;;", f'for={OTHER};x="a", "',
-        f"for={OTHER},", f'for={OTHER}, x="', f"for={OTHER} for", f"for={OTHER}\t", "(",
+        f"for={OTHER}", f'for="{OTHER}', f'for={OTHER};x="a', f'for={OTHER};x="a\\',
+        f"for={OTHER};", f"for={OTHER};x=", f'for="{OTHER}";', f'for={OTHER};x="a", "',
+        f"for={OTHER},", f'for={OTHER}, x="', f"for={OTHER} for", f"for={OTHER}\t",
+        "for", "=", '"', ";;;", "(",
     ):  # fmt: skip
         for word in (f"for={CLIENT}", f'for="{CLIENT}"', f'for="{CLIENT}:5678";proto="https"'):
             seen.add(asked_by(PROXY, (FORWARDED, f"{own}, {word}")))
@@ -274,7 +274,8 @@ def test_log_tells_where_an_exception_was_raised_and_not_what_it_says() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(edge.NamelessFormatter("%(levelname)s %(message)s"))
-    log = logging.Logger("of this test")
+    log = logging.getLogger("of this test")
+    log.propagate = False
     log.addHandler(handler)
     try:
         try:
@@ -474,7 +475,7 @@ UNREADABLE = [
     b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"x" * 20_000 + b"\r\n\r\n",
     b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
     b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
-    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
     b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nx",
     b"GET / HTTP/1.1\r\nHost: a\r\n" + b"A: b\r\n" * 20_000 + b"\r\n",
 ]
