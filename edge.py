@@ -226,9 +226,13 @@ class Passwords:
     def _digest(password: str) -> bytes:
         return base64.b64encode(hashlib.sha256(password.encode()).digest())
 
-    async def _run(self, function: Callable[..., Answer], *args: bytes) -> Answer:
+    def check_room(self) -> None:
+        """Raise the exception for being too busy, if so many wait already."""
         if self._waiting >= PASSWORD_QUEUE_MAX:
             raise self._unavailable("Too many passwords are being checked.")
+
+    async def _run(self, function: Callable[..., Answer], *args: bytes) -> Answer:
+        self.check_room()
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)

@@ -722,9 +722,8 @@ class Sessions:
         `session` is a row with `id`, `generation` and `rotated_at`.
         """
         def sign(since: int, seconds: int, **claims: Any) -> str:
-            claims |= {"sub": str(user_id), "sid": session["id"]}
-            claims |= {"iat": since, "exp": since + seconds}
-            return jwt.encode(claims, self._key, algorithm="HS256")
+            claims |= {"sub": str(user_id), "sid": session["id"], "iat": since}
+            return jwt.encode(claims | {"exp": since + seconds}, self._key, algorithm="HS256")
 
         generation, rotated = session["generation"], int(session["rotated_at"].timestamp())
         return Tokens(
@@ -864,6 +863,7 @@ class Socket:
     def __init__(self, asker: Asker, chat_id: int | None) -> None:
         self.asker = asker
         self.chat_id = chat_id
+        self.key = object()  # in RATES, where it may outlive the socket, whose id() may not
         self.task = typing.cast("asyncio.Task[Any]", asyncio.current_task())  # its handler's
         self.ws: web.WebSocketResponse = web.WebSocketResponse(
             protocols=(SUBPROTOCOL,), autoping=False, compress=False,
@@ -1534,12 +1534,12 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
         request, f"register:{address_of(request)}", settings.registrations_per_address)
     hashed = await request.app[PASSWORDS].hash(body.password)
     row = await request.app[DATABASE].row(
-        INSERT_USER, email, email_key, username, username_key, hashed
-    )
+        INSERT_USER, email, email_key, username, username_key, hashed)
     return created(User(**row), f"/api/v1/users/{row['id']}")
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
     """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
+    request.app[PASSWORDS].check_room()  # who would not be heard has not tried
     if request.app[SETTINGS].rate_limits == "on":
         wait = await request.app[DATABASE].value(COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
         if wait:
@@ -1991,10 +1991,8 @@ async def listen(request: web.Request, guest: Socket) -> None:
     """Take the frames of a socket until it is closed."""
     async for incoming in guest.ws:
         guest.heard_at = time.monotonic()
-        if incoming.type is WSMsgType.TEXT:
+        if incoming.type in (WSMsgType.TEXT, WSMsgType.BINARY):
             await take_frame(request, guest, incoming.data)
-        elif incoming.type is WSMsgType.BINARY:
-            refuse_frame(guest, MalformedRequest("Frames are JSON text."))
         elif incoming.type is WSMsgType.PING:
             guest.write(b"\x8a" + bytes((len(incoming.data),)) + incoming.data)
         elif incoming.type is WSMsgType.ERROR:
@@ -2010,10 +2008,12 @@ async def unanswered_below(guest: Socket, limit: int) -> None:
         guest.answered.clear()
         await guest.answered.wait()
 
-async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
+async def take_frame(request: web.Request, guest: Socket, text: str | bytes) -> None:
     """Do what a frame asks for; refuse it where that cannot be."""
     try:
-        spend(request.app, TooManyFrames, id(guest))
+        spend(request.app, TooManyFrames, guest.key)
+        if isinstance(text, bytes):
+            raise MalformedRequest("Frames are JSON text.")
         frame = decode_json(CLIENT_FRAME, text)
         if isinstance(frame, MessageIn):
             take_message(request, guest, frame)
@@ -2022,12 +2022,12 @@ async def take_frame(request: web.Request, guest: Socket, text: str) -> None:
             await FRAME_HANDLERS[type(frame)](request, guest, frame)
     except Problem as problem:
         ref = chat_id = None
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             ref, chat_id = map(FRAME.decode(text).get, ("ref", "chat_id"))
         refuse_frame(
             guest, problem, ref if type(ref) in (str, int, float) else None,
             chat_id if type(chat_id) is int else None)
-        if problem.status == 429 and request.app[RATES][WS_FLOODING].spend(id(guest)):
+        if problem.status == 429 and request.app[RATES][WS_FLOODING].spend(guest.key):
             request.app[LIVE].close(guest, WS_FLOODING)
 
 def chat_of(guest: Socket, chat_id: int | None) -> int:

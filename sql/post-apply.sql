@@ -842,7 +842,8 @@ language sql volatile as $$
         delete from attempts where key = attempt
     ), forgiven_once as (
         delete from attempts where ctid = (
-            select a.ctid from attempts a where a.key = from_address order by a.at desc limit 1)
+            select a.ctid from attempts a where a.key = from_address
+            order by a.at desc limit 1 for update skip locked)  -- each login another
     ), woken as (
         update users u set is_active = true, password_hash = coalesce(dearer_hash, verified_hash)
         where u.id = me and u.password_hash = verified_hash and not u.is_disabled
