@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import os
 import re
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -15,9 +17,11 @@ import bcrypt
 import jwt
 import msgspec
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from conftest import PASSWORD, SECRET_KEY, SETTINGS, Person, pages
+from conftest import PASSWORD, SECRET_KEY, SETTINGS, SOON_SECONDS, Line, Person, pages
 
+import edge
 import messenger
 
 Client = TestClient[Any, Any]
@@ -316,7 +320,183 @@ async def test_rate_limits_can_be_switched_off(
     assert (await logs_in(client, user["email"]))[0] == 200
 
 
+async def test_hash_follows_the_raised_cost_at_the_next_login(
+    alice: Person, sql: asyncpg.Connection, database_url: str, aiohttp_client: Any
+) -> None:
+    """Where the cost was raised, a login makes the hash anew, once; a wrong password does not."""
+
+    async def cost() -> str:
+        hashed: str = await sql.fetchval("select password_hash from users")
+        return hashed[:7]
+
+    settings = msgspec.structs.replace(SETTINGS, bcrypt_cost=5)
+    dearer = await aiohttp_client(messenger.make_app(settings, database_url, SECRET_KEY))
+    assert (await logs_in(dearer, alice.email, "wrong password"))[0] == 401
+    assert await cost() == "$2b$04$"
+    assert (await logs_in(dearer, alice.email))[0] == 200
+    assert await cost() == "$2b$05$"
+    after = await sql.fetchval("select password_hash from users")
+    for client in (dearer, alice.client):  # a server of the lower cost makes it no cheaper
+        assert (await logs_in(client, alice.email))[0] == 200
+        assert (await logs_in(client, alice.email, "wrong password"))[0] == 401
+    assert await sql.fetchval("select password_hash from users") == after
+    assert await may_ask(alice.client, alice.access)
+
+
+async def test_logins_at_once_all_get_in_while_the_hash_is_made_anew(
+    alice: Person, database_url: str, aiohttp_client: Any
+) -> None:
+    """Of ten logins that each make the hash dearer none is refused, and each has its session."""
+    settings = msgspec.structs.replace(SETTINGS, bcrypt_cost=5)
+    dearer = await aiohttp_client(messenger.make_app(settings, database_url, SECRET_KEY))
+    answers = await asyncio.gather(*(logs_in(dearer, alice.email) for _ in range(10)))
+    assert {status for status, _ in answers} == {200}
+    assert len(await alice.gets("/users/me/sessions")) == 11
+    assert (await logs_in(dearer, alice.email))[0] == 200
+
+
+async def test_flood_of_logins_does_not_slow_the_loop(
+    alice: Person, bob: Person, app: web.Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passwords are hashed in threads of their own, at a lower priority and a few at a time: while
+    one runs the loop goes on, and messages are posted."""
+    threads, turns, turns_in_a_hash = set(), 0, []
+    real = bcrypt.checkpw
+
+    def spy(password: bytes, hashed: bytes) -> bool:
+        niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        threads.add((threading.current_thread().name, niceness))
+        before = turns
+        try:
+            return real(password, hashed)
+        finally:
+            turns_in_a_hash.append(turns - before)
+
+    monkeypatch.setattr(bcrypt, "checkpw", spy)
+    app[messenger.PASSWORDS].nobodys = f"$2b$12${'.' * 53}"  # a quarter of a second each
+    chat, posted = await alice.opens(bob), 0
+    names = [f"nobody{number}@example.com" for number in range(6)]
+    flood = [asyncio.create_task(logs_in(alice.client, name)) for name in names]
+    while not all(one.done() for one in flood):
+        await asyncio.sleep(0.005)
+        turns += 1
+        if app[messenger.PASSWORDS]._waiting > edge.PASSWORD_THREADS:
+            await bob.says(chat, "meanwhile")
+            posted += 1
+    assert {(await one)[0] for one in flood} == {401}
+    assert len(turns_in_a_hash) == 6
+    assert min(turns_in_a_hash) > 0
+    assert posted > 0
+    assert {name.rsplit("_", 1)[0] for name, _ in threads} == {"bcrypt"}
+    assert len(threads) <= edge.PASSWORD_THREADS
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {niceness for _, niceness in threads} == {min(19, own + edge.PASSWORD_NICENESS)}
+
+
+async def test_queue_of_passwords_is_bounded(
+    alice: Person, app: web.Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond so many waiting a login is 503 with Retry-After at once; those before it are answered,
+    and then there is room again."""
+    gate = threading.Event()
+    real = bcrypt.checkpw
+
+    def slow(password: bytes, hashed: bytes) -> bool:
+        gate.wait(SOON_SECONDS)
+        return real(password, hashed)
+
+    monkeypatch.setattr(edge, "PASSWORD_QUEUE_MAX", 5)
+    monkeypatch.setattr(bcrypt, "checkpw", slow)
+    waiting = [asyncio.create_task(logs_in(alice.client, alice.email)) for _ in range(5)]
+    async with asyncio.timeout(SOON_SECONDS):
+        while app[messenger.PASSWORDS]._waiting < 5:
+            await asyncio.sleep(0.01)
+    body = {"email": alice.email, "password": PASSWORD}
+    async with alice.client.post("/api/v1/users/login", json=body) as answer:
+        assert (answer.status, (await answer.json())["type"]) == (503, "service-unavailable")
+        assert int(answer.headers["Retry-After"]) >= 1
+    gate.set()
+    assert {status for status, _ in await asyncio.gather(*waiting)} == {200}
+    assert (await logs_in(alice.client, alice.email))[0] == 200
+
+
 # ---- Refreshing
+
+
+async def test_fifty_refreshes_at_once_leave_one_successor(alice: Person) -> None:
+    """However many use one refresh token at the same moment, there is one living successor; once
+    it was used, the token that all of them had ends the session."""
+    answers = await asyncio.gather(*(refreshes(alice.client, alice.refresh) for _ in range(50)))
+    assert {status for status, _ in answers} == {200}
+    [successor] = {tokens["refresh_token"] for _, tokens in answers}
+    assert await may_ask(alice.client, answers[0][1]["access_token"])
+    status, last = await refreshes(alice.client, successor)
+    assert status == 200
+    again = await asyncio.gather(*(refreshes(alice.client, alice.refresh) for _ in range(50)))
+    assert {status for status, _ in again} == {401}
+    assert not await may_ask(alice.client, last["access_token"])
+    assert (await refreshes(alice.client, last["refresh_token"]))[0] == 401
+
+
+async def test_reuse_of_a_refresh_token_closes_the_sockets_of_its_session(alice: Person) -> None:
+    """The thief's socket and the victim's are closed with 4401, that of another session is not."""
+    _, tokens = await refreshes(alice.client, alice.refresh)
+    await refreshes(alice.client, tokens["refresh_token"])
+    lines = []
+    _, other = await logs_in(alice.client, alice.email)
+    for access in (alice.access, tokens["access_token"], other["access_token"]):
+        headers = {"Authorization": f"Bearer {access}"}
+        lines.append(Line(await alice.client.ws_connect("/ws", headers=headers)))
+    alice.lines += lines
+    assert (await refreshes(alice.client, alice.refresh))[0] == 401
+    assert [await line.is_closed() for line in lines[:2]] == [4401, 4401]
+    await lines[2].sends(type="typing")
+    assert (await lines[2].hears("error"))["data"]["type"] == "invalid-input"
+
+
+async def test_tokens_of_the_old_key_count_and_new_ones_have_the_new(
+    alice: Person, database_url: str, aiohttp_client: Any
+) -> None:
+    """After a change of keys both kinds of tokens of the old one work, what they are exchanged for
+    is signed with the new one, and nothing that a third key signed is believed."""
+
+    async def server(key: str, old: str) -> Any:
+        settings = msgspec.structs.replace(SETTINGS, secret_key_old=old)
+        return await aiohttp_client(messenger.make_app(settings, database_url, key))
+
+    new_key = "a new key of the tests, longer than 32 bytes"
+    client = await server(new_key, SECRET_KEY)
+    assert await may_ask(client, alice.access)
+    line = Line(await client.ws_connect(f"/ws?token={alice.access}"))
+    alice.lines.append(line)
+    status, tokens = await refreshes(client, alice.refresh)
+    assert status == 200
+    assert await may_ask(client, tokens["access_token"])
+    for token in (tokens["access_token"], tokens["refresh_token"]):
+        jwt.decode(token, new_key, ["HS256"])
+    assert not await may_ask(alice.client, tokens["access_token"])  # it has the old key alone
+    await line.sends(type="auth", token=tokens["access_token"])
+    assert await line.hears("auth")
+
+    later = await server("a third key of the tests, longer than 32 bytes", new_key)
+    for access in (alice.access, alice.refresh):
+        assert not await may_ask(later, access)
+    assert (await refreshes(later, alice.refresh))[0] == 401
+    assert await may_ask(later, tokens["access_token"])
+    assert (await refreshes(later, tokens["refresh_token"]))[0] == 200
+    without = await server("a third key of the tests, longer than 32 bytes", "")
+    assert not await may_ask(without, tokens["access_token"])
+
+
+async def test_forgeries_are_no_better_with_two_keys(
+    alice: Person, database_url: str, aiohttp_client: Any
+) -> None:
+    """A second key lets in nothing but what it signed: neither other algorithms nor old tokens."""
+    settings = msgspec.structs.replace(SETTINGS, secret_key_old="x" * 40)
+    client = await aiohttp_client(messenger.make_app(settings, database_url, SECRET_KEY))
+    for what, token in forgeries(alice.access).items():
+        assert not await may_ask(client, token), what
+    assert await may_ask(client, alice.access)
 
 
 async def test_refresh_rotates_as_bearer_and_in_the_body(alice: Person) -> None:
@@ -402,7 +582,7 @@ def forgeries(token: str) -> dict[str, str]:
         "dots": "..",
         "not base64": "é.é.é",
     }
-    for claim in ("exp", "sub", "sid", "typ"):
+    for claim in ("exp", "sub", "sid", "typ", "jti", "iat"):
         less = {name: value for name, value in claims.items() if name != claim}
         forged[f"without {claim}"] = jwt.encode(less, SECRET_KEY, algorithm="HS256")
     return forged
