@@ -1505,7 +1505,7 @@ def checked_username(username: str) -> tuple[str, str]:
     """Answer a username and its key, by which it is unique. Raises InvalidInput."""
     name = unicodedata.normalize("NFC", username)
     kinds = [unicodedata.category(c)[0] if not c.isdecimal() and c != "_" else "L" for c in name]
-    if not set(kinds) <= {"L", "M"} or kinds[0] == "M" or not 3 <= len(name) <= 50:
+    if not 3 <= len(name) <= 50 or kinds[0] == "M" or not set(kinds) <= {"L", "M"}:
         raise invalid("$.username", "must be 3 to 50 letters, digits or underscores")
     return name, folded(name)
 

@@ -13,6 +13,7 @@ without one. A running server acts on it within two seconds.
 
 import asyncio
 import contextlib
+import io
 import os
 import secrets
 import sys
@@ -26,6 +27,9 @@ import messenger as m
 from edge import Passwords, start_logs
 from postgres import Database, Postgres, StartError, migrate_when_up
 
+# How many arguments each command takes.
+COMMANDS = {
+    "list": 0, "create": 2, "disable": 1, "enable": 1, "reset-password": 1, "delete": 1}
 PAGE_ROWS = 1000
 PASSWORD_BYTES = 12  # of randomness, in a password that is printed
 
@@ -78,20 +82,19 @@ async def change_account(
     print(f"user {user_id} is {verb}d")
 
 
-async def obey(database: Database, passwords: Passwords, arguments: Sequence[str]) -> None:
-    """Do what the command line asks for. Raises StartError, Problem."""
-    match arguments:
-        case ["user", "list"]:
-            await list_accounts(database)
-        case ["user", "create", email, username]:
-            await create_account(database, passwords, email, username)
-        case ["user", ("disable" | "enable" | "reset-password" | "delete") as verb, email]:
-            await change_account(database, passwords, verb, email)
-        case _:
-            raise StartError(f"no such command\n\n{__doc__}")
+async def obey(
+    database: Database, passwords: Passwords, command: str, arguments: Sequence[str]
+) -> None:
+    """Do what the command line asks for. Raises Problem."""
+    if command == "list":
+        await list_accounts(database)
+    elif command == "create":
+        await create_account(database, passwords, *arguments)
+    else:
+        await change_account(database, passwords, command, *arguments)
 
 
-async def administer(settings: m.Settings, arguments: Sequence[str]) -> None:
+async def administer(settings: m.Settings, command: str, arguments: Sequence[str]) -> None:
     """Find the database, starting it where no server runs, and obey. Raises StartError, Problem."""
     async with contextlib.AsyncExitStack() as stack:
         url = settings.database_url
@@ -105,21 +108,34 @@ async def administer(settings: m.Settings, arguments: Sequence[str]) -> None:
         stack.push_async_callback(database.close)
         passwords = Passwords(settings.bcrypt_cost, m.ServiceUnavailable)
         stack.callback(passwords.close)
-        await obey(database, passwords, arguments)
+        await obey(database, passwords, command, arguments)
+
+
+def read_command(line: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Read a command and its arguments. Raises StartError, before anything is started for it."""
+    if len(line) < 2 or line[0] != "user" or COMMANDS.get(line[1]) != len(line) - 2:
+        raise StartError(f"no such command\n\n{__doc__}")
+    return line[1], line[2:]
 
 
 def main() -> int:
     """Obey the command line; answer the exit status."""
     start_logs(access_log=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
     try:
-        asyncio.run(administer(m.Settings.load(os.environ), sys.argv[1:]))
+        command, arguments = read_command(sys.argv[1:])
+        asyncio.run(administer(m.Settings.load(os.environ), command, arguments))
+        sys.stdout.flush()
     except StartError as error:
         print(f"messenger: {error}", file=sys.stderr)
-        return 1
     except m.Problem as problem:
         print(f"messenger: {problem.detail}", file=sys.stderr)
-        return 1
-    return 0
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    else:
+        return 0
+    return 1
 
 
 if __name__ == "__main__":
