@@ -798,7 +798,7 @@ $$;
 
 -- Deletes pieces of what has grown old, and answers how many rows it was: sessions some time after
 -- they ended or could be refreshed no more, attempts that count no longer, when a message was
--- passed (that it was stays known).
+-- passed (that it was stays known). It waits for nobody: another may be at the same.
 create or replace function purge_old(
     kept_seconds float8, life_seconds float8, attempt_seconds float8, read_seconds float8,
     at_most int)
@@ -806,24 +806,27 @@ returns bigint language sql volatile as $$
     with ended as (
         delete from sessions where id = any (array(
             select s.id from sessions s
-            where s.ended_at < now() - make_interval(secs => kept_seconds) limit at_most))
+            where s.ended_at < now() - make_interval(secs => kept_seconds)
+            limit at_most for update skip locked))
         returning 1
     ), expired as (
         delete from sessions where id = any (array(
             select s.id from sessions s
             where s.rotated_at < now() - make_interval(secs => life_seconds + kept_seconds)
               and s.ended_at is null
-            limit at_most))
+            limit at_most for update skip locked))
         returning 1
     ), attempt as (
         delete from attempts where ctid = any (array(
             select a.ctid from attempts a
-            where a.at < now() - make_interval(secs => attempt_seconds) limit at_most))
+            where a.at < now() - make_interval(secs => attempt_seconds)
+            limit at_most for update skip locked))
         returning 1
     ), step as (
         delete from reads r using (
             select chat_id, user_id, seq from reads
-            where read_at < now() - make_interval(secs => read_seconds) limit at_most) old
+            where read_at < now() - make_interval(secs => read_seconds)
+            limit at_most for update skip locked) old
         where r.chat_id = old.chat_id and r.user_id = old.user_id and r.seq = old.seq
         returning 1
     )
