@@ -567,8 +567,13 @@ async def test_parser_in_c_is_required(tmp_path: Any) -> None:
         env=env | {"AIOHTTP_NO_EXTENSIONS": "1", "DATA_DIR": str(tmp_path / "data"), "PORT": "0"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    async with asyncio.timeout(HEAR_SECONDS):
-        out, err = await process.communicate()
+    try:
+        async with asyncio.timeout(HEAR_SECONDS):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
     assert (process.returncode, out) == (1, b"")
     assert re.fullmatch(r"messenger: .*parser in C.*\n", err.decode())
     assert not (tmp_path / "data").exists()
