@@ -349,9 +349,11 @@ SPOILT: dict[str, Json] = {
 
 def example_of(operation: Json) -> Any:
     """The body that the document shows for an operation."""
-    body = operation.get("requestBody")
-    schema = body and OPENAPI.at(body["content"]["application/json"]["schema"]["$ref"])
-    return schema and schema["examples"][0]
+    if (body := operation.get("requestBody")) is None:
+        return None
+    schema = body["content"]["application/json"]["schema"]
+    [shape, *_] = schema.get("anyOf", [schema])  # an optional one may also be null
+    return OPENAPI.at(shape["$ref"])["examples"][0]
 
 
 async def is_refused_everywhere(alice: Person, chat: int) -> None:

@@ -264,7 +264,7 @@ def operation(of: Described, schemas: Schemas, refusals: Json) -> Json:
             for name, schema in parameters.items()],
     })
     if of.signature.body is not None:
-        body = {"schema": schemas.of(m.without_none(of.hints["body"]))}
+        body = {"schema": schemas.of(of.hints["body"])}
         made["requestBody"] = {
             "required": of.signature.body_required, "content": {"application/json": body}}
     made["responses"] = {str(status): responses[status] for status in sorted(responses)}
