@@ -40,6 +40,7 @@ class Server:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder  # the working folder too, by which its processes are found
         self.settings = settings
+        self.program = ROOT / "messenger.py"
         self.data = folder / "data"
         self.program = ROOT / "messenger.py"
         self.url = self.said = ""

@@ -346,7 +346,7 @@ def test_help_lists_the_commands(tree):
     """./run help names every command and installs nothing."""
     done = tree.run("help")
     assert done.returncode == 0
-    commands = ("test", "check", "documents", "lock", "help")
+    commands = ("test", "fuzz", "check", "documents", "lock", "help")
     assert all(f"./run {command}" in done.stdout for command in commands)
     assert not tree.venv.exists()
 
@@ -357,6 +357,21 @@ def test_arguments_after_test_reach_pytest(started):
     done = started.run("test", "-k", "two words")
     assert done.returncode == 3
     assert done.stdout == "['-k', 'two words']\n"
+
+
+def test_fuzz_runs_the_long_form_of_some_tests(started):
+    """./run fuzz hands pytest what follows it and the tests that are there, and sets FUZZ=long."""
+    (started.folder / "pytest.py").write_text(
+        "import os, sys; print(os.environ['FUZZ'], sys.argv[1:]); sys.exit(3)\n")
+    (started.folder / "tests").mkdir()
+    for name in ("test_fuzz_b.py", "test_fuzz_a.py", "test_other.py"):
+        (started.folder / "tests" / name).touch()
+    done = started.run("fuzz", "-k", "two words")
+    assert done.returncode == 3
+    files = "'tests/test_fuzz_a.py', 'tests/test_fuzz_b.py'"
+    assert done.stdout == f"long ['-k', 'two words', {files}]\n"
+    (started.folder / "tests/test_model.py").touch()
+    assert "'tests/test_fuzz_b.py', 'tests/test_model.py']" in started.run("fuzz").stdout
 
 
 def test_documents_are_made_by_their_tool(started):
