@@ -4,8 +4,10 @@ Writes the table into bench/README.md, with the machine, and draws it as bench/r
 `--quick` writes neither, for one short round says nothing. Takes about 20 minutes.
 """
 
+import os
 import platform
 import re
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +25,7 @@ from rig import ALL_CORES, Bench, Row, Server, bench_of, markdown, options_of
 
 PARTS = (posts, fan_out, reads, idle, workers, logins, growth)
 HERE = Path(__file__).parent
+QUIET_LOAD = 0.5  # processes that ran in the minute before
 README, PICTURE = HERE / "README.md", HERE / "results.svg"
 
 # What others did on such a machine with the same pinning, the best of them in each column:
@@ -103,7 +106,9 @@ def write_down(text: str) -> None:
 def main() -> None:
     """Measure everything, then write and draw it."""
     options = options_of(__doc__)
-    began = time.monotonic()
+    began, busy = time.monotonic(), os.getloadavg()[0]
+    if busy > QUIET_LOAD:
+        print(f"the machine is busy (load {busy:.1f}): figures will be noise", file=sys.stderr)
 
     async def everything() -> tuple[str, list[Row]]:
         async with bench_of(options) as bench:
@@ -112,7 +117,8 @@ def main() -> None:
     where, rows = uvloop.run(everything())
     minutes = (time.monotonic() - began) / 60
     caption = (
-        f"{datetime.now(UTC):%Y-%m-%d}, {where}; {options.rounds} rounds, {minutes:.0f} minutes."
+        f"{datetime.now(UTC):%Y-%m-%d}, {where}; {options.rounds} rounds in {minutes:.0f} minutes; "
+        f"load of the machine before them {busy:.1f}."
     )
     tables = f"{caption}\n\n{markdown(rows)}\n\nBeside others:\n\n{peers_table(rows)}"
     print(tables)
