@@ -42,7 +42,6 @@ class Server:
         self.settings = settings
         self.program = ROOT / "messenger.py"
         self.data = folder / "data"
-        self.program = ROOT / "messenger.py"
         self.url = self.said = ""
         self.process: asyncio.subprocess.Process
 
