@@ -50,9 +50,7 @@ never goes back; no input makes a 5xx; a reader who stalls delays nobody.
 
 To add an endpoint: its shapes, its statement under Queries, a handler whose signature says what it
 takes and answers and whose docstring's first line is its summary, and its line in ENDPOINTS; then
-`./run documents`, and its tests beside those of its room in tests/: test_accounts.py and
-test_profile.py, test_chats.py, test_messages.py, test_changes.py and test_search.py, test_socket.py
-and test_every_chat.py.
+`./run documents`, its row in tests/access_table.py, and its tests beside those of its room.
 """
 
 import asyncio
@@ -173,6 +171,7 @@ TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
 SESSIONS_REMEMBERED_MAX = 10_000
+TOKENS_REMEMBERED_MAX = 10_000
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
 BODY_SECONDS = 15
@@ -645,16 +644,6 @@ SELECT_MEMBERSHIP = """  -- chat_id, reader_id
     select c.participant_count from participants p join chats c on c.id = p.chat_id
     where p.chat_id = $1 and p.user_id = $2"""
 
-SELECT_FOLLOWED = """  -- reader_id, chat_id or null for all
-    -- participants_of_user
-    select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
-    where p.user_id = $1 and p.chat_id = coalesce($2, p.chat_id)"""
-
-SELECT_JOINED = """  -- seconds to look back, user_ids
-    -- participants_joined
-    select chat_id, user_id from participants
-    where joined_at > now() - make_interval(secs => $1) and user_id = any ($2)"""
-
 SELECT_POSITIONS = """  -- chat_ids
     -- chats_pkey
     select id, last_rev, version from chats where id = any ($1)"""
@@ -672,6 +661,8 @@ CREATE_GROUP = "select * from create_group($1, $2, $3)"
 OPEN_PERSONAL_CHAT = "select * from open_personal_chat($1, $2)"
 SELECT_CHATS_BEFORE = "select * from chats_before($1, $2, $3, $4)"
 RENAME_CHAT = "select * from rename_chat($1, $2, $3)"
+SELECT_FOLLOWED = "select * from chats_followed($1, $2)"
+SELECT_JOINED = "select * from lately_joined($1, $2)"
 SELECT_PARTICIPANTS = "select * from participants_after($1, $2, $3, $4)"
 PUT_PARTICIPANT = "select * from put_participant($1, $2, $3, $4, $5)"
 REMOVE_PARTICIPANT = "select * from remove_participant($1, $2, $3)"
@@ -704,6 +695,16 @@ ASKER = web.RequestKey("asker", Asker)
 ME = web.RequestKey("me", int)  # the asker's id
 SUBPROTOCOL = "messenger.v1"
 
+@functools.lru_cache(TOKENS_REMEMBERED_MAX)  # it takes as long as a small answer
+def signed_claims(token: str, key: str) -> dict[str, Any]:
+    """Answer what a token says that was signed with a key, expired or not. Raises jwt's errors."""
+    claims: dict[str, Any] = jwt.decode(token, key, ["HS256"], {
+        "require": ["sub", "sid", "typ", "jti", "iat", "exp"],
+        "verify_exp": False,  # by whoever asks
+        "verify_iat": False,  # PostgreSQL's clock may be ahead of ours
+    })
+    return claims
+
 class Sessions:
     """Makes tokens, reads them, and knows for a moment which sessions are alive."""
 
@@ -734,15 +735,11 @@ class Sessions:
 
     def read(self, token: str, kind: Literal["access", "refresh"]) -> dict[str, Any] | None:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
-        options: Any = {
-            "require": ["sub", "sid", "typ", "jti", "iat", "exp"],
-            "verify_iat": False,  # PostgreSQL's clock may be ahead of ours
-        }
         for key in self._keys:
             with contextlib.suppress(jwt.InvalidTokenError, ValueError):
-                claims: dict[str, Any] = jwt.decode(
-                    token, key, ["HS256"], options, leeway=TOKEN_LEEWAY_SECONDS)
-                return claims if claims["typ"] == kind else None
+                claims = signed_claims(token, key)
+                is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= time.time()
+                return claims if claims["typ"] == kind and not is_expired else None
         return None
 
     async def asker(self, token: str) -> Asker:
@@ -872,8 +869,8 @@ class Socket:
         self.replays: dict[int, Replay] = {}
         self.catching_up: asyncio.Task[None] | None = None
         self.unanswered = 0  # frames whose commit is still under way
-        self.answered = asyncio.Event()
-        self.opened = asyncio.Event()
+        self.answered: asyncio.Future[None] | None = None  # who waits until there are fewer
+        self.opened = asyncio.get_running_loop().create_future()
         self.close_code: int | None = None  # once it is being closed
         self.heard_at = self.took_at = self.pinged_at = time.monotonic()
         self._written = self._taken = 0  # bytes in all; taken: when last looked at
@@ -890,7 +887,7 @@ class Socket:
         self.heard_at = self.took_at = time.monotonic()
         self.write(b"".join(self._early))
         self._early.clear()
-        self.opened.set()
+        self.opened.set_result(None)
 
     def write(self, frames: bytes) -> None:
         """Write whole frames, at once and without waiting."""
@@ -1121,7 +1118,8 @@ class Live:
     async def _catch_up(self, guest: Socket) -> None:
         """Bring a socket up to date in every chat that it has a replay of."""
         try:
-            await guest.opened.wait()
+            if not guest.opened.done():
+                await asyncio.wait([guest.opened])
             await guest.drain()
             while guest.replays:
                 chat_id = next(iter(guest.replays))
@@ -1982,7 +1980,7 @@ async def follow(request: web.Request, guest: Socket, after: int | None) -> web.
         guest.task.uncancel()
     finally:
         live.leave(guest)
-    if not guest.opened.is_set():
+    if not guest.opened.done():
         raise CLOSED_EARLY.get(guest.close_code or 0, ServiceUnavailable)
     await guest.finish()
     return guest.ws
@@ -2005,8 +2003,8 @@ async def listen(request: web.Request, guest: Socket) -> None:
 async def unanswered_below(guest: Socket, limit: int) -> None:
     """Wait until fewer than so many posts of a socket are under way."""
     while guest.unanswered >= limit:
-        guest.answered.clear()
-        await guest.answered.wait()
+        guest.answered = asyncio.get_running_loop().create_future()
+        await guest.answered
 
 async def take_frame(request: web.Request, guest: Socket, text: str | bytes) -> None:
     """Do what a frame asks for; refuse it where that cannot be."""
@@ -2054,7 +2052,8 @@ def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
 
     def answer(future: "asyncio.Future[Posted]") -> None:
         guest.unanswered -= 1
-        guest.answered.set()
+        if guest.answered is not None and not guest.answered.done():
+            guest.answered.set_result(None)
         if problem := future.exception():
             known = problem if isinstance(problem, Problem) else InternalError()
             refuse_frame(guest, known, frame.ref, frame.chat_id)

@@ -123,6 +123,7 @@ WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was 
 GROUP_ITEMS_MAX = 512  # in one commit
 PENDING_MAX = 20_000  # items that wait for a commit
 LISTEN_CHECK_SECONDS = 3.0
+ALONE_SECONDS = 10.0  # without a word of others
 NOTIFY_BYTES_MAX = 7900  # PostgreSQL allows 7,999
 NOTIFY_HINTS_MAX = 500
 ORIGIN_CHARS = 8
@@ -793,6 +794,9 @@ class Notifications:
 
     NOTIFY runs in a statement of its own, after the commit that it tells of: inside that
     transaction it would hold PostgreSQL's one queue lock while the commit is flushed to disk.
+
+    Every few seconds each process greets the others; who has heard nobody for a while is alone, and
+    does not notify.
     """
 
     channel = "messenger"
@@ -800,6 +804,7 @@ class Notifications:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._origin = secrets.token_hex(ORIGIN_CHARS // 2)
+        self._alone_at = time.monotonic() + ALONE_SECONDS
         self._pending: dict[Hashable, bytes] = {}
         self._sending: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
@@ -809,6 +814,8 @@ class Notifications:
 
         Never raises, never waits.
         """
+        if time.monotonic() > self._alone_at:
+            return
         self._pending[key] = hint
         if self._sending is None:
             self._sending = asyncio.create_task(self._send())
@@ -842,6 +849,7 @@ class Notifications:
     async def _listen(self, heard: Callable[[str], None], returned: Callable[[], None]) -> None:
         def receive(_connection: Any, _pid: int, _channel: str, payload: Any) -> None:
             if not payload.startswith(self._origin):
+                self._alone_at = time.monotonic() + ALONE_SECONDS
                 heard(payload[ORIGIN_CHARS:])
 
         while True:
@@ -851,10 +859,13 @@ class Notifications:
                 await connection.add_listener(self.channel, receive)
                 returned()
                 while True:
+                    await connection.execute(
+                        "select pg_notify($1, $2)", self.channel, f"{self._origin}[]",
+                        timeout=WAIT_SECONDS)
                     await asyncio.sleep(LISTEN_CHECK_SECONDS)
-                    await connection.execute("select 1", timeout=WAIT_SECONDS)
             except (asyncpg.PostgresError, *LOST):
                 log.debug("the listening connection was lost")
+                self._alone_at = time.monotonic() + ALONE_SECONDS  # others may hear us
                 await asyncio.sleep(0.2)
             finally:
                 if connection is not None:

@@ -698,6 +698,20 @@ language sql stable as $$
     order by s.id limit at_most
 $$;
 
+-- How far a user's chats are, or (not null) one of them.
+create or replace function chats_followed(reader bigint, only_chat bigint)
+returns table (id bigint, last_rev bigint, version bigint) language sql stable as $$
+    select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
+    where p.user_id = reader and p.chat_id = coalesce(only_chat, p.chat_id)
+$$;
+
+-- Which of some users came into which chat lately.
+create or replace function lately_joined(seconds float8, of_users bigint[])
+returns table (chat_id bigint, user_id bigint) language sql stable as $$
+    select p.chat_id, p.user_id from participants p
+    where p.joined_at > now() - make_interval(secs => seconds) and p.user_id = any (of_users)
+$$;
+
 -- A page of a chat's participants by user id, for one of them; no row for a stranger.
 create or replace function participants_after(
     chat bigint, reader bigint, after bigint, at_most int)
