@@ -204,6 +204,20 @@ async def test_a_server_that_is_too_busy_counts_no_failure(
     assert (await logs_in(here, "alice@example.com"))[0] == 200
 
 
+async def test_tries_at_once_are_counted_one_after_the_other(
+    sql: asyncpg.Connection, database_url: str
+) -> None:
+    """A try that is counted but not committed yet keeps the next from passing beside it."""
+    other = await asyncpg.connect(database_url)
+    async with sql.transaction():
+        assert await sql.fetchval(messenger.COUNT_ATTEMPT, "somebody", 900, 1) is None
+        beside = asyncio.create_task(other.fetchval(messenger.COUNT_ATTEMPT, "somebody", 900, 1))
+        await asyncio.wait([beside], timeout=0.3)
+    assert await beside == 900
+    assert await other.fetchval(messenger.COUNT_ATTEMPT, "nobody", 900, 1) is None
+    await other.close()
+
+
 # ---- Registrations
 
 
@@ -349,6 +363,17 @@ async def test_flood_of_any_frames_is_closed(
             else:
                 await line.ws.send_str("{}")
     assert await line.is_closed() == 4429
+
+
+async def test_new_socket_has_an_allowance_of_its_own(app: web.Application, alice: Person) -> None:
+    """What was spent on sockets that are closed by now is not held against a new one."""
+    app[messenger.RATES][messenger.TooManyFrames] = Rate(1, 1 / SLOW)
+    for _ in range(150):  # enough for one to get the memory of another
+        line = Line(await alice.client.ws_connect("/ws", headers=alice.headers))
+        for kind in ("invalid-input", "too-many-frames"):
+            await line.ws.send_str("{}")
+            assert (await line.hears("error"))["data"]["type"] == kind
+        await line.close()
 
 
 # ---- Typing

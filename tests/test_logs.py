@@ -86,7 +86,11 @@ async def uses_everything(server: Server, alice: Person, bob: Person, chat: int)
 async def breaks(server: Server, alice: Person, chat: int) -> None:
     """Make the server fail, while secrets are on their way through it."""
     database = await asyncpg.connect(Postgres(server.data).dsn)
-    await database.execute("alter table messages rename column text to gone")
+    await database.execute(
+        "create function tell() returns trigger language plpgsql set log_min_messages = panic"
+        " as 'begin raise exception ''%'', new.text; end'")
+    await database.execute(
+        "create trigger tell before insert on messages for each row execute function tell()")
     await database.execute("alter table attempts rename column key to gone")
     await database.close()
     line = Line(await alice.client.ws_connect(f"/ws/{chat}?token={alice.access}"))
@@ -134,7 +138,8 @@ async def test_logs_hold_nothing_that_was_sent(logging_server: Server, people_of
     ):
         assert sum(f" {call} " in line for line in access) == count, call
     assert f" ERROR POST /api/v1/chats/{chat}/messages failed\n" in written
-    assert "UndefinedColumnError" in written
+    assert "\nRaiseError\n" in written  # of a message's text, which it names
+    assert "\nUndefinedColumnError\n" in written
 
 
 async def test_access_log_has_the_calls_of_every_worker(tmp_path: Path, people_of: Any) -> None:  # noqa: F811
