@@ -821,26 +821,26 @@ returns bigint language sql volatile as $$
         delete from sessions where id = any (array(
             select s.id from sessions s
             where s.ended_at < now() - make_interval(secs => kept_seconds)
-            limit at_most for update skip locked))
+            order by s.ended_at limit at_most for update skip locked))
         returning 1
     ), expired as (
         delete from sessions where id = any (array(
             select s.id from sessions s
             where s.rotated_at < now() - make_interval(secs => life_seconds + kept_seconds)
               and s.ended_at is null
-            limit at_most for update skip locked))
+            order by s.rotated_at limit at_most for update skip locked))
         returning 1
     ), attempt as (
         delete from attempts where ctid = any (array(
             select a.ctid from attempts a
             where a.at < now() - make_interval(secs => attempt_seconds)
-            limit at_most for update skip locked))
+            order by a.at limit at_most for update skip locked))
         returning 1
     ), step as (
         delete from reads r using (
             select chat_id, user_id, seq from reads
             where read_at < now() - make_interval(secs => read_seconds)
-            limit at_most for update skip locked) old
+            order by read_at limit at_most for update skip locked) old
         where r.chat_id = old.chat_id and r.user_id = old.user_id and r.seq = old.seq
         returning 1
     )

@@ -126,7 +126,8 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "DELETE_USER": [(READER,)],
         "LEAVE_NEXT_CHAT": [(DELETED,), (READER,)],
-        "START_SESSION": [(READER, "hash", "agent", "login:u1")],
+        "START_SESSION": [(READER, "hash", None, "agent", "login:u1", "login from:1.1.1.1")],
+        "PURGE_OLD": [(86_400, 604_800, 900, 7_776_000, PAGE)],
         "ROTATE_SESSION": [(77, 78, 0, 30), (77, 78, 7, 30)],
         "COUNT_ATTEMPT": [("login:u1", 900, 10)],
         "CREATE_GROUP": [(READER, "a group", [LEAVER, JOINER])],
@@ -154,7 +155,7 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_UNINDEXED": [(BIG, PAGE)],
         "INDEX_WORDS": [(BIG, NEAR, NEAR + 2, [NEAR + 1, NEAR + 2], ["some words", "more"])],
         "SWEEP_EMPTY_CHAT": [(PAGE,)],
-        "SELECT_ROOM": [(BIG, NEAR, 990, PAGE), (BIG, FAR, 990, PAGE)],
+        "SELECT_ROOM": [(BIG, NEAR, 990, PAGE, 10), (BIG, FAR, 990, PAGE, 10)],
     }  # fmt: skip
 
 
