@@ -62,6 +62,7 @@ import logging
 import math
 import operator
 import os
+import random
 import re
 import secrets
 import signal
@@ -465,9 +466,9 @@ def folded(text: str) -> str:
 def uuid7() -> UUID:
     """Make a UUID that sorts by time (RFC 9562, section 5.7)."""
     milliseconds = time.time_ns() // 1_000_000
-    random = secrets.randbits(74)
-    value = milliseconds << 80 | 0x7 << 76 | (random >> 62) << 64 | 0b10 << 62
-    return UUID(int=value | random & (2**62 - 1))
+    chance = random.getrandbits(74)
+    value = milliseconds << 80 | 0x7 << 76 | (chance >> 62) << 64 | 0b10 << 62
+    return UUID(int=value | chance & (2**62 - 1))
 
 # ==== Problems ====================================================================================
 # What can be refused (RFC 9457). A problem is raised anywhere and answered in one place; its type
@@ -1829,7 +1830,7 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
     """
     spend(request.app, TooManyMessages, request[ME])
     post = NewPost(chat_id, request[ME], body.id or uuid7(), body.text, body.reply_to)
-    posted = await request.app[POSTS].put(post)
+    posted = await request.app[POSTS].written(post)
     message = posted.message or await get_message(request, chat_id, post.id)
     if not posted.is_new:
         return Answer(message, 200)
@@ -1849,7 +1850,7 @@ async def change_message(
 ) -> Message:
     """Edit one's message. Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages."""
     spend(request.app, TooManyMessages, request[ME])
-    await request.app[CHANGES].put(NewChange(chat_id, request[ME], message_id, body.text))
+    await request.app[CHANGES].written(NewChange(chat_id, request[ME], message_id, body.text))
     return await get_message(request, chat_id, message_id)
 
 async def delete_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> None:
@@ -1857,7 +1858,7 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
 
     Raises ChatNotFound, MessageNotFound, SenderOnly.
     """
-    await request.app[CHANGES].put(NewChange(chat_id, request[ME], message_id, None))
+    await request.app[CHANGES].written(NewChange(chat_id, request[ME], message_id, None))
 
 async def list_messages(
     request: web.Request,
@@ -1933,7 +1934,7 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
 
     Raises ChatNotFound, MessageNotFound.
     """
-    return await request.app[READS].put(NewRead(chat_id, request[ME], body.message_id))
+    return await request.app[READS].written(NewRead(chat_id, request[ME], body.message_id))
 
 # ==== Handlers: the socket ========================================================================
 # Frames of one socket take effect in the order they were sent. Messages enter the posts writer in
@@ -1998,7 +1999,8 @@ async def listen(request: web.Request, guest: Socket) -> None:
         # Who does not read its answers, or has too many outstanding, is not read either.
         if guest.unsent() > BEHIND_BYTES:
             await guest.drain()
-        await unanswered_below(guest, SOCKET_UNANSWERED_MAX)
+        if guest.unanswered >= SOCKET_UNANSWERED_MAX:
+            await unanswered_below(guest, SOCKET_UNANSWERED_MAX)
 
 async def unanswered_below(guest: Socket, limit: int) -> None:
     """Wait until fewer than so many posts of a socket are under way."""
@@ -2050,24 +2052,23 @@ def take_message(request: web.Request, guest: Socket, frame: MessageIn) -> None:
     spend(request.app, TooManyMessages, me)
     post = NewPost(chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
 
-    def answer(future: "asyncio.Future[Posted]") -> None:
+    def answer(outcome: Posted | Exception) -> None:
         guest.unanswered -= 1
         if guest.answered is not None and not guest.answered.done():
             guest.answered.set_result(None)
-        if problem := future.exception():
-            known = problem if isinstance(problem, Problem) else InternalError()
+        if isinstance(outcome, Exception):
+            known = outcome if isinstance(outcome, Problem) else InternalError()
             refuse_frame(guest, known, frame.ref, frame.chat_id)
         elif frame.ref is not None:
-            guest.write(encoded("ack", future.result().ack, frame.ref))
+            guest.write(encoded("ack", outcome.ack, frame.ref))
 
-    future = request.app[POSTS].put(post)
+    request.app[POSTS].put(post, answer)
     guest.unanswered += 1
-    future.add_done_callback(answer)
 
 async def take_read(request: web.Request, guest: Socket, frame: ReadIn) -> None:
     """Mark everything up to a message as read."""
     chat_id = chat_of(guest, frame.chat_id)
-    await request.app[READS].put(NewRead(chat_id, guest.asker.user_id, frame.message_id))
+    await request.app[READS].written(NewRead(chat_id, guest.asker.user_id, frame.message_id))
 
 async def take_typing(request: web.Request, guest: Socket, frame: TypingIn) -> None:
     """Tell the others, where they are not too many."""

@@ -651,7 +651,8 @@ class Database:
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
-Entry = tuple[Item, asyncio.Future[Outcome], float]  # until when it is tried, by the loop's clock
+# An item, whom to tell what became of it, until when it is tried (by the loop's clock).
+Entry = tuple[Item, Callable[[Outcome | Exception], None], float]
 
 
 def is_held(error: Exception) -> bool:
@@ -683,19 +684,33 @@ class GroupWriter(Generic[Item, Outcome]):
         self._pending: deque[Entry[Item, Outcome]] = deque()
         self._running: asyncio.Task[None] | None = None
 
-    def put(self, item: Item) -> "asyncio.Future[Outcome]":
-        """Add an item; the future is done once it is committed, or has what kept it from that.
+    def put(self, item: Item, answer: Callable[[Outcome | Exception], None]) -> None:
+        """Add an item; `answer` is called with its outcome, or with what kept it from being one.
 
-        Raises the exception for PostgreSQL's absence where too much waits.
+        That is at once after it is published, so that what both write leaves together. It must not
+        wait. Raises the exception for PostgreSQL's absence where too much waits.
         """
         if len(self._pending) >= PENDING_MAX:
             raise self._unavailable("Too much is waiting to be written.")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Outcome] = loop.create_future()
-        self._pending.append((item, future, loop.time() + WRITE_SECONDS))
+        deadline = asyncio.get_running_loop().time() + WRITE_SECONDS
+        self._pending.append((item, answer, deadline))
         if self._running is None:
             self._running = asyncio.create_task(self._run())
-        return future
+
+    async def written(self, item: Item) -> Outcome:
+        """Add an item, and wait for its outcome; raises what kept it from being one."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+        def settle(outcome: Outcome | Exception) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        self.put(item, settle)
+        return await future
 
     async def finish(self) -> None:
         """Wait until everything that was put is answered."""
@@ -722,7 +737,7 @@ class GroupWriter(Generic[Item, Outcome]):
             self._running = None
 
     async def _write(self, group: list[Entry[Item, Outcome]]) -> Callable[[], None]:
-        """Commit a group, and answer what is left to do: to publish it and settle its futures.
+        """Commit a group, and return what is left to do: to publish it and answer its items.
 
         A group that failed is divided: by lock, so that who waits for one that somebody else holds
         delays nobody, and what is of one lock item by item, in order. Never raises.
@@ -740,14 +755,14 @@ class GroupWriter(Generic[Item, Outcome]):
                 for entry in group:
                     await self._write_part([entry])
             else:
-                return functools.partial(_settle, group, [error] * len(group))
+                return functools.partial(_answer, group, [error] * len(group))
             return lambda: None
-        return functools.partial(self._settle_published, group, rows, again)
+        return functools.partial(self._publish_group, group, rows, again)
 
     async def _write_part(self, part: list[Entry[Item, Outcome]]) -> None:
         (await self._write(part))()
 
-    def _settle_published(
+    def _publish_group(
         self, group: list[Entry[Item, Outcome]], rows: list[Any], again: bool
     ) -> None:
         outcomes: Sequence[Outcome | Exception]
@@ -756,7 +771,7 @@ class GroupWriter(Generic[Item, Outcome]):
         except Exception as error:
             log.exception("what was committed could not be published")
             outcomes = [error] * len(group)
-        _settle(group, outcomes)
+        _answer(group, outcomes)
 
     async def _persist(self, items: list[Item], deadline: float) -> tuple[list[Any], bool]:
         """Commit, and again while the connection is lost, as long as the first of them waits.
@@ -778,15 +793,13 @@ class GroupWriter(Generic[Item, Outcome]):
             raise self._unavailable("The database cannot be reached right now.") from None
 
 
-def _settle(group: list[Entry[Item, Outcome]], outcomes: Sequence[Outcome | Exception]) -> None:
-    """Give each future its outcome."""
-    for (_, future, _), outcome in zip(group, outcomes, strict=True):
-        if future.done():
-            continue
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
+def _answer(group: list[Entry[Item, Outcome]], outcomes: Sequence[Outcome | Exception]) -> None:
+    """Tell of each item what became of it."""
+    for (_, answer, _), outcome in zip(group, outcomes, strict=True):
+        try:
+            answer(outcome)
+        except Exception:
+            log.exception("an outcome could not be told")
 
 
 class Notifications:

@@ -46,7 +46,7 @@ def post(chat: int, sender: Person, text: str = "hello", **fields: Any) -> messe
 
 async def written(app: web.Application, *posts: messenger.NewPost) -> list[Any]:
     """Put items into the writer as one group; answer what became of each."""
-    futures = [app[messenger.POSTS].put(each) for each in posts]
+    futures = [asyncio.create_task(app[messenger.POSTS].written(each)) for each in posts]
     async with asyncio.timeout(20):
         return list(await asyncio.gather(*futures, return_exceptions=True))
 
@@ -602,7 +602,7 @@ async def test_reads_of_many_in_one_group_are_each_answered(
     reads = [messenger.NewRead(chat, who.id, UUID(sent[place]["id"])) for who, place in steps]
     reads.append(messenger.NewRead(chat, bob.id, messenger.uuid7()))
     reads.append(messenger.NewRead(2**62, bob.id, UUID(sent[0]["id"])))
-    futures = [app[messenger.READS].put(each) for each in reads]
+    futures = [asyncio.create_task(app[messenger.READS].written(each)) for each in reads]
     *stood, unknown, nowhere = await asyncio.gather(*futures, return_exceptions=True)
     assert [getattr(each, "seq", each) for each in stood] == [4, 2, 4, 4, 2]
     assert isinstance(unknown, messenger.MessageNotFound)
