@@ -722,11 +722,15 @@ class GroupWriter(Generic[Item, Outcome]):
         that neither side waits for the other.
         """
         settle: Callable[[], None] | None = None
+        size = 0
         try:
             while self._pending or settle is not None:
                 writing = None
                 if self._pending:
-                    size = min(len(self._pending), GROUP_ITEMS_MAX)
+                    # Behind another group half of both: else a few that came early are one group,
+                    # all others the next, and each side waits while the other works.
+                    share = (size + len(self._pending) + 1) // 2 if settle else GROUP_ITEMS_MAX
+                    size = min(len(self._pending), share, GROUP_ITEMS_MAX)
                     group = [self._pending.popleft() for _ in range(size)]
                     writing = asyncio.create_task(self._write(group))
                     await asyncio.sleep(0)  # now it is on its way
