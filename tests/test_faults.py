@@ -447,7 +447,7 @@ async def refused(tmp_path: Path, command: tuple[str, ...] = (), **settings: Any
 KEY = "k" * 32
 SHORT_WAIT = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv.pop())
 import messenger
 import postgres
 postgres.START_SECONDS = 1
