@@ -18,14 +18,15 @@
 """The messenger: accounts, chats, messages and their live delivery, in one file on one PostgreSQL.
 
 REST under /api/v1, websockets under /ws; everything that must last is in PostgreSQL, and nothing is
-answered before it is there. The rooms of this file, top to bottom; a room calls only rooms above
-it, except the table of endpoints and the start-up:
+answered before it is there. What knows nothing of messages is beside this file: postgres.py and
+edge.py, which stands towards the network. The rooms of this file, top to bottom; a room calls only
+rooms above it, except the table of endpoints and the start-up:
 
     Settings and limits      what can be set from outside, and the bounds of everything
     Shapes                   the bodies, answers and frames that clients see
     Problems                 what can be refused, a line each
     Queries                  every SQL statement
-    Who is asking            passwords, tokens, sessions
+    Who is asking            tokens, sessions, and how often they may ask
     Live delivery            which socket follows which chat, and how each gets every change
     Writers and upkeep       commit posts, changes, reads; index words; tidy up
     Handlers: accounts       register, log in, sessions, look people up
