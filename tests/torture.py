@@ -121,7 +121,8 @@ class Faults:
         """Measure from the fault until a post that was sent after it is acknowledged."""
         self._back.clear()
         try:
-            await asyncio.wait_for(self._back.wait(), BACK_SECONDS)
+            async with asyncio.timeout(BACK_SECONDS):  # wait_for may swallow the end of the run
+                await self._back.wait()
         except TimeoutError:
             self.tally.blame("wrong", f"no post was acknowledged after: {kind}")
         took = time.monotonic() - self._since
