@@ -161,6 +161,6 @@ async def test_purge_waits_for_no_lock(app: web.Application, server: Any, sql: A
     async with sql.transaction():
         await sql.execute("select from attempts where key = 'x3' for update")
         await messenger.keep_tidy(app)
-    assert [row["key"] for row in await sql.fetch("select key from attempts")] == ["x3"]
+        assert [row["key"] for row in await sql.fetch("select key from attempts")] == ["x3"]
     await messenger.keep_tidy(app)
     assert await sql.fetch("select from attempts") == []
