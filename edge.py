@@ -35,6 +35,7 @@ from aiohttp import http_parser, web
 from postgres import StartError
 
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
+ROUNDING_SECONDS = 1e-6  # more than sums of times are off
 PASSWORD_THREADS = 2
 PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
@@ -169,17 +170,17 @@ class Rate:
 
     def __init__(self, burst: int, per_second: float) -> None:
         self._step = 1 / per_second
-        self._most = burst * self._step  # how far ahead of now that moment may be
+        self._most = (burst - 1) * self._step  # how far ahead of now that moment may be
         self._full_at: dict[Hashable, float] = {}
         self._keys_max = KEYS_MIN
 
     def spend(self, key: Hashable) -> float:
         """Count one more; answer 0, or after how many seconds it is allowed: then it is not."""
         now = time.monotonic()
-        full_at = max(now, self._full_at.get(key, now)) + self._step
-        if full_at - now > self._most:
+        full_at = max(now, self._full_at.get(key, now))
+        if full_at - now > self._most + ROUNDING_SECONDS:
             return full_at - now - self._most
-        self._full_at[key] = full_at
+        self._full_at[key] = full_at + self._step
         if len(self._full_at) > self._keys_max:
             self._full_at = {each: at for each, at in self._full_at.items() if at > now}
             self._keys_max = max(KEYS_MIN, 2 * len(self._full_at))

@@ -15,12 +15,11 @@
 #   "yoyo-migrations>=9",
 # ]
 # ///
-"""The messenger: accounts, chats, messages and their live delivery, in one file on one PostgreSQL.
+"""The messenger: accounts, chats, messages and their live delivery, on one PostgreSQL.
 
 REST under /api/v1, websockets under /ws; everything that must last is in PostgreSQL, and nothing is
-answered before it is there. What knows nothing of messages is beside this file: postgres.py and
-edge.py, which stands towards the network. The rooms of this file, top to bottom; a room calls only
-rooms above it, except the table of endpoints and the start-up:
+answered before it is there. What knows nothing of messages is in postgres.py and edge.py. The rooms
+of this file, top to bottom; a room calls only rooms above it, except endpoints and start-up:
 
     Settings and limits      what can be set from outside, and the bounds of everything
     Shapes                   the bodies, answers and frames that clients see
@@ -39,10 +38,10 @@ rooms above it, except the table of endpoints and the start-up:
     Application              start, serve, stop
 
 The life of one message: a POST (send_message) or a frame (take_message) puts it on the list of the
-posts writer (GroupWriter in postgres.py). Whatever piled up while the last commit ran goes to
-PostgreSQL as one statement (post_messages in sql/post-apply.sql), which locks the chats, checks and
-numbers. Then its sender is answered, and Live writes the frame, encoded once, to every socket of
-the chat; other processes get a hint and read what they miss from the database.
+posts writer (GroupWriter in postgres.py). What piled up while another commit ran goes to PostgreSQL
+as one statement (post_messages in sql/post-apply.sql), which locks the chats, checks and numbers.
+Then Live writes the frame, encoded once, to every socket of the chat, and in the same turn the
+sender is answered; other processes get a hint and read what they miss from the database.
 
 What always holds: answered means durable; the numbers of a chat have no holes and follow the order
 of commits; a message id is one message, however often it is sent; who follows a chat from a number
@@ -1210,8 +1209,9 @@ class Live:
             while room.target[0] > room.delivered or room.target[1] > room.version:
                 target, known = room.target, (room.delivered, room.version)
                 try:
+                    since = time.monotonic() - self._polled_at + POLL_BACK_SECONDS
                     row = await self._database.row(
-                        SELECT_ROOM, room.chat_id, *known, REPLAY_PAGE, POLL_BACK_SECONDS)
+                        SELECT_ROOM, room.chat_id, *known, REPLAY_PAGE, since)
                 except ServiceUnavailable:
                     await asyncio.sleep(0.2)
                     continue

@@ -661,7 +661,7 @@ def is_held(error: Exception) -> bool:
 
 
 class GroupWriter(Generic[Item, Outcome]):
-    """Commits in groups: what piled up while the last commit ran becomes the next.
+    """Commits in groups: of what piled up while another commit ran.
 
     There is no timer: an idle writer commits a lone item at once. An item that makes its group fail
     fails alone, for the group is sent again in parts; a group whose answer was lost is sent again

@@ -68,6 +68,12 @@ def test_rate_counts_nothing_for_who_is_refused(clock: Callable[[float], None]) 
     assert allowed == 10
 
 
+def test_rate_of_one_at_once_allows_each_first() -> None:
+    """Whatever the clock shows, one call is allowed where the burst is one."""
+    for number in range(1000):
+        assert Rate(burst=1, per_second=20).spend(number) == 0
+
+
 def test_rate_keeps_keys_apart(clock: Callable[[float], None]) -> None:
     """What one key spent, another still has."""
     rate = Rate(burst=1, per_second=1)
