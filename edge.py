@@ -14,12 +14,14 @@ It knows nothing of messages. The rooms of this file:
 import asyncio
 import base64
 import contextlib
+import copy
 import functools
 import hashlib
 import ipaddress
 import logging
 import os
 import re
+import resource
 import socket
 import sys
 import time
@@ -34,6 +36,7 @@ from aiohttp import http_parser, web
 
 from postgres import StartError
 
+BACKLOG = 4096  # connections that wait to be accepted: as many as Linux lets wait by default
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 ROUNDING_SECONDS = 1e-6  # more than sums of times are off
 PASSWORD_THREADS = 2
@@ -62,10 +65,17 @@ def listen_on(host: str, port: int, shared: bool = False) -> socket.socket:
     """Listen before anything else is started; workers share their port. Raises StartError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=1024, reuse_port=shared)
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG, reuse_port=shared)
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartError(f"cannot listen on HOST {host}, PORT {port}: {reason}") from None
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors as it may: each connection takes one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # "unlimited", where the kernel has a limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def until_listening(host: str, port: int) -> None:
@@ -327,7 +337,17 @@ def text_frame(payload: bytes) -> bytes:
 
 
 class NamelessFormatter(logging.Formatter):
-    """Tells of an exception by its kind and place alone: its text may hold what somebody sent."""
+    """Tells of an exception by its kind and place alone: its text may hold what somebody sent.
+
+    So may whatever a library logs: of that only the place is told.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record of ours; of a library's, where in it that was written."""
+        if record.name.partition(".")[0] != "messenger":
+            record = copy.copy(record)
+            record.msg, record.args = "%s:%d", (record.name, record.lineno)
+        return super().format(record)
 
     def formatException(self, ei: Any) -> str:
         """Format where an exception came from, without what it says."""
@@ -339,8 +359,7 @@ def start_logs(access_log: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(NamelessFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    logging.getLogger("asyncpg.pool").setLevel(logging.ERROR)  # it tells of every retry
-    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)  # it cites URLs with tokens
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # it tells of what strangers send
     logging.getLogger("messenger.access").setLevel(logging.INFO if access_log else logging.ERROR)
 
 

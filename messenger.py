@@ -85,7 +85,7 @@ import jwt
 import msgspec
 import prometheus_client
 import uvloop
-from aiohttp import WSMsgType, web
+from aiohttp import WSMessage, WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 import edge
@@ -165,6 +165,8 @@ GROUP_PARTICIPANTS_MAX = 1000
 HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_READERS_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
+EMAIL_CHARS_MAX = 254
+MARKS_MAX = 30  # in a row that count for search (Unicode UAX #15, Stream-Safe Text)
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 
@@ -179,6 +181,7 @@ BODY_SECONDS = 15
 IDLE_SECONDS = 30  # of a connection between two requests; so long a request's headers may take
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
+FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
 REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
@@ -202,6 +205,7 @@ WATCH_SECONDS = 1.0
 POLL_SECONDS = 1.0
 POLL_CHATS_MAX = 1000  # in one question
 POLL_BACK_SECONDS = 10
+VERSION_SECONDS = 1.0  # in which a question sees what a room knows already
 SHUTDOWN_SECONDS = 2
 PARENT = "MESSENGER_PARENT"  # in the environment of a worker: its parent's pid
 
@@ -227,7 +231,7 @@ GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
 Username = Annotated[
     str, Meta(min_length=3, max_length=50, description="Letters of any script, digits and `_`.")
 ]
-Email = Annotated[str, Meta(min_length=3, max_length=254)]
+Email = Annotated[str, Meta(min_length=3, max_length=EMAIL_CHARS_MAX)]
 Password = Annotated[str, Meta(min_length=8, max_length=100)]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
@@ -463,6 +467,20 @@ def folded(text: str) -> str:
     folded_once = unicodedata.normalize("NFKC", text).casefold()
     return unicodedata.normalize("NFKC", folded_once).replace("i\u0307", "i").replace("ı", "i")
 
+def stream_safe(text: str) -> str:
+    """Drop the marks beyond 30 in a row: no language has them, and to sort a run of marks, as every
+    normalisation does, takes quadratic time.
+    """
+    if text.isascii():
+        return text
+    kept, run = [], 0
+    for c in text:
+        is_mark = unicodedata.combining(unicodedata.normalize("NFKD", c)[0])
+        run = run + 1 if is_mark else 0
+        if run <= MARKS_MAX:
+            kept.append(c)
+    return "".join(kept)
+
 def uuid7() -> UUID:
     """Make a UUID that sorts by time (RFC 9562, section 5.7)."""
     milliseconds = time.time_ns() // 1_000_000
@@ -644,6 +662,10 @@ SELECT_MEMBERSHIP = """  -- chat_id, reader_id
     -- participants_pkey
     select c.participant_count from participants p join chats c on c.id = p.chat_id
     where p.chat_id = $1 and p.user_id = $2"""
+
+CHECK_WRITABLE = """  -- (none)
+    -- chats_pkey
+    select from chats where id = 0 for no key update"""  # refused where nothing may be written
 
 SELECT_POSITIONS = """  -- chat_ids
     -- chats_pkey
@@ -989,12 +1011,14 @@ class Live:
         self._sockets.add(guest)
         SOCKETS.set(len(self._sockets))
         self._of_users.setdefault(guest.asker.user_id, set()).add(guest)
+        deadline = time.monotonic() + VERSION_SECONDS
         while True:
             rows = await self._database.rows(
                 SELECT_FOLLOWED, guest.asker.user_id, guest.chat_id)
-            if not any(self._knows_newer(row["id"], row["version"]) for row in rows):
+            newer = [row["id"] for row in rows if self._knows_newer(row["id"], row["version"])]
+            if not newer:
                 break
-            await asyncio.sleep(0.05)
+            await self._ask_again(newer, deadline)
         if guest.chat_id is not None and not rows:
             raise ChatNotFound
         for row in rows:
@@ -1003,6 +1027,22 @@ class Live:
     def _knows_newer(self, chat_id: int, version: int) -> bool:
         """Tell whether a room knows of a later change of participants than a question saw."""
         return chat_id in self._rooms and version < self._rooms[chat_id].version
+
+    async def _ask_again(self, chat_ids: Iterable[int], deadline: float) -> None:
+        """Wait until a question sees what the rooms of chats know; after the deadline it never will
+        (the database went back), and the rooms start over.
+        """
+        if time.monotonic() > deadline:
+            for chat_id in chat_ids:
+                self._start_over(chat_id)
+        await asyncio.sleep(0.05)
+
+    def _start_over(self, chat_id: int) -> None:
+        """Close every socket of a room that cannot go on: none may stay open and hear nothing."""
+        if room := self._rooms.get(chat_id):
+            log.error("chat %d: closing its sockets, so that they come back", chat_id)
+            for guest in list(room.guests):
+                self.close(guest, WS_GOING_AWAY)
 
     def _follow(self, guest: Socket, chat_id: int, rev: int, version: int) -> None:
         if chat_id in guest.rooms:
@@ -1021,21 +1061,27 @@ class Live:
                     self.spawn(self._come_in(guest, chat_id))
 
     async def _come_in(self, guest: Socket, chat_id: int) -> None:
-        with contextlib.suppress(ChatNotFound, ServiceUnavailable):  # the poll finds it again
+        try:
             await self._bring_in(guest, chat_id)
+        except (ChatNotFound, ServiceUnavailable):
+            pass  # the poll finds it again
+        except Exception:
+            log.exception("a socket could not be brought into a chat")
+            self.close(guest, WS_GOING_AWAY)
 
     async def _bring_in(self, guest: Socket, chat_id: int) -> None:
         """Show a socket a chat that its user came into, then let it be live there.
 
         Raises ChatNotFound, ServiceUnavailable.
         """
+        deadline = time.monotonic() + VERSION_SECONDS
         while chat_id not in guest.rooms and guest in self._sockets:
             row = await self._database.value(SELECT_CHAT, chat_id, guest.asker.user_id)
             if row is None:
                 raise ChatNotFound
             chat = CHAT.decode(row)
             if self._knows_newer(chat_id, chat.version):
-                await asyncio.sleep(0.05)  # look again: it may be out
+                await self._ask_again([chat_id], deadline)  # it may be out
             elif chat_id not in guest.rooms and guest in self._sockets:
                 guest.write(encoded("chat", chat))
                 self._follow(guest, chat_id, chat.last_rev, chat.version)
@@ -1222,6 +1268,9 @@ class Live:
                 self._take_snapshot(room, row)
                 if room.target == target:  # no news meanwhile: the database knows best
                     room.target = (row["last_rev"], row["version"])
+        except Exception:
+            log.exception("a room could not read what it misses")
+            self._start_over(room.chat_id)
         finally:
             room.pulling = None
 
@@ -1286,12 +1335,11 @@ class Live:
                 await asyncio.sleep(POLL_SECONDS * POLL_CHATS_MAX / len(chat_ids))
             rooms = [self._rooms[each] for each in chat_ids[start:][:POLL_CHATS_MAX]
                      if each in self._rooms]
-            known = {room.chat_id: (room, room.delivered) for room in rooms}
+            known = {room.chat_id: (room.delivered, room.version) for room in rooms}
             for row in await self._database.rows(SELECT_POSITIONS, list(known)):
-                room, delivered = known[row["id"]]
-                is_restored = row["last_rev"] < delivered  # to a past state: all start over
-                for guest in list(room.guests) if is_restored else ():
-                    self.close(guest, WS_GOING_AWAY)
+                delivered, version = known[row["id"]]
+                if row["last_rev"] < delivered or row["version"] < version:  # restored
+                    self._start_over(row["id"])
                 self.advance(*row)
         if self._sockets:
             since = asked_at - self._polled_at + POLL_BACK_SECONDS
@@ -1414,7 +1462,7 @@ def words_of(text: str) -> list[str]:
     Of what is too long for the index a digest stands for the word.
     """
     kept = ""
-    for c in folded(text):
+    for c in folded(stream_safe(text)):
         kind = unicodedata.category(c)[0]
         kept += c if kind in "LN" or (kind == "M" and kept[-1:].strip()) else " "
     return sorted(word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
@@ -1512,6 +1560,8 @@ def checked_username(username: str) -> tuple[str, str]:
 def checked_email(email: str) -> tuple[str, str]:
     """Answer an address and its key, by which it is unique. Raises InvalidInput."""
     try:
+        if len(email) > EMAIL_CHARS_MAX:  # first: to normalise many marks takes quadratic time
+            raise email_validator.EmailSyntaxError
         address = email_validator.validate_email(email, check_deliverability=False).normalized
     except email_validator.EmailNotValidError:
         raise invalid("$.email", "is not an email address") from None
@@ -1989,14 +2039,18 @@ async def follow(request: web.Request, guest: Socket, after: int | None) -> web.
 
 async def listen(request: web.Request, guest: Socket) -> None:
     """Take the frames of a socket until it is closed."""
+    taken = 0
     async for incoming in guest.ws:
         guest.heard_at = time.monotonic()
         if incoming.type in (WSMsgType.TEXT, WSMsgType.BINARY):
             await take_frame(request, guest, incoming.data)
-        elif incoming.type is WSMsgType.PING:
-            guest.write(b"\x8a" + bytes((len(incoming.data),)) + incoming.data)
         elif incoming.type is WSMsgType.ERROR:
             break
+        else:
+            take_control(request, guest, incoming)
+        taken += 1
+        if taken % FRAMES_AT_ONCE == 0:  # what came in one block is here without any wait
+            await asyncio.sleep(0)
         # Who does not read its answers, or has too many outstanding, is not read either.
         if guest.unsent() > BEHIND_BYTES:
             await guest.drain()
@@ -2008,6 +2062,22 @@ async def unanswered_below(guest: Socket, limit: int) -> None:
     while guest.unanswered >= limit:
         guest.answered = asyncio.get_running_loop().create_future()
         await guest.answered
+
+def take_control(request: web.Request, guest: Socket, incoming: WSMessage) -> None:
+    """Answer a ping. Control frames are counted like any other; beyond the limit none is answered.
+    """
+    try:
+        spend(request.app, TooManyFrames, guest.key)
+    except TooManyFrames:
+        close_if_flooding(request, guest)
+        return
+    if incoming.type is WSMsgType.PING:
+        guest.write(b"\x8a" + bytes((len(incoming.data),)) + incoming.data)
+
+def close_if_flooding(request: web.Request, guest: Socket) -> None:
+    """Close a socket which goes on although many of its frames were refused."""
+    if request.app[RATES][WS_FLOODING].spend(guest.key):
+        request.app[LIVE].close(guest, WS_FLOODING)
 
 async def take_frame(request: web.Request, guest: Socket, text: str | bytes) -> None:
     """Do what a frame asks for; refuse it where that cannot be."""
@@ -2022,14 +2092,21 @@ async def take_frame(request: web.Request, guest: Socket, text: str | bytes) -> 
             await unanswered_below(guest, 1)
             await FRAME_HANDLERS[type(frame)](request, guest, frame)
     except Problem as problem:
-        ref = chat_id = None
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            ref, chat_id = map(FRAME.decode(text).get, ("ref", "chat_id"))
-        refuse_frame(
-            guest, problem, ref if type(ref) in (str, int, float) else None,
-            chat_id if type(chat_id) is int else None)
-        if problem.status == 429 and request.app[RATES][WS_FLOODING].spend(guest.key):
-            request.app[LIVE].close(guest, WS_FLOODING)
+        answer_refused(guest, text, problem)
+        if problem.status == 429:
+            close_if_flooding(request, guest)
+    except Exception:
+        log.exception("a frame could not be taken")
+        answer_refused(guest, text, InternalError())
+
+def answer_refused(guest: Socket, text: str | bytes, problem: Problem) -> None:
+    """Refuse a frame, with its `ref` and `chat_id` as far as they can be read."""
+    ref = chat_id = None
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        ref, chat_id = map(FRAME.decode(text).get, ("ref", "chat_id"))
+    refuse_frame(
+        guest, problem, ref if type(ref) in (str, int, float) else None,
+        chat_id if type(chat_id) is int else None)
 
 def chat_of(guest: Socket, chat_id: int | None) -> int:
     """Tell which chat a frame is about. Raises ChatNotFound, InvalidInput."""
@@ -2135,10 +2212,10 @@ async def get_liveness(request: web.Request) -> Health:
 async def get_readiness(request: web.Request) -> Answer[Health]:
     """Tell whether the server can serve.
 
-    While the database cannot be reached this answers 503, with the status `error`.
+    While the database cannot be reached or is read-only this answers 503, with the status `error`.
     """
     try:
-        await request.app[DATABASE].rows("select 1")
+        await request.app[DATABASE].rows(CHECK_WRITABLE)
     except ServiceUnavailable as problem:
         return Answer(Health("error"), 503, problem.headers)
     return Answer(Health("ready"))
@@ -2458,7 +2535,7 @@ async def start_sites(
             shutdown_timeout=SHUTDOWN_SECONDS)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        site = web.SockSite(runner, port)
+        site = web.SockSite(runner, port, backlog=edge.BACKLOG)
         await site.start()
         if served is app:  # its sockets first: once the runner cleans up, they answer no close
             stack.push_async_callback(app[LIVE].stop)
@@ -2486,6 +2563,7 @@ def main() -> int:
         postgres.die_with(int(os.environ[PARENT]))
     try:
         edge.require_parser()
+        edge.raise_descriptor_limit()
         settings = Settings.load(os.environ)
         edge.start_logs(settings.access_log == "on")
         with contextlib.suppress(asyncio.CancelledError):

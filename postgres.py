@@ -113,6 +113,7 @@ ENDING = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
 SOCKET = ".s.PGSQL.5432"
 SOCKET_PATH = re.compile(r"/[\w./+-]{1,99}", re.ASCII)
 CONNECTIONS_MAX = 10
+CONNECT_SECONDS = 1.7
 WAIT_SECONDS = 1.8  # for a statement, with its connection: a request never waits over 2 s
 START_SECONDS = 15.0  # for a database of one's own that is still starting
 CLOSING_SECONDS = 2.0
@@ -127,6 +128,7 @@ ALONE_SECONDS = 10.0  # without a word of others
 NOTIFY_BYTES_MAX = 7900  # PostgreSQL allows 7,999
 NOTIFY_HINTS_MAX = 500
 ORIGIN_CHARS = 8
+ABSENT = "The database cannot be reached right now."
 COMPLAINT = re.compile(r"(?:FATAL|PANIC|ERROR|error): +(.+)")
 
 INITDB_OPTIONS = (
@@ -543,33 +545,54 @@ def _drop_stale_pid(file: Path) -> None:
 
 # ------------------------------------------------------------------------------------ The way in
 
-# What says that PostgreSQL is away, or too busy to answer in time.
-LOST = (
+# What says that the database is away, also to a connection that was good before ...
+AWAY = (
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.ReadOnlySQLTransactionError,  # a standby, or told to be: maybe its next one is not
+    OSError,
+)
+# ... and what says that it is too busy to answer in time.
+BUSY = (
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
-    asyncpg.ObjectNotInPrerequisiteStateError,  # a database that takes no connections
     asyncpg.LockNotAvailableError,
     asyncpg.DeadlockDetectedError,
-    OSError,
     TimeoutError,
 )
 
 
+def is_writable(connection: Any) -> bool:
+    """Tell whether a connection can write, by what PostgreSQL says of itself without being asked.
+    """
+    told = connection.get_settings()
+    names = ("default_transaction_read_only", "in_hot_standby")
+    return "on" not in [getattr(told, name, "off") for name in names]
+
+
 class Database:
-    """Connections that are used in turn, every wait bounded, every loss one kind of exception."""
+    """Connections that are used in turn, every wait bounded, every loss one kind of exception.
+
+    Any failure to connect means that the database is away. That is logged once, with its reason,
+    and so is its return.
+    """
 
     def __init__(self, url: str, unavailable: type[Exception]) -> None:
         self.url = url
         self._unavailable = unavailable  # what is raised where PostgreSQL is away, or too busy
         self._idle: list[Any] = []  # connections that nobody uses
         self._free = asyncio.Semaphore(CONNECTIONS_MAX)  # how many more may be in use
+        self._doubtful: set[Any] = set()  # connections made before the database was away
+        self._in_use: set[Any] = set()
+        self._away = ""  # the reason, while the database is away
 
     async def close(self) -> None:
         """Close every connection, by force where one does not answer."""
-        with contextlib.suppress(TimeoutError, *LOST):
+        with contextlib.suppress(*AWAY, *BUSY):
             async with asyncio.timeout(CLOSING_SECONDS):
                 for _ in range(CONNECTIONS_MAX):  # once nobody uses one
                     await self._free.acquire()
@@ -578,14 +601,29 @@ class Database:
             connection.terminate()
 
     async def _connect(self) -> Any:
-        return await asyncpg.connect(
-            self.url, timeout=WAIT_SECONDS, server_settings={
-                "application_name": "messenger", "timezone": "UTC", "jit": "off",
-                "default_transaction_isolation": "read committed", "synchronous_commit": "on",
-                "statement_timeout": str(int(WAIT_SECONDS * 1000)),
-                "lock_timeout": str(int(WAIT_SECONDS * 500)),
-            },
-        )
+        """Connect. Raises the exception for PostgreSQL's absence, whatever the reason."""
+        try:
+            return await asyncpg.connect(
+                self.url, timeout=CONNECT_SECONDS, server_settings={
+                    "application_name": "messenger", "timezone": "UTC", "jit": "off",
+                    "default_transaction_isolation": "read committed", "synchronous_commit": "on",
+                    "statement_timeout": str(int(WAIT_SECONDS * 1000)),
+                    "lock_timeout": str(int(WAIT_SECONDS * 500)),
+                },
+            )
+        except Exception as error:
+            self._lose(error)
+            raise self._unavailable(ABSENT) from error
+
+    def _lose(self, error: Exception) -> None:
+        """Take note that the database is away: every connection made until now is in doubt."""
+        if not self._away:
+            self._away = type(error).__name__
+            log.warning("the database is away (%s)", self._away)
+        for connection in self._idle:
+            connection.terminate()
+        self._idle.clear()
+        self._doubtful |= self._in_use
 
     async def rows(self, query: str, *arguments: Any) -> list[Any]:
         """Run a statement and answer its rows.
@@ -600,25 +638,42 @@ class Database:
                 return await self._fetch(connection, query, arguments)
         except asyncpg.DataError:  # an InterfaceError by class, but about a value
             raise
-        except LOST as error:
+        except (*AWAY, *BUSY) as error:
             log.debug("%r", error)
-            raise self._unavailable("The database cannot be reached right now.") from error
+            raise self._unavailable(ABSENT) from error
 
     async def _fetch(self, connection: Any, query: str, arguments: Sequence[Any]) -> list[Any]:
         """Run a statement on a connection; where its answer did not come that is used no more."""
         is_sound = False
+        self._in_use.add(connection)
         try:
             found: list[Any] = await connection.fetch(query, *arguments)
             is_sound = True
             return found
-        except (asyncpg.PostgresError, asyncpg.DataError):
+        except asyncpg.DataError:
+            is_sound = not connection.is_closed()
+            raise
+        except AWAY as error:
+            self._lose(error)
+            raise
+        except asyncpg.PostgresError:
             is_sound = not connection.is_closed()
             raise
         finally:
-            if is_sound:
-                self._idle.append(connection)
-            else:
-                connection.terminate()
+            self._in_use.discard(connection)
+            self._put_back(connection, is_sound)
+
+    def _put_back(self, connection: Any, is_sound: bool) -> None:
+        """Keep a connection for the next statement, or close it."""
+        is_doubtful = connection in self._doubtful
+        self._doubtful.discard(connection)
+        if not is_sound or is_doubtful:
+            connection.terminate()
+            return
+        self._idle.append(connection)
+        if self._away and is_writable(connection):
+            self._away = ""
+            log.warning("the database is back")
 
     async def row(self, query: str, *arguments: Any) -> Any:
         """Run a statement and answer its first row, or None; raises what `rows` does."""
@@ -794,7 +849,7 @@ class GroupWriter(Generic[Item, Outcome]):
                     again = True
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            raise self._unavailable("The database cannot be reached right now.") from None
+            raise self._unavailable(ABSENT) from None
 
 
 def _answer(group: list[Entry[Item, Outcome]], outcomes: Sequence[Outcome | Exception]) -> None:
@@ -880,8 +935,8 @@ class Notifications:
                         "select pg_notify($1, $2)", self.channel, f"{self._origin}[]",
                         timeout=WAIT_SECONDS)
                     await asyncio.sleep(LISTEN_CHECK_SECONDS)
-            except (asyncpg.PostgresError, *LOST):
-                log.debug("the listening connection was lost")
+            except Exception as error:  # whatever it is: else nobody would listen
+                log.debug("the listening connection was lost: %r", error)
                 self._alone_at = time.monotonic() + ALONE_SECONDS  # others may hear us
                 await asyncio.sleep(0.2)
             finally:

@@ -167,7 +167,7 @@ $$;
 -- crash takes back is taken in again, so the posts' flush to disk is not joined.
 create or replace function index_words(
     chat bigint, since bigint, upto bigint, seqs bigint[], words text[])
-returns void language plpgsql volatile as $$
+returns void language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
 begin
     perform set_config('synchronous_commit', 'off', true);  -- of this transaction
     insert into search_positions as i (chat_id, rev) values (chat, upto)
@@ -239,12 +239,15 @@ $$;
 -- Posts a group of messages, given as arrays, and answers one row an item, in order: its outcome
 -- (posted, stored before, or why not), its number, and where its chat stands.
 -- Volatile, so that each statement sees what was committed before it: first the locks, then the
--- questions. Plans are pinned to index scans: one made while a table was small would scan it.
+-- questions. Plans are pinned to index scans: one made while a table was small would scan it. And
+-- they are made once: for arrays plpgsql would plan anew at each call, which takes longer than all
+-- the rest of posting one message.
 create or replace function post_messages(
     chat_ids bigint[], sender_ids bigint[], ids uuid[], texts text[], reply_tos uuid[])
 returns table (outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint)
 language plpgsql volatile
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -326,6 +329,7 @@ create or replace function change_messages(
 returns table (outcome text, last_rev bigint, version bigint)
 language plpgsql volatile
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -374,6 +378,7 @@ returns table (
     sender_id bigint, participant_count int)
 language plpgsql volatile
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
@@ -425,7 +430,7 @@ $$;
 
 -- Keeps users from being deleted until the transaction ends, and answers the ids of nobody's.
 create or replace function hold_users(ids bigint[]) returns bigint[]
-language plpgsql volatile as $$
+language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
 begin
     perform 1 from users u where u.id = any (ids) and u.deleted_at is null
     order by u.id for key share;
@@ -466,7 +471,7 @@ $$;
 -- Creates a group of its owner and the members. Answers its id, or the ids of nobody's.
 create or replace function create_group(owner bigint, name text, member_ids bigint[])
 returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
-language plpgsql volatile as $$
+language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
 #variable_conflict use_column
 begin
     unknown_ids := hold_users(member_ids || owner);

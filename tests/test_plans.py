@@ -118,6 +118,7 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_MEMBERSHIP": [(BIG, READER)],
         "SELECT_FOLLOWED": [(READER, None), (READER, BIG)],
         "SELECT_JOINED": [(11, [READER, JOINER])],
+        "CHECK_WRITABLE": [()],
         "SELECT_POSITIONS": [([BIG, 2, 3],)],
         "SELECT_USERS": [("", "\U0010ffff", 100, PAGE), ("u777", "u777\U0010ffff", 0, PAGE)],
         "CHANGE_USER": [
