@@ -13,7 +13,7 @@ import asyncpg
 import msgspec
 import uvloop
 from aiohttp import WSMsgType, web
-from rig import SERVER_CORE, TEXT, Figures, messenger, percentile, pin, postgres
+from rig import SERVER_CORE, TEXT, Figures, database, messenger, percentile, pin, websocket
 
 LATE_SECONDS = 0.2
 SESSION = {"jit": "off", "timezone": "UTC"}
@@ -57,7 +57,7 @@ def call_posts(
 def call_select(
     dsn: str, query: str, arguments: Sequence[object], shape: type[msgspec.Struct],
     at_once: int, seconds: float,
-) -> Figures:  # fmt: skip
+) -> Figures:
     """Run a SELECT alone, decode the JSON in its last column and encode the list of it."""
     decoder, encoder = msgspec.json.Decoder(shape), msgspec.json.Encoder()
     delays: list[float] = []
@@ -70,11 +70,11 @@ def call_select(
             delays.append((time.perf_counter() - began) * 1000)
 
     async def call() -> Figures:
-        most = min(at_once, postgres.CONNECTIONS_MAX)
+        most = min(at_once, database.CONNECTIONS_MAX)
         pool = await asyncpg.create_pool(
             dsn, min_size=most, max_size=most, server_settings=SESSION,
             reset=as_it_is,  # nothing is ever set on a connection
-        )  # fmt: skip
+        )
         began = time.perf_counter()
         await asyncio.gather(*(repeat(pool, began + seconds) for _ in range(at_once)))
         passed = time.perf_counter() - began
@@ -174,7 +174,7 @@ def serve_bare_websockets(port: Any) -> None:
     pin(SERVER_CORE)
 
     async def follow(request: web.Request) -> web.WebSocketResponse:
-        ws = web.WebSocketResponse(heartbeat=messenger.HEARTBEAT_SECONDS, compress=False)
+        ws = web.WebSocketResponse(heartbeat=websocket.HEARTBEAT_SECONDS, compress=False)
         await ws.prepare(request)
         async for message in ws:
             if message.type is WSMsgType.ERROR:

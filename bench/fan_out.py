@@ -103,8 +103,9 @@ def bare_room(chat: int, sender: Person, group: int) -> Iterator[int]:
     at, new = datetime.now(UTC), messenger.uuid7()
     text = f"at {time.time_ns()} {TEXT}"
     message = messenger.Message(new, chat, 1000, 1000, sender.id, text, None, at)
-    ack = messenger.encoded("ack", messenger.Ack(new, chat, 1000, at), 1)
-    with serving(ceilings.serve_writes, messenger.change_frame(message, 0), ack, group) as port:
+    ack = messenger.encode_frame(
+        messenger.AckOut(data=messenger.Ack(new, chat, 1000, at), ref=1))
+    with serving(ceilings.serve_writes, messenger.encode_change(message, 0), ack, group) as port:
         yield port
 
 
@@ -175,14 +176,14 @@ async def rows(bench: Bench) -> list[Row]:
                     mine["deliveries"] / best["deliveries"], "of the ceiling",
                     at_least=least, figures=mine, key=f"fan_out_{members}_{senders}",
                 )
-            )  # fmt: skip
+            )
         made.append(
             Row(
                 f"{work}, p99 send-to-receive",
                 f"{mine['heard_p99']:.1f} ms", "",
                 mine["heard_p99"], "ms", at_most=100, figures=mine,
             )
-        )  # fmt: skip
+        )
     return made
 
 

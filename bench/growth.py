@@ -22,7 +22,7 @@ def growth_row(work: str, found: dict[str, Figures]) -> Row:
     return Row(
         f"time per message {work}", f"{shown} ms", "", max(times.values()) / min(times.values()),
         "x the shortest", at_most=FLAT, figures=next(iter(found.values())),
-    )  # fmt: skip
+    )
 
 
 async def rows(bench: Bench) -> list[Row]:

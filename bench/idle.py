@@ -55,7 +55,7 @@ async def rows(bench: Bench) -> list[Row]:
         mine = await idle(
             bench, "the messenger", server.pids[0], server.port,
             [partial(Socket, "/ws", who.token) for who in people],
-        )  # fmt: skip
+        )
     with serving(ceilings.serve_bare_websockets) as (port, pid):
         makers = [partial(Socket, "/ws", "")] * counts[-1]
         best = await idle(bench, "aiohttp's bare WebSocket", pid, port, makers)
@@ -67,14 +67,14 @@ async def rows(bench: Bench) -> list[Row]:
             figures={"kilobytes": mine[f"{count} bytes"] / 1024},
         )
         for count in counts
-    ]  # fmt: skip
+    ]
     return [
         *made,
         Row(
             f"{counts[-1]:,} idle sockets, of a core",
             f"{mine['core']:.1%}", f"{best['core']:.1%}", mine["core"] * 100, "%", at_most=10,
         ),
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ async def rows(bench: Bench) -> list[Row]:
             f"{mixed['p99']:.1f} ms", f"{without['p99']:.1f} ms without",
             mixed["p99"] / without["p99"], "x without", at_most=2, figures=mixed,
         )
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

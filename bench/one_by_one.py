@@ -6,8 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import messenger
-import postgres
+from plumbing import database
 
 if __name__ == "__main__":
-    postgres.GROUP_ITEMS_MAX = 1
+    database.GROUP_ITEMS_MAX = 1
     sys.exit(messenger.main())

@@ -99,7 +99,7 @@ def rows_of(found: dict[str, Figures]) -> list[Row]:
             f"{one['p50']:.2f} ms", f"{ceiling['p50']:.2f} ms",
             one["p50"] / ceiling["p50"], "x the ceiling", at_most=1.6, figures=one, key="one",
         )
-    ]  # fmt: skip
+    ]
     for work, key, limit, least in (
         ("64 senders in 64 chats, each awaiting its answer", "apart", "apart_ceiling", 0.6),
         ("64 senders in one chat, each awaiting its answer", "together", "together_ceiling", 0.5),
@@ -112,7 +112,7 @@ def rows_of(found: dict[str, Figures]) -> list[Row]:
                 mine["rate"] / best["rate"], "of the ceiling",
                 at_least=least, figures=mine, key=key,
             )
-        )  # fmt: skip
+        )
     apart, lone = found["apart"], found["one_by_one"]
     rows.insert(
         2,
@@ -121,7 +121,7 @@ def rows_of(found: dict[str, Figures]) -> list[Row]:
             f"{apart['rate']:,.0f}/s", f"{lone['rate']:,.0f}/s",
             apart["rate"] / lone["rate"], "x groups of one", at_least=5, figures=apart,
         ),
-    )  # fmt: skip
+    )
     return rows
 
 

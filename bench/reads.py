@@ -108,8 +108,8 @@ async def history_rows(
     for size, chat in chats.items():
         for place, bound, query in (
             ("newest", messenger.INT8_MAX, ""), ("far end", PAGE + 1, f"?before={PAGE + 1}"),
-        ):  # fmt: skip
-            path, arguments = f"/chats/{chat}/messages{query}", (chat, reader.id, PAGE, bound)
+        ):
+            path, arguments = f"/chats/{chat}/messages{query}", (chat, reader.id, bound, PAGE)
             select = messenger.SELECT_MESSAGES_BEFORE
             measurements[f"{place} of {size:,}"] = getting(bench, server, path, reader.token)
             measurements[f"{place} of {size:,}, ceiling"] = selecting(
@@ -125,7 +125,7 @@ async def history_rows(
                 mine["rate"] / best["rate"], "of the ceiling",
                 at_least=0.5, figures=mine, key=f"history {place}",
             )
-        )  # fmt: skip
+        )
     for size in chats:
         newest, far = found[f"newest of {size:,}"], found[f"far end of {size:,}"]
         made.append(
@@ -134,7 +134,7 @@ async def history_rows(
                 f"{far['p50']:.1f} ms", f"{newest['p50']:.1f} ms",
                 newest["rate"] / far["rate"], "x newest", at_most=1.1, figures=far,
             )
-        )  # fmt: skip
+        )
     return made
 
 
@@ -158,7 +158,7 @@ async def list_rows(bench: Bench, server: Server, who: Person, count: int) -> li
             f"{work}, one at a time, p50", f"{alone['p50']:.1f} ms", "",
             alone["p50"], "ms", at_most=10, figures=alone, key=f"list {count}",
         ),
-    ]  # fmt: skip
+    ]
 
 
 async def catch_up_row(bench: Bench, server: Server, chat: int, reader: Person) -> Row:
@@ -176,7 +176,7 @@ async def catch_up_row(bench: Bench, server: Server, chat: int, reader: Person) 
         f"catch-up of {MISSED:,} missed messages over a socket",
         f"{mine['rate']:,.0f}/s", f"{best['rate']:,.0f}/s",
         mine["rate"] / best["rate"], "of the ceiling", at_least=0.4, figures=mine,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

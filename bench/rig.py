@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import messenger  # noqa: E402
-import postgres  # noqa: E402
+from plumbing import database, embedded, websocket  # noqa: E402, F401
 
 ALL_CORES = os.sched_getaffinity(0)
 SERVER_CORE, LOAD_CORE = (*sorted(ALL_CORES), 0)[:2]
@@ -84,7 +84,7 @@ class Server:
         self._stack.callback(self._stop)
         self._bench.servers.append(self)
         self._stack.callback(self._bench.servers.remove, self)
-        self.dsn = postgres.Postgres(Path(folder)).dsn
+        self.dsn = embedded.Postgres(Path(folder)).dsn
         self.sql = await asyncpg.connect(self.dsn)
         self._stack.push_async_callback(self.sql.close)
         return self
@@ -119,7 +119,7 @@ class Server:
         while True:
             children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
             found = [int(pid) for pid in children.read_text().split()
-                     if b"messenger.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]  # fmt: skip
+                     if b"messenger.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
             if len(found) == workers and time.monotonic() > deadline - 8:  # both listen by then
                 return found
             assert time.monotonic() < deadline, "the workers did not start"
@@ -162,9 +162,9 @@ class Server:
         )
         await self.sql.execute("analyze users, sessions")
         settings = messenger.Settings(access_token_expire_minutes=1440)
-        sessions = messenger.Sessions(settings, SECRET_KEY, messenger.Database("", OSError))
+        sessions = messenger.Sessions(settings, SECRET_KEY, messenger.Database(""))
         return [Person(row["user_id"], sessions.tokens(row["user_id"], row).access_token)
-                for row in rows]  # fmt: skip
+                for row in rows]
 
     async def groups(self, members: Sequence[Sequence[Person]]) -> list[int]:
         """Make a group of each of some lists of people, who have been in it for a while."""
@@ -188,15 +188,15 @@ class Server:
                select c.id, s, s, uuidv7(), $3, $4 || s, now() + s * interval '1 microsecond'
                from unnest($1::bigint[]) c (id), generate_series(1, $2::bigint) s""",
             chats, count, sender.id, TEXT, timeout=300,
-        )  # fmt: skip
+        )
         await self.sql.execute(
             "update chats set last_rev = $2, last_seq = $2, active_at = clock_timestamp()"
             " where id = any ($1)", chats, count,
-        )  # fmt: skip
+        )
         await self.sql.execute(
             "insert into search_positions (chat_id, rev) select unnest($1::bigint[]), $2",
             chats, count,
-        )  # fmt: skip
+        )
 
     async def settle(self) -> None:
         """Let PostgreSQL finish what filling has left to do, so that no round pays for it."""

@@ -155,7 +155,7 @@ async def measure(rounds: int, port: int, server: int) -> int:
                 print(
                     f"round {number + 1}: {stalled:3} stalled, p99 {p99:.1f} ms, "
                     f"{megabytes:.0f} MB", flush=True,
-                )  # fmt: skip
+                )
     plain, mixed = (statistics.median(p99 for p99, _ in each) for each in (without, beside))
     cost = max(b[1] - without[0][1] for b in beside) / STALLED
     ratio = mixed / plain
@@ -176,7 +176,7 @@ def main() -> int:
             [sys.executable, ROOT / "messenger.py"],
             env=os.environ | settings | {"BCRYPT_COST": "4", "PYTHONWARNINGS": "ignore"},
             stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        )
         try:
             assert server.stdout is not None
             for line in server.stdout:

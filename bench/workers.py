@@ -58,7 +58,7 @@ async def rows(bench: Bench) -> list[Row]:
                 f"{two_figures[key]:,.0f}/s", f"{one_figures[key]:,.0f}/s",
                 two_figures[key] / one_figures[key], "x one", figures=two_figures,
             )
-        )  # fmt: skip
+        )
     return made
 
 

@@ -21,8 +21,11 @@ import asyncpg
 
 ROLE = "create role messenger login createdb nosuperuser nocreaterole"
 SHORT_PASS = [
-    f"tests/test_{room}.py"
-    for room in ("accounts", "chats", "messages", "changes", "search", "profile", "migrations")
+    *(
+        f"tests/api/test_{name}.py"
+        for name in ("accounts", "chats", "messages", "changes", "search")
+    ),
+    "tests/live/test_profile.py", "tests/processes/test_migrations.py",
 ]
 
 
@@ -52,7 +55,7 @@ def start(programs: Path, folder: Path) -> subprocess.Popen[bytes]:
     subprocess.run(
         [programs / "initdb", *options, cluster],
         user=user, cwd=folder, check=True, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     settings = ["-clisten_addresses=", f"-cunix_socket_directories={folder}", "-cfsync=off"]
     settings += ["-clog_min_messages=panic"]
     return subprocess.Popen(

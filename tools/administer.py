@@ -20,12 +20,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import asyncpg
+from asyncpg import UniqueViolationError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import messenger as m
-from edge import Passwords, start_logs
-from postgres import Database, Postgres, StartError, migrate_when_up
+from plumbing.database import Database, Unavailable, migrate_when_up
+from plumbing.embedded import Postgres
+from plumbing.endpoints import InternalError, Problem, as_problem
+from plumbing.guard import Passwords
+from plumbing.process import StartError, start_logs
 
 # How many arguments each command takes.
 COMMANDS = {
@@ -33,10 +36,24 @@ COMMANDS = {
 PAGE_ROWS = 1000
 PASSWORD_BYTES = 12  # of randomness, in a password that is printed
 
-SELECT_ACCOUNT = "select id from users where email_key = $1"
-SELECT_ACCOUNTS = "select * from accounts_after($1, $2)"
-DISABLE_USER = "select disable_user($1, $2)"
-RESET_PASSWORD = "select reset_password($1, $2)"  # noqa: S105
+SELECT_ACCOUNT = """  -- email_key
+    -- users_email_taken
+    select id from users where email_key = $1"""
+
+SELECT_ACCOUNTS = """  -- after, limit
+    -- users_pkey
+    select u.id, u.email, u.username,
+           case when u.is_disabled then 'disabled' when u.is_active then 'active'
+                else 'inactive' end as state
+    from users u where u.id > $1 and u.deleted_at is null order by u.id limit $2"""
+
+DISABLE_USER = """  -- user_id, disabled
+    -- users_pkey, sessions_of_user; locks the user
+    select disable_user(target => $1, disabled => $2)"""
+
+RESET_PASSWORD = """  -- user_id, password_hash
+    -- users_pkey, attempts_by_key, sessions_of_user; locks the user
+    select reset_password(target => $1, new_hash => $2)"""  # noqa: S105
 
 
 async def list_accounts(database: Database) -> None:
@@ -56,8 +73,8 @@ async def create_account(
     password = secrets.token_urlsafe(PASSWORD_BYTES)
     try:
         row = await database.row(m.INSERT_USER, *names, await passwords.hash(password))
-    except asyncpg.UniqueViolationError as error:
-        raise m.taken(error) from None
+    except UniqueViolationError as error:
+        raise as_problem(error) or error from None
     print(f"user {row['id']} has the password {password}")
 
 
@@ -104,9 +121,9 @@ async def administer(settings: m.Settings, command: str, arguments: Sequence[str
             await server.start_or_join()
             url = server.dsn
         await migrate_when_up(url, m.SQL)
-        database = Database(url, m.ServiceUnavailable)
+        database = Database(url)
         stack.push_async_callback(database.close)
-        passwords = Passwords(settings.bcrypt_cost, m.ServiceUnavailable)
+        passwords = Passwords(settings.bcrypt_cost)
         stack.callback(passwords.close)
         await obey(database, passwords, command, arguments)
 
@@ -129,7 +146,8 @@ def main() -> int:
         sys.stdout.flush()
     except StartError as error:
         print(f"messenger: {error}", file=sys.stderr)
-    except m.Problem as problem:
+    except (Problem, Unavailable) as error:
+        problem = as_problem(error) or InternalError()
         print(f"messenger: {problem.detail}", file=sys.stderr)
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

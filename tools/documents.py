@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import messenger as m  # noqa: E402
+from plumbing import endpoints  # noqa: E402
 
 Json = dict[str, Any]
 
@@ -53,15 +54,6 @@ change since, in order, then `ready`, then what is new.
 
 The server closes with one of these codes:
 """
-CLOSE_CODES = {
-    1001: "the server is going away; come back at once",
-    1007: "a text that is no UTF-8",
-    1009: "a frame over 64 KiB",
-    4401: "the token expired or was revoked",
-    4403: "the user is no longer in this chat",
-    4408: "the client took no byte for 30 s",
-    4429: "went on after `too-many-messages`, `too-many-frames` or `too-much-typing`",
-}
 TAGS = {  # by the start of a path: the first that fits
     "/api/v1/chats/[^/]+/(messages|changes|read)": ("messages", "Post, edit, read and search."),
     "/api/v1/chats": ("chats", "Personal and group chats, and who is in them."),
@@ -70,7 +62,7 @@ TAGS = {  # by the start of a path: the first that fits
     "/api/v1/health": ("health", "Is the server up."),
     "/": ("pages", "The web client and the documents."),
 }
-GENERAL = (m.NotFound, m.MethodNotAllowed, m.InternalError)
+GENERAL = (endpoints.NotFound, endpoints.MethodNotAllowed, endpoints.InternalError)
 SUCCESSES = {
     101: "The socket is open.", 200: "What was asked for.", 201: "What was created.", 204: "Done."}
 HEADERS = {  # by name: the statuses that always have it, what it says
@@ -94,6 +86,7 @@ ACCESS = {
 REFRESH = {"refresh_token": BEARER | {"description": "The refresh token of a login."}}
 SECURITY: dict[Any, list[Json]] = {m.refresh: [{"refresh_token": []}, {}]}  # {}: in the body
 EVERY_CHAT_ONLY = ("chat", "chat_removed")
+ANSWERS = ("ack", "error")  # frames of the server that have a `ref`
 
 AT = datetime(2026, 11, 22, 20, 15, 37, 123456, UTC)
 ID = UUID("01a204e6-62a3-7c4a-8d5e-1f2a3b4c5d6e")
@@ -109,7 +102,7 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.User(1, "ann", True, AT, "ann@example.com"), m.Tokens("eyJhbGciOi…", "eyJhbGciOi…", 1800),
     m.Session(3, AT, AT, "curl/8.5", True), BEN, m.Reader(2, "ben", AT), MESSAGE,
     m.Chat(7, "Friends", True, AT, [ANN, BEN], 2, MESSAGE, 41, 1, 0), m.Read(7, ID, 41, 2, AT),
-    m.Health("ready"), m.FieldError("$.text", "is missing"), m.ChatNotFound().details(),
+    m.Health("ready"), endpoints.FieldError("$.text", "is missing"), m.ChatNotFound().details(),
     m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID), m.TypingIn(chat_id=7),
     m.SyncIn(41), m.SyncIn(chats={7: 41, 8: 12}), m.AuthIn("eyJhbGciOi…"), m.Ack(ID, 7, 41, AT),
     m.Ready(7, 41), m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
@@ -172,10 +165,10 @@ def query_schemas(query: type[msgspec.Struct]) -> Json:
 class Described:
     """What an endpoint's line, signature and docstring say."""
 
-    def __init__(self, endpoint: m.Endpoint) -> None:
+    def __init__(self, endpoint: endpoints.Endpoint) -> None:
         self.endpoint, self.handler = endpoint, endpoint.handler
         self.is_socket = endpoint.status == 101
-        self.signature = m.Signature.of(endpoint)
+        self.signature = endpoints.Signature.of(endpoint)
         self.hints = typing.get_type_hints(self.handler, include_extras=True)
         text = inspect.getdoc(self.handler) or ""
         raised = re.search(r"\s*Raises ([\w,\s]+)\.$", text)
@@ -192,18 +185,20 @@ class Described:
                 found[int(status[1])] = sentence
         return found
 
-    def problems(self) -> dict[int, list[type[m.Problem]]]:
+    def problems(self) -> dict[int, list[type[endpoints.Problem]]]:
         """Tell by status how it refuses: by its docstring, and by the pipeline before it."""
-        found = {m.ServiceUnavailable, *self.raised}
+        found = {endpoints.ServiceUnavailable, *self.raised}
         found |= {m.PATH_PROBLEMS[name] for name in self.signature.path}
         if not self.endpoint.public:
-            found.add(m.Unauthorized)
+            found.add(endpoints.Unauthorized)
         if self.signature.body is not None:
-            found |= {m.MalformedRequest, m.RequestTimeout, m.BodyTooLarge, m.InvalidInput}
+            found |= {
+                endpoints.MalformedRequest, endpoints.RequestTimeout, endpoints.BodyTooLarge,
+                endpoints.InvalidInput}
         if self.signature.query.__struct_fields__:
-            found.add(m.InvalidInput)
-        by_status: dict[int, list[type[m.Problem]]] = {}
-        for problem in m.Problem.named.values():
+            found.add(endpoints.InvalidInput)
+        by_status: dict[int, list[type[endpoints.Problem]]] = {}
+        for problem in endpoints.Problem.named.values():
             if problem in found and problem.status not in self.answers():
                 by_status.setdefault(problem.status, []).append(problem)
         return by_status
@@ -211,7 +206,7 @@ class Described:
     def content(self, schemas: Schemas) -> tuple[Json, list[str]]:
         """Describe what it answers, and the headers beside those of its status."""
         kind: Any = self.hints["return"]
-        [kind] = typing.get_args(kind) if typing.get_origin(kind) is m.Answer else [kind]
+        [kind] = typing.get_args(kind) if typing.get_origin(kind) is endpoints.Answer else [kind]
         if kind is type(None) or self.is_socket:
             return {}, []
         if inspect.isclass(kind) and issubclass(kind, web.StreamResponse):  # a file as it is
@@ -230,7 +225,7 @@ def response(status: int, description: str, content: Json, headers: Iterable[str
     return filled({"description": description, "headers": shown, "content": content})
 
 
-def refusal(status: int, kinds: Iterable[type[m.Problem]]) -> tuple[str, Json]:
+def refusal(status: int, kinds: Iterable[type[endpoints.Problem]]) -> tuple[str, Json]:
     """Describe the answer of the problems of one status, and give it a name."""
     slugs = [kind.slug for kind in kinds]
     named = {"properties": {"type": {"enum": slugs}, "status": {"const": status}}}
@@ -279,14 +274,15 @@ def openapi() -> Json:
     """Describe the endpoints (OpenAPI 3.1)."""
     schemas, paths = Schemas(), dict[str, Json]()
     refusals = dict(refusal(kind.status, [kind]) for kind in GENERAL)
-    schemas.of(m.ProblemDetails)
+    schemas.of(endpoints.ProblemDetails)
     for endpoint in m.ENDPOINTS:
         made = operation(Described(endpoint), schemas, refusals)
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = made
     general = "".join(f"\n- {kind.status} `{kind.slug}`: {kind.title}." for kind in GENERAL)
-    problems = {slug: m.refused(slug) or m.InternalError() for slug in sorted(m.Problem.named)}
+    kinds = sorted(endpoints.Problem.named)
+    problems = {slug: m.refused(slug) or endpoints.InternalError() for slug in kinds}
     shown = {slug: problem.details() for slug, problem in problems.items()}
-    shown["invalid-input"] = m.invalid("$.text", "is missing").details()
+    shown["invalid-input"] = endpoints.invalid("$.text", "is missing").details()
     return {
         "openapi": "3.1.0",
         "info": {"title": "messenger", "version": m.VERSION, "description": ABOUT + general,
@@ -321,39 +317,23 @@ def client_messages(schemas: Schemas) -> Json:
         for shape in typing.get_args(m.ClientFrame) for tag in [shape.__struct_config__.tag]}
 
 
-# What `data` is, and when the server sends it, by the type of the frame.
-EVENTS: Mapping[str, tuple[type[msgspec.Struct], str]] = {
-    "message": (m.Message, "A message was posted."),
-    "message_updated": (m.Message, "A message was edited or deleted."),
-    "read": (m.Read, "Somebody read up to there."),
-    "typing": (m.Typing, "Somebody is writing."),
-    "chat": (m.Chat, "On a socket for all chats: the user came into this one."),
-    "chat_updated": (m.ChatUpdate, "Name or participants changed; the larger version is true."),
-    "chat_removed": (
-        m.ChatRemoved, "On a socket for all chats: the user is no longer in this one."),
-    "ack": (m.Ack, "A message frame that carried `ref` is durable."),
-    "auth": (m.Expiry, "The new token counts."),
-    "ready": (m.Ready, "The chat is live on this socket, from this number on."),
-    "error": (m.ProblemDetails, "A frame was refused; the socket stays open."),
-}
-
-
 def server_messages(schemas: Schemas) -> Json:
     """Describe the frames that the server sends."""
     found = {}
-    for name, (shape, summary) in EVENTS.items():
-        properties = {"type": {"const": name}, "data": schemas.of(shape)}
-        frame = {"type": name, "data": examples(shape)[0]}
-        if name in ("ack", "error"):
+    for frame in typing.get_args(m.ServerFrames):
+        name, data = frame.__struct_config__.tag, frame.__annotations__["data"]
+        properties = {"type": {"const": name}, "data": schemas.of(data)}
+        example = {"type": name, "data": examples(data)[0]}
+        if name in ANSWERS:
             properties["ref"] = schemas.of(m.Ref) | {"description": "As in the client's frame."}
-            frame["ref"] = "first"
-        if name == "error":
+            example["ref"] = "first"
+        if "chat_id" in frame.__annotations__:
             properties["chat_id"] = {"type": "integer", "description": "As in the client's frame."}
         required = ["type", "data", "ref"] if name == "ack" else ["type", "data"]
         found[f"server_{name}"] = {
-            "name": name, "title": f"{name}, from the server", "summary": summary,
+            "name": name, "title": f"{name}, from the server", "summary": inspect.getdoc(frame),
             "payload": {"type": "object", "properties": properties, "required": required},
-            "examples": [{"payload": frame}]}
+            "examples": [{"payload": example}]}
     return found
 
 
@@ -389,7 +369,7 @@ def asyncapi() -> Json:
                 "messages": [{"$ref": f"#/channels/{name}/messages/{each}"} for each in messages]}
     access = {name: one | ({"type": "httpApiKey"} if one["type"] == "apiKey" else {})
               for name, one in ACCESS.items()}
-    codes = "".join(f"\n- {code}: {meaning}" for code, meaning in CLOSE_CODES.items())
+    codes = "".join(f"\n- {code}: {meaning}" for code, meaning in m.CLOSE_CODES.items())
     return {
         "asyncapi": "3.0.0",
         "info": {"title": "messenger", "version": m.VERSION, "description": ABOUT_SOCKETS + codes,

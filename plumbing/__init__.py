@@ -1,0 +1,12 @@
+"""What knows nothing of chats and messages, one concept a file.
+
+A file imports only those above it in this list, and none imports the application:
+
+    process      a port, signals, children, logs, and a word for a bad start
+    embedded     the embedded PostgreSQL
+    database     any PostgreSQL: connections, commits in groups, the schema
+    bus          hints from one process to the others
+    guard        who may ask: addresses, rates, passwords, tokens, browsers
+    websocket    one connection of a websocket
+    endpoints    from a handler's signature to validation to an answer
+"""

@@ -1,0 +1,424 @@
+"""Any PostgreSQL: connections that are used in turn, commits in groups, the schema.
+
+Every wait is bounded. Whatever the reason for which PostgreSQL does not answer, what is raised is
+`Unavailable`: it is not the caller's fault, and may be tried again.
+"""
+
+import abc
+import asyncio
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import asyncpg
+import psycopg
+import yoyo
+
+from plumbing.process import StartError
+
+CONNECTIONS_MAX = 10
+CONNECT_SECONDS = 1.7
+WAIT_SECONDS = 1.8  # for a statement, with its connection: a request never waits over 2 s
+START_SECONDS = 15.0  # for a database of one's own that is still starting
+CLOSING_SECONDS = 2.0
+WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
+WRITE_PAUSE_SECONDS = 0.05
+GROUP_ITEMS_MAX = 512  # in one commit
+PENDING_MAX = 20_000  # items that wait for a commit
+POSTGRESQL_VERSION_MIN = 150_000  # as PostgreSQL counts them: 15.0
+
+log = logging.getLogger("messenger.database")
+
+
+class Unavailable(Exception):
+    """The database is away, or too busy to answer in time."""
+
+
+ABSENT = "The database cannot be reached right now."
+
+# ---- Connections
+
+# What says that the database is away, also to a connection that was good before ...
+AWAY = (
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    asyncpg.AdminShutdownError,
+    asyncpg.CrashShutdownError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.ReadOnlySQLTransactionError,  # a standby, or told to be: maybe its next one is not
+    OSError,
+)
+# ... and what says that it is too busy to answer in time.
+BUSY = (
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.DeadlockDetectedError,
+    TimeoutError,
+)
+
+
+def is_writable(connection: Any) -> bool:
+    """Tell whether a connection can write, by what PostgreSQL says of itself without being asked.
+    """
+    told = connection.get_settings()
+    names = ("default_transaction_read_only", "in_hot_standby")
+    return "on" not in [getattr(told, name, "off") for name in names]
+
+
+class Database:
+    """Connections that are used in turn; not one of them is held by anybody for longer than a call.
+
+    Any failure to connect means that the database is away. That is logged once, with its reason,
+    and so is its return.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._idle: list[Any] = []  # connections that nobody uses
+        self._free = asyncio.Semaphore(CONNECTIONS_MAX)  # how many more may be in use
+        self._doubtful: set[Any] = set()  # connections made before the database was away
+        self._in_use: set[Any] = set()
+        self._away = ""  # the reason, while the database is away
+
+    async def close(self) -> None:
+        """Close every connection, by force where one does not answer."""
+        with contextlib.suppress(*AWAY, *BUSY):
+            async with asyncio.timeout(CLOSING_SECONDS):
+                for _ in range(CONNECTIONS_MAX):  # once nobody uses one
+                    await self._free.acquire()
+                await asyncio.gather(*[connection.close() for connection in self._idle])
+        for connection in self._idle:
+            connection.terminate()
+
+    async def _connect(self) -> Any:
+        """Connect. Raises Unavailable, whatever the reason."""
+        try:
+            return await asyncpg.connect(
+                self.url, timeout=CONNECT_SECONDS, server_settings={
+                    "application_name": "messenger", "timezone": "UTC", "jit": "off",
+                    "default_transaction_isolation": "read committed", "synchronous_commit": "on",
+                    "statement_timeout": str(int(WAIT_SECONDS * 1000)),
+                    "lock_timeout": str(int(WAIT_SECONDS * 500)),
+                },
+            )
+        except Exception as error:
+            self._lose(error)
+            raise Unavailable(ABSENT) from error
+
+    def _lose(self, error: Exception) -> None:
+        """Take note that the database is away: every connection made until now is in doubt."""
+        if not self._away:
+            self._away = type(error).__name__
+            log.warning("the database is away (%s)", self._away)
+        for connection in self._idle:
+            connection.terminate()
+        self._idle.clear()
+        self._doubtful |= self._in_use
+
+    async def rows(self, query: str, *arguments: Any) -> list[Any]:
+        """Run a statement and answer its rows.
+
+        Raises Unavailable, asyncpg.PostgresError for the rest.
+        """
+        try:
+            async with asyncio.timeout(WAIT_SECONDS), self._free:
+                while self._idle and self._idle[-1].is_closed():
+                    self._idle.pop()
+                connection = self._idle.pop() if self._idle else await self._connect()
+                return await self._fetch(connection, query, arguments)
+        except asyncpg.DataError:  # an InterfaceError by class, but about a value
+            raise
+        except (*AWAY, *BUSY) as error:
+            log.debug("%r", error)
+            raise Unavailable(ABSENT) from error
+
+    async def _fetch(self, connection: Any, query: str, arguments: Sequence[Any]) -> list[Any]:
+        """Run a statement on a connection; where its answer did not come that is used no more."""
+        is_sound = False
+        self._in_use.add(connection)
+        try:
+            found: list[Any] = await connection.fetch(query, *arguments)
+            is_sound = True
+            return found
+        except asyncpg.DataError:
+            is_sound = not connection.is_closed()
+            raise
+        except AWAY as error:
+            self._lose(error)
+            raise
+        except asyncpg.PostgresError:
+            is_sound = not connection.is_closed()
+            raise
+        finally:
+            self._in_use.discard(connection)
+            self._put_back(connection, is_sound)
+
+    def _put_back(self, connection: Any, is_sound: bool) -> None:
+        """Keep a connection for the next statement, or close it."""
+        is_doubtful = connection in self._doubtful
+        self._doubtful.discard(connection)
+        if not is_sound or is_doubtful:
+            connection.terminate()
+            return
+        self._idle.append(connection)
+        if self._away and is_writable(connection):
+            self._away = ""
+            log.warning("the database is back")
+
+    async def row(self, query: str, *arguments: Any) -> Any:
+        """Run a statement and answer its first row, or None; raises what `rows` does."""
+        found = await self.rows(query, *arguments)
+        return found[0] if found else None
+
+    async def value(self, query: str, *arguments: Any) -> Any:
+        """Run a statement and answer its only value, or None; raises what `rows` does."""
+        found = await self.rows(query, *arguments)
+        return found[0][0] if found else None
+
+
+async def repeat(
+    work: Callable[..., Awaitable[None]], *arguments: Any, seconds: float,
+    woken: asyncio.Event | None = None,
+) -> None:
+    """Await `work` every so many seconds, or when woken, whatever becomes of it."""
+    woken = woken or asyncio.Event()
+    while True:
+        try:
+            await work(*arguments)
+        except Unavailable:
+            pass  # the next round does it
+        except Exception:
+            log.exception("%s failed", work.__qualname__)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await woken.wait()
+        woken.clear()
+
+
+# ---- Commits in groups
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+# An item, whom to tell what became of it, until when it is tried (by the loop's clock).
+Entry = tuple[Item, Callable[[Outcome | Exception], None], float]
+
+
+def is_held(error: Exception) -> bool:
+    """Tell whether a statement failed because somebody else held the lock that it needs."""
+    return isinstance(error.__cause__, asyncpg.LockNotAvailableError)
+
+
+class GroupWriter(abc.ABC, Generic[Item, Outcome]):
+    """Commits in groups: of what piled up while another commit ran.
+
+    There is no timer: an idle writer commits a lone item at once. An item that makes its group fail
+    fails alone, for the group is sent again in parts; a group whose answer was lost is sent again
+    as it is. So committing an item twice must be the same as once.
+
+    A subclass says how: `commit`, `publish` and `lock_of`.
+    """
+
+    def __init__(self) -> None:
+        self._pending: deque[Entry[Item, Outcome]] = deque()
+        self._running: asyncio.Task[None] | None = None
+
+    @abc.abstractmethod
+    async def commit(self, items: list[Item]) -> list[Any]:
+        """Commit a group; answer a row for each item. Raises Unavailable, asyncpg.PostgresError."""
+
+    @abc.abstractmethod
+    def publish(
+        self, items: list[Item], rows: list[Any], again: bool
+    ) -> Sequence[Outcome | Exception]:
+        """Let everybody know what became of items, by their rows; answer the outcome of each.
+
+        `again` tells whether they may have been committed before. It must not wait.
+        """
+
+    @abc.abstractmethod
+    def lock_of(self, item: Item) -> Hashable:
+        """Tell what committing an item locks."""
+
+    def put(self, item: Item, answer: Callable[[Outcome | Exception], None]) -> None:
+        """Add an item; `answer` is called with its outcome, or with what kept it from being one.
+
+        That is at once after it is published, so that what both write leaves together. It must not
+        wait. Raises Unavailable where too much waits.
+        """
+        if len(self._pending) >= PENDING_MAX:
+            raise Unavailable("Too much is waiting to be written.")
+        deadline = asyncio.get_running_loop().time() + WRITE_SECONDS
+        self._pending.append((item, answer, deadline))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+
+    async def submit(self, item: Item) -> Outcome:
+        """Add an item, and wait for its outcome; raises what kept it from being one."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+        def settle(outcome: Outcome | Exception) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, Exception):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        self.put(item, settle)
+        return await future
+
+    async def finish(self) -> None:
+        """Wait until everything that was put is answered."""
+        while self._running is not None:
+            await asyncio.wait([self._running])
+
+    async def _run(self) -> None:
+        """Write group after group. One is published while the next is already with PostgreSQL, so
+        that neither side waits for the other.
+        """
+        settle: Callable[[], None] | None = None
+        size = 0
+        try:
+            while self._pending or settle is not None:
+                writing = None
+                if self._pending:
+                    # Behind another group half of both: else a few that came early are one group,
+                    # all others the next, and each side waits while the other works.
+                    share = (size + len(self._pending) + 1) // 2 if settle else GROUP_ITEMS_MAX
+                    size = min(len(self._pending), share, GROUP_ITEMS_MAX)
+                    group = [self._pending.popleft() for _ in range(size)]
+                    writing = asyncio.create_task(self._write(group))
+                    await asyncio.sleep(0)  # now it is on its way
+                if settle is not None:
+                    settle()
+                settle = await writing if writing is not None else None
+        finally:
+            self._running = None
+
+    async def _write(self, group: list[Entry[Item, Outcome]]) -> Callable[[], None]:
+        """Commit a group, and return what is left to do: to publish it and answer its items.
+
+        A group that failed is divided: by lock, so that who waits for one that somebody else holds
+        delays nobody, and what is of one lock item by item, in order. Never raises.
+        """
+        try:
+            rows, again = await self._persist([item for item, _, _ in group], group[0][2])
+        except Exception as error:
+            is_absent = isinstance(error, Unavailable)
+            parts: dict[Hashable, list[Entry[Item, Outcome]]] = {}
+            for entry in group:
+                parts.setdefault(self.lock_of(entry[0]), []).append(entry)
+            if len(parts) > 1 and (is_held(error) or not is_absent):
+                await asyncio.gather(*map(self._write_part, parts.values()))
+            elif len(group) > 1 and not is_absent:
+                for entry in group:
+                    await self._write_part([entry])
+            else:
+                return functools.partial(_answer, group, [error] * len(group))
+            return lambda: None
+        return functools.partial(self._publish_group, group, rows, again)
+
+    async def _write_part(self, part: list[Entry[Item, Outcome]]) -> None:
+        (await self._write(part))()
+
+    def _publish_group(
+        self, group: list[Entry[Item, Outcome]], rows: list[Any], again: bool
+    ) -> None:
+        outcomes: Sequence[Outcome | Exception]
+        try:
+            outcomes = self.publish([item for item, _, _ in group], rows, again)
+        except Exception as error:
+            log.exception("what was committed could not be published")
+            outcomes = [error] * len(group)
+        _answer(group, outcomes)
+
+    async def _persist(self, items: list[Item], deadline: float) -> tuple[list[Any], bool]:
+        """Commit, and again while the connection is lost, as long as the first of them waits.
+
+        Answers the rows, and whether the items may have been committed before.
+        """
+        again = False
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    return await self.commit(items), again
+            except TimeoutError:
+                raise Unavailable(ABSENT) from None
+            except Unavailable as error:
+                if is_held(error) or asyncio.get_running_loop().time() > deadline:
+                    raise
+            again = True
+            await asyncio.sleep(WRITE_PAUSE_SECONDS)
+
+
+def _answer(group: list[Entry[Item, Outcome]], outcomes: Sequence[Outcome | Exception]) -> None:
+    """Tell of each item what became of it."""
+    for (_, answer, _), outcome in zip(group, outcomes, strict=True):
+        try:
+            answer(outcome)
+        except Exception:
+            log.exception("an outcome could not be told")
+
+
+# ---- The schema
+
+
+def migrate(url: str, folder: Path) -> None:
+    """Apply the numbered migrations of a folder; processes that start together wait for each other.
+
+    views.sql and functions.sql are applied after them, in one transaction, where one of the two has
+    changed or a migration was new. What was applied stands in the table schema_files, which a
+    migration makes. Raises StartError for a database that will not do, psycopg.Error.
+    """
+    os.environ.setdefault("LOGNAME", "messenger")  # yoyo asks, and not every user has a name
+    with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
+        version = connection.info.server_version
+        if version < POSTGRESQL_VERSION_MIN:
+            raise StartError(f"DATABASE_URL: PostgreSQL 15 or later is needed, not {version}")
+        encoding = connection.info.parameter_status("server_encoding")
+        if encoding != "UTF8":
+            raise StartError(f"DATABASE_URL: the database must be in UTF8, not {encoding}")
+        connection.execute("select pg_advisory_lock(hashtext('messenger schema'))")
+        with yoyo.get_backend(re.sub("^[a-z]+:", "postgresql+psycopg:", url)) as backend:
+            backend.break_lock()  # ours by the lock above: what is left is a dead server's
+            files = yoyo.read_migrations(str(folder))
+            new = backend.to_apply(files.filter(lambda file: file.id[0].isdigit()))
+            backend.apply_migrations_only(new)
+        texts = [(name, (folder / name).read_bytes()) for name in ("views.sql", "functions.sql")]
+        digests = {name: hashlib.sha256(text).hexdigest() for name, text in texts}
+        applied = connection.execute("select name, digest from schema_files")
+        if dict(applied.fetchall()) == digests and not new:
+            return  # to apply them again would block the servers that are running
+        with connection.transaction():
+            for name, text in texts:
+                connection.execute(text)
+                connection.execute(
+                    "insert into schema_files (name, digest) values (%s, %s)"
+                    " on conflict (name) do update set digest = excluded.digest",
+                    (name, digests[name]))
+
+
+async def migrate_when_up(url: str, folder: Path) -> None:
+    """Migrate, waiting for a database that is still starting. Raises StartError."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            return await asyncio.to_thread(migrate, url, folder)
+        except psycopg.OperationalError as error:
+            reason = str(error).strip().splitlines()[0].strip()
+            refused = re.search("password|does not exist|invalid|Servname", reason)
+            if refused or time.monotonic() > deadline:
+                raise StartError(f"DATABASE_URL: {reason}") from None
+            await asyncio.sleep(0.2)
+        except (psycopg.Error, ValueError) as error:
+            raise StartError(f"DATABASE_URL: {str(error).strip().splitlines()[0]}") from None

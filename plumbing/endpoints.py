@@ -1,0 +1,373 @@
+"""From a handler's signature to validation to an answer, and the problems of HTTP itself.
+
+A handler's signature is the contract of its endpoint: path parameters, `body`, and after the star
+the query. What it returns is the answer; what it refuses is raised as a `Problem`, anywhere, and
+rendered here in one place.
+"""
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import math
+import re
+import time
+import types
+import typing
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+from uuid import UUID
+
+import asyncpg
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+
+from plumbing.database import Unavailable
+from plumbing.guard import SAFE_HEADERS, Busy
+from plumbing.process import Handler
+
+INT8_MAX = 2**63 - 1
+BODY_SECONDS = 15
+NO_NUL = "^[^\\u0000]*$"  # PostgreSQL cannot store U+0000
+PROBLEM_JSON = "application/problem+json"
+ENCODER = msgspec.json.Encoder()
+
+ShapeT = TypeVar("ShapeT")
+log = logging.getLogger("messenger.endpoints")
+
+
+# ---- Problems (RFC 9457)
+
+
+class FieldError(Struct):
+    """What is wrong with one field of a body or one parameter."""
+    loc: str
+    msg: str
+
+
+class ProblemDetails(Struct, omit_defaults=True):
+    """A refusal (RFC 9457); `type` is a stable slug."""
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldError] = []
+
+
+class Problem(Exception):
+    """A refusal that the client may read; a subclass is one line of status and title."""
+
+    status: int
+    title: str
+    slug: str
+    named: typing.ClassVar[dict[str, type["Problem"]]] = {}  # every kind by its slug
+    of_constraint: typing.ClassVar[dict[str, type["Problem"]]] = {}  # whose violation it tells of
+
+    def __init_subclass__(cls, status: int, title: str, constraint: str = "") -> None:
+        cls.status, cls.title = status, title
+        cls.slug = re.sub(r"(?<!^)(?=[A-Z])", "-", cls.__name__).lower()
+        Problem.named[cls.slug] = cls
+        if constraint:
+            Problem.of_constraint[constraint] = cls
+
+    def __init__(
+        self,
+        detail: str = "",
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.errors = list(errors)
+        self.detail = detail or "; ".join(f"{e.loc} {e.msg}" for e in errors) or f"{self.title}."
+        self.headers = PROBLEM_HEADERS.get(self.status, {}) if headers is None else headers
+
+    @classmethod
+    def until(cls, seconds: float) -> "Problem":
+        """Make one that tells after how many seconds to come back."""
+        wait = max(1, math.ceil(seconds))
+        return cls(f"{cls.title}. Try again in {wait} s.", headers={"Retry-After": str(wait)})
+
+    def details(self) -> ProblemDetails:
+        """Describe the problem as clients see it."""
+        return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
+
+PROBLEM_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"},
+    429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+
+
+class MalformedRequest(Problem, status=400, title="The request cannot be read"): ...
+class Unauthorized(Problem, status=401, title="Sign in: a valid access token is needed"): ...
+class NotFound(Problem, status=404, title="There is nothing here"): ...
+class MethodNotAllowed(Problem, status=405, title="This method is not allowed here"): ...
+class RequestTimeout(Problem, status=408, title="The body took too long to arrive"): ...
+class BodyTooLarge(Problem, status=413, title="The body is larger than 64 KiB"): ...
+class InvalidInput(Problem, status=422, title="Some of the input is not valid"): ...
+class UpgradeRequired(Problem, status=426, title="Only websockets can connect here"): ...
+class InternalError(Problem, status=500, title="Something went wrong on the server"): ...
+class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
+
+
+HTTP_PROBLEMS: Mapping[int, type[Problem]] = {
+    404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}  # for what aiohttp refuses by itself
+
+
+def invalid(loc: str, msg: str) -> InvalidInput:
+    """Say what is wrong with one field, named like `$.text`."""
+    return InvalidInput(errors=[FieldError(loc, msg)])
+
+
+def invalid_input(error: msgspec.ValidationError) -> InvalidInput:
+    """Turn what msgspec found wrong into a problem that names the field."""
+    msg, _, path = str(error).partition(" - at `")
+    loc = path.removeprefix("key` in `").rstrip("`") or "$"
+    if field_named := re.search(r"field `([^`]+)`", msg):
+        loc = f"{loc}.{field_named[1]}"
+        msg = "is missing" if "missing" in msg else "is not a field here"
+    if "matching regex" in msg:
+        msg = "must not contain U+0000"
+    return invalid(loc, msg)
+
+
+def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
+    """Decode JSON into its declared shape.
+
+    Raises MalformedRequest for what is no JSON, InvalidInput for JSON of another shape.
+    """
+    refusal: Problem = MalformedRequest("What was sent is not JSON.")
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            return decoder.decode(text)
+        except msgspec.ValidationError as error:
+            msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
+            refusal = invalid_input(error)
+    raise refusal
+
+
+# ---- Endpoints and answers
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One line of the table: what a method on a path calls, and the status of success."""
+
+    method: str
+    path: str
+    handler: Callable[..., Awaitable[Any]]
+    status: int = 200
+    public: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[ShapeT]):
+    """An answer that differs from its endpoint's usual one: another status, or headers."""
+
+    value: ShapeT
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def created(value: ShapeT, location: str) -> Answer[ShapeT]:
+    """Answer 201 with where the new thing is."""
+    return Answer(value, 201, {"Location": location})
+
+
+def page(request: web.Request, values: ShapeT, **links: dict[str, Any] | None) -> Answer[ShapeT]:
+    """Answer a page with links to its neighbours (RFC 8288): for each the query that differs."""
+    here = request.rel_url.without_query_params("before", "after", "cursor")
+    shown = [f'<{here.update_query(to)}>; rel="{name}"' for name, to in links.items() if to]
+    return Answer(values, headers={"Link": ", ".join(shown)} if shown else {})
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What a handler takes, read from its annotations."""
+
+    path: dict[str, type]  # path parameter: its type, int or UUID
+    query: type[Struct]
+    body: msgspec.json.Decoder[Any] | None
+    body_required: bool
+
+    @classmethod
+    def of(cls, endpoint: Endpoint) -> "Signature":
+        """Read a handler's signature."""
+        hints = typing.get_type_hints(endpoint.handler, include_extras=True)
+        parameters = inspect.signature(endpoint.handler).parameters
+        in_path = re.findall(r"\{(\w+)\}", endpoint.path)
+        query = [
+            (name, without_none(hints[name]), parameter.default)
+            for name, parameter in parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        body = parameters.get("body")
+        return cls(
+            {name: hints[name].__origin__ for name in in_path},
+            msgspec.defstruct(f"{endpoint.handler.__name__}_query", query),
+            msgspec.json.Decoder(hints["body"]) if body else None,
+            body is not None and body.default is body.empty,
+        )
+
+
+def without_none(hint: Any) -> Any:
+    """Answer the type of a parameter where it is given: a query has no null."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint)[0] if is_union else hint
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Read a body. Raises MalformedRequest, RequestTimeout, BodyTooLarge (by aiohttp)."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            return await request.read()
+    except TimeoutError:
+        raise RequestTimeout from None
+    except web.RequestPayloadError:
+        raise MalformedRequest("The body does not fit its Content-Encoding.") from None
+    except ConnectionError:
+        raise MalformedRequest("The body did not come whole.") from None  # nobody hears it
+
+
+def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
+    """Read an id in a path; what is none does not exist."""
+    if kind is UUID:
+        if not re.fullmatch("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", text):
+            raise problem
+        return UUID(text)
+    if not re.fullmatch("[1-9][0-9]{0,18}", text) or int(text) > INT8_MAX:
+        raise problem
+    return int(text)
+
+
+def read_query(request: web.Request, shape: type[Struct]) -> dict[str, Any]:
+    """Read the parameters of a query that a handler takes. Raises InvalidInput."""
+    names = [name for name in shape.__struct_fields__ if name in request.query]
+    for name in names:
+        if len(request.query.getall(name)) > 1:
+            raise invalid(f"$.{name}", "is given more than once")
+    try:
+        given = {name: request.query[name] for name in names}
+        return msgspec.structs.asdict(msgspec.convert(given, shape, strict=False))
+    except msgspec.ValidationError as error:
+        raise invalid_input(error) from None
+
+
+def bind(
+    endpoint: Endpoint,
+    authenticate: Callable[[web.Request], Awaitable[None]],
+    path_problems: Mapping[str, type[Problem]],
+) -> Handler:
+    """Make the aiohttp handler of an endpoint.
+
+    `authenticate` is awaited first, unless the endpoint is public; an id in a path that is none
+    is refused with the problem of its name.
+    """
+    signature = Signature.of(endpoint)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        if not endpoint.public:
+            await authenticate(request)
+        arguments = {
+            name: read_path(kind, request.match_info[name], path_problems[name])
+            for name, kind in signature.path.items()
+        }
+        if signature.query.__struct_fields__:
+            arguments |= read_query(request, signature.query)
+        if signature.body is not None:
+            body = await read_body(request)
+            if body or signature.body_required:
+                arguments["body"] = decode_json(signature.body, body)
+        return respond(endpoint, await endpoint.handler(request, **arguments))
+
+    return answer
+
+
+def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
+    """Turn what a handler returned into a response."""
+    if isinstance(answer, web.StreamResponse):
+        return answer
+    if not isinstance(answer, Answer):
+        answer = Answer(answer)
+    status = answer.status or endpoint.status
+    if status == 204:
+        return web.Response(status=status, headers=answer.headers)
+    return json_answer(answer.value, status, answer.headers)
+
+
+def problem_answer(problem: Problem) -> web.Response:
+    """Answer with a problem."""
+    return json_answer(problem.details(), problem.status, problem.headers, PROBLEM_JSON)
+
+
+def json_answer(
+    value: Any, status: int, headers: Mapping[str, str], kind: str = "application/json"
+) -> web.Response:
+    """Answer with JSON that ends with a newline."""
+    return web.Response(
+        body=ENCODER.encode(value) + b"\n", status=status, headers=headers, content_type=kind)
+
+
+def as_problem(error: Exception) -> Problem | None:
+    """Answer the problem that an exception stands for; None for one that nobody foresaw."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, Unavailable | Busy):
+        return ServiceUnavailable(str(error))
+    if isinstance(error, asyncpg.UniqueViolationError):
+        kind = Problem.of_constraint.get(str(error.constraint_name))
+        return kind() if kind else None
+    return None
+
+
+def as_http_problem(error: web.HTTPException) -> Problem:
+    """Answer the problem for what aiohttp refused by itself."""
+    problem = HTTP_PROBLEMS.get(error.status, MalformedRequest)()
+    if "Allow" in error.headers:
+        problem.headers = {"Allow": error.headers["Allow"]}
+    return problem
+
+
+def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
+    """Make the middleware that answers what was refused as a problem, and what nobody foresaw as a
+    blank 500, logged.
+
+    Once a call is answered, `observe_request` is told its operation, its status and the seconds
+    that it took; a websocket is none.
+    """
+
+    @web.middleware
+    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+        began = time.perf_counter()
+        try:
+            answer = await handler(request)
+        except (ConnectionError, asyncio.CancelledError):
+            raise
+        except web.HTTPException as error:
+            answer = problem_answer(as_http_problem(error))
+        except Exception as error:
+            problem = as_problem(error)
+            if problem is None:
+                log.exception("%s %s failed", request.method, request.rel_url.raw_path)
+            answer = problem_answer(problem or InternalError())
+        if answer.status != 101:
+            operation = request.match_info.route.name or "none"
+            observe_request(operation, answer.status, time.perf_counter() - began)
+        return answer
+
+    return answer
+
+
+def refuse_unreadable(
+    _connection: web.RequestHandler, request: web.BaseRequest, status: int = 500, *_: Any
+) -> web.Response:
+    """Answer what aiohttp could not even parse like anything else that is refused."""
+    if request.writer.output_size > 0:
+        raise ConnectionError  # a part of another answer is out
+    answer = problem_answer(MalformedRequest() if status < 500 else InternalError())
+    answer.headers.update(SAFE_HEADERS)
+    answer.force_close()
+    return answer
+
+
+web.RequestHandler.handle_error = refuse_unreadable  # type: ignore[assignment]

@@ -1,0 +1,299 @@
+"""Who may ask, from where, how often: addresses, rates, passwords, signed tokens, browsers.
+
+Nothing here knows what is asked for.
+"""
+
+import asyncio
+import base64
+import functools
+import hashlib
+import ipaddress
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import bcrypt
+import jwt
+from aiohttp import web
+
+from plumbing.process import Handler, StartError
+
+KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
+ROUNDING_SECONDS = 1e-6  # more than sums of times are off
+PASSWORD_THREADS = 2
+PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
+PASSWORD_NICENESS = 10  # the event loop goes before the threads
+TOKENS_REMEMBERED_MAX = 10_000
+SECRET_BYTES_MIN = 32
+PREFLIGHT_SECONDS = 600  # for which a browser remembers what it was allowed
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Answer = TypeVar("Answer")
+
+# ---- Addresses
+
+
+def read_networks(text: str) -> list[Network]:
+    """Read addresses and networks that are separated by commas. Raises StartError."""
+    try:
+        return [ipaddress.ip_network(each.strip()) for each in text.split(",") if each.strip()]
+    except ValueError as error:
+        raise StartError(f"TRUSTED_PROXIES={text!r}: {error}") from None
+
+
+def read_address(node: str) -> Address | None:
+    """Read an address as proxies write it, maybe with a port; None for what is none.
+
+    Like `192.0.2.60`, `192.0.2.60:4711`, `2001:db8::17` or `[2001:db8::17]:4711` (RFC 7239).
+    """
+    match = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|([\d.]+):\d+|(.+)", node.strip())
+    try:
+        address = ipaddress.ip_address(match[match.lastindex or 0] if match else "")
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def named_by(element: str) -> str:
+    """Tell whom an element of Forwarded names (RFC 7239, section 4); nobody unless all of it is
+    right: what a client left open, or had put into quotes, must not pass for a proxy's word.
+    """
+    pairs = [
+        re.fullmatch(r'\s*([\w-]+)=(?:"([^"\\]*)"|([^\s"\\]*))\s*', pair)
+        for pair in element.split(";")]
+    named = {pair[1].lower(): pair[2] or pair[3] for pair in pairs if pair}
+    return named.get("for", "") if all(pairs) else ""
+
+
+def nearest_stranger(peer: Address, way: Sequence[str], trusted: list[Network]) -> Address:
+    """Follow a request's way back for as long as trusted proxies tell of it.
+
+    `way` is what the proxies wrote, the last one's word last. What a client wrote itself stands
+    before the word of the first trusted proxy, and is never reached.
+    """
+    for node in reversed(way):
+        told = read_address(node)
+        if told is None or not any(peer in network for network in trusted):
+            break
+        peer = told
+    return peer
+
+
+def client_address(request: web.Request, trusted: list[Network]) -> str:
+    """Tell whose request it is: the peer's, or whom trusted proxies name.
+
+    They name them in X-Forwarded-For or in Forwarded (RFC 7239). A proxy adds to one of the two and
+    lets the other pass, so where they differ, neither is believed. A client that has an IPv6
+    address has a whole network of them: the network stands for it.
+    """
+    peer = read_address(request.remote or "")
+    if peer is None:
+        return ""  # a Unix socket
+    listed = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
+    elements = ",".join(request.headers.getall("Forwarded", ())).split(",")
+    named = [named_by(element) for element in elements]
+    told = {
+        nearest_stranger(peer, way, trusted)
+        for way, header in ((listed, listed), (named, elements)) if any(header)}
+    address = told.pop() if len(told) == 1 else peer
+    return str(ipaddress.ip_network((address, 64), strict=False) if address.version == 6
+               else address)
+
+
+# ---- Rates
+
+
+class Rate:
+    """So many at once, then so many a second, of each key by itself.
+
+    Of a key only the moment is kept at which its whole allowance is there again (the generic cell
+    rate algorithm, ITU-T I.371); once that has passed, the key may be forgotten.
+    """
+
+    def __init__(self, burst: int, per_second: float) -> None:
+        self._step = 1 / per_second
+        self._most = (burst - 1) * self._step  # how far ahead of now that moment may be
+        self._full_at: dict[Hashable, float] = {}
+        self._keys_max = KEYS_MIN
+
+    def charge(self, key: Hashable) -> float:
+        """Count one more; answer 0, or after how many seconds it is allowed: then it is not."""
+        now = time.monotonic()
+        full_at = max(now, self._full_at.get(key, now))
+        if full_at - now > self._most + ROUNDING_SECONDS:
+            return full_at - now - self._most
+        self._full_at[key] = full_at + self._step
+        if len(self._full_at) > self._keys_max:
+            self._full_at = {each: at for each, at in self._full_at.items() if at > now}
+            self._keys_max = max(KEYS_MIN, 2 * len(self._full_at))
+        return 0.0
+
+
+# ---- Passwords
+
+
+def _let_others_go_first() -> None:
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.nice(PASSWORD_NICENESS)
+
+
+class Busy(Exception):
+    """More is asked for at once than is let wait."""
+
+
+class Passwords:
+    """Hashes and verifies passwords, a bounded number at a time.
+
+    By bcrypt over a SHA-2 digest: bcrypt itself stops at 72 bytes and at NUL.
+    """
+
+    def __init__(self, cost: int) -> None:
+        self.cost = cost
+        self._waiting = 0
+        self._threads = ThreadPoolExecutor(
+            PASSWORD_THREADS, "bcrypt", initializer=_let_others_go_first)
+        # Verified against for an unknown address, so that it takes as long as a known one.
+        self.nobodys = f"$2b${cost:02d}${'.' * 53}"
+
+    async def hash(self, password: str) -> str:
+        """Hash a password for storing. Raises Busy."""
+        hashed = await self._run(bcrypt.hashpw, self._digest(password), bcrypt.gensalt(self.cost))
+        return hashed.decode()
+
+    async def matches(self, password: str, hashed: str) -> bool:
+        """Tell whether a password is the one that was hashed; raises what `hash` does."""
+        return await self._run(bcrypt.checkpw, self._digest(password), hashed.encode())
+
+    def is_cheap(self, hashed: str) -> bool:
+        """Tell whether a hash was made when hashes cost less."""
+        return int(hashed.split("$")[2]) < self.cost
+
+    @staticmethod
+    def _digest(password: str) -> bytes:
+        return base64.b64encode(hashlib.sha256(password.encode()).digest())
+
+    def check_room(self) -> None:
+        """Raise Busy if so many wait already."""
+        if self._waiting >= PASSWORD_QUEUE_MAX:
+            raise Busy("Too many passwords are being checked.")
+
+    async def _run(self, function: Callable[..., Answer], *args: bytes) -> Answer:
+        self.check_room()
+        self._waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """End the threads; what still waits is dropped."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+# ---- Signed tokens
+
+
+@functools.lru_cache(TOKENS_REMEMBERED_MAX)  # it takes as long as a small answer
+def signed_claims(token: str, key: str) -> dict[str, Any]:
+    """Answer what a token (JWT, RFC 7519) says that was signed with a key, expired or not.
+
+    Raises jwt.InvalidTokenError, ValueError.
+    """
+    claims: dict[str, Any] = jwt.decode(token, key, ["HS256"], {
+        "require": ["sub", "sid", "typ", "jti", "iat", "exp"],
+        "verify_exp": False,  # by whoever asks
+        "verify_iat": False,  # PostgreSQL's clock may be ahead of ours
+    })
+    return claims
+
+
+def sign_claims(claims: Mapping[str, Any], key: str) -> str:
+    """Make a token of claims."""
+    return jwt.encode(dict(claims), key, algorithm="HS256")
+
+
+def kept_secret(path: Path) -> str:
+    """Read a secret from its file; make both at the first time. Raises StartError."""
+    if not path.exists():
+        new = path.with_suffix(".new")
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_urlsafe(SECRET_BYTES_MIN + 16))
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(path)
+    secret = path.read_text().strip()
+    if len(secret.encode()) < SECRET_BYTES_MIN:
+        raise StartError(f"{path} must hold at least {SECRET_BYTES_MIN} bytes")
+    return secret
+
+
+# ---- Browsers
+
+SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store"}
+PREFLIGHT_HEADERS = {
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": str(PREFLIGHT_SECONDS)}
+
+
+def read_origins(text: str) -> frozenset[str]:
+    """Read the origins of sites, separated by commas. Raises StartError."""
+    origins = frozenset(each.strip().lower() for each in text.split(",") if each.strip())
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise StartError(f"CORS_ORIGINS={text!r}: {origin} is not like https://app.example.com")
+    return origins
+
+
+def is_foreign(request: web.Request, origins: frozenset[str]) -> bool:
+    """Tell whether a page of a site sent this that is neither ours nor one of those allowed."""
+    origin = request.headers.get("Origin", "").lower()
+    host = request.host.lower()
+    return origin not in ("", f"http://{host}", f"https://{host}", *origins)
+
+
+def guard_browsers(origins: frozenset[str]) -> Any:
+    """Make the middleware for browsers: pages of these origins may read the answers (CORS, the
+    Fetch standard), none is kept in a cache unless its handler says so, none is taken for a page.
+    """
+    @web.middleware
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+        origin = request.headers.get("Origin", "").lower()
+        is_asking = "Access-Control-Request-Method" in request.headers
+        if origin in origins and request.method == "OPTIONS" and is_asking:
+            answer: web.StreamResponse = web.Response(status=204, headers=PREFLIGHT_HEADERS)
+        else:
+            answer = await handler(request)
+        if answer.prepared:
+            return answer  # a websocket
+        for name, value in SAFE_HEADERS.items():
+            answer.headers.setdefault(name, value)
+        if origins:
+            answer.headers["Vary"] = "Origin"
+        if origin in origins:
+            answer.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+            answer.headers["Access-Control-Expose-Headers"] = "Link, Location, Retry-After"
+        return answer
+
+    return guard
+
+
+@functools.cache
+def page_headers(page: Path) -> Mapping[str, str]:
+    """Let a page run the script and the style within it, and nothing else (CSP 3)."""
+    policy = (
+        "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'")
+    for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", page.read_text()):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        policy += f"; {tag}-src 'sha256-{digest}'"
+    return {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}

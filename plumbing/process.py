@@ -1,0 +1,197 @@
+"""What the process needs of the system: ports, signals, children, logs, and a word for a bad start.
+
+A port is taken before anything else is started. A child ends with the process that started it,
+however that ends, and is started again if it ends before. The log holds nothing that a client sent:
+of an exception its kind and place, of what a library logs only where in it that was written.
+"""
+
+import asyncio
+import contextlib
+import copy
+import ctypes
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any
+
+from aiohttp import http_parser, web
+
+BACKLOG = 4096  # connections that wait to be accepted: as many as Linux lets wait by default
+CHILD_STOP_SECONDS = 2.7  # until a child that does not stop is killed
+CHILD_PAUSE_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal the end of the parent sends
+
+Listener = socket.socket
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+log = logging.getLogger("messenger.process")
+
+
+class StartError(Exception):
+    """One line fit to be shown to the person who starts the server."""
+
+
+# ---- Ports
+
+
+def require_parser() -> None:
+    """Insist on aiohttp's HTTP parser in C: the one in Python let requests be smuggled.
+
+    Raises StartError.
+    """
+    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
+        raise StartError("aiohttp was installed without its HTTP parser in C, which is needed")
+
+
+def listen_on(host: str, port: int, shared: bool = False) -> socket.socket:
+    """Listen before anything else is started; workers share their port. Raises StartError."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG, reuse_port=shared)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartError(f"cannot listen on HOST {host}, PORT {port}: {reason}") from None
+
+
+def hold_port(host: str, port: int) -> socket.socket:
+    """Take a port for workers to listen on, without listening. Raises StartError."""
+    with listen_on(host, port) as free:  # nobody else does, whom sharing would let in unseen
+        held = socket.socket(free.family, socket.SOCK_STREAM)
+        address = free.getsockname()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(address)
+    return held
+
+
+async def until_listening(host: str, port: int) -> None:
+    """Return once somebody listens on a port."""
+    while True:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(host, port)
+            return writer.close()
+        await asyncio.sleep(0.05)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process have as many descriptors as it may: each connection takes one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # "unlimited", where the kernel has a limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# ---- Children
+
+
+def die_with(parent: int) -> None:
+    """Let this process end with its parent, however that ends: the kernel sends SIGKILL."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before
+        sys.exit(1)
+
+
+async def keep_running(command: list[str], environment: Mapping[str, str]) -> None:
+    """Run a program, and again whenever it has ended. When cancelled, end it by SIGTERM."""
+    while True:
+        child = await asyncio.create_subprocess_exec(*command, env=environment)
+        try:
+            status = await child.wait()
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
+                await _end_within(child, CHILD_STOP_SECONDS)
+            raise
+        log.warning("process %d has ended (status %d); starting another", child.pid, status)
+        await asyncio.sleep(CHILD_PAUSE_SECONDS)
+
+
+async def _end_within(child: asyncio.subprocess.Process, seconds: float) -> None:
+    """Wait for the end of a process, and kill it where it takes too long."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await child.wait()
+    if child.returncode is None:
+        child.kill()
+        await child.wait()
+
+
+# ---- Tasks
+
+
+class Tasks:
+    """Tasks that end with the application."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start a task."""
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def cancel(self) -> None:
+        """Cancel those that run, and wait for their end."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+
+# ---- Logs
+
+
+class NamelessFormatter(logging.Formatter):
+    """Tells of an exception by its kind and place alone: its text may hold what somebody sent.
+
+    So may whatever a library logs: of that only the place is told.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record of ours; of a library's, where in it that was written."""
+        if record.name.partition(".")[0] != "messenger":
+            record = copy.copy(record)
+            record.msg, record.args = "%s:%d", (record.name, record.lineno)
+        return super().format(record)
+
+    def formatException(self, ei: Any) -> str:
+        """Format where an exception came from, without what it says."""
+        return "".join([*traceback.format_tb(ei[2]), ei[0].__name__])
+
+
+def start_logs(access_log: bool) -> None:
+    """Log to stderr, what is wrong and, if wanted, every call."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(NamelessFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # it tells of what strangers send
+    logging.getLogger("messenger.access").setLevel(logging.INFO if access_log else logging.ERROR)
+
+
+def log_access(address_of: Callable[[web.Request], str]) -> Any:
+    """Make the middleware that logs a call once it is answered, a websocket once it has ended.
+
+    What follows the `?` in a URL is left out: there may be a token in it.
+    """
+    log = logging.getLogger("messenger.access")
+
+    @web.middleware
+    async def write(request: web.Request, handler: Handler) -> web.StreamResponse:
+        began, status = time.monotonic(), "-"
+        try:
+            answer = await handler(request)
+            status = str(answer.status)
+            return answer
+        finally:
+            if log.isEnabledFor(logging.INFO):
+                path, seconds = request.rel_url.raw_path, time.monotonic() - began
+                log.info(
+                    "%s %s %s %s %.3f s",
+                    address_of(request), request.method, path, status, seconds)
+
+    return write

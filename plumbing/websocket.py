@@ -1,0 +1,116 @@
+"""One connection of a websocket: whole frames out at once, and whether its peer is still there.
+
+Frames are written to the transport as they are: aiohttp's own writer waits where a peer is slow,
+and nothing may wait in a loop over many connections. So every frame here is whole, and unmasked and
+uncompressed (RFC 6455, section 5).
+"""
+
+import asyncio
+import time
+import typing
+from typing import Any
+
+from aiohttp import web
+
+PING, PONG = 0x89, 0x8A  # first bytes of whole frames (RFC 6455, section 5.2)
+TEXT = 0x81
+
+# Close codes: the protocol's own (RFC 6455, section 7.4.1), and one of those left to applications.
+GOING_AWAY = 1001
+STALLED = 4408
+
+HEARTBEAT_SECONDS = 25  # of silence, then a ping
+PONG_SECONDS = 15  # for its answer
+STALLED_SECONDS = 30  # without taking a byte
+CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
+
+
+def text_frame(payload: bytes) -> bytes:
+    """Frame a text: final and unmasked (RFC 6455, section 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return bytes((TEXT, size)) + payload
+    if size < 65_536:
+        return bytes((TEXT, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((TEXT, 127)) + size.to_bytes(8, "big") + payload
+
+
+class Connection:
+    """One websocket, from before its handshake to after its close; made in its handler's task."""
+
+    def __init__(self, subprotocol: str, message_bytes_max: int) -> None:
+        self.task = typing.cast("asyncio.Task[Any]", asyncio.current_task())  # its handler's
+        self.ws: web.WebSocketResponse = web.WebSocketResponse(
+            protocols=(subprotocol,), autoping=False, compress=False,
+            max_msg_size=message_bytes_max + 1, timeout=CLOSE_SECONDS)
+        self.opened = asyncio.get_running_loop().create_future()
+        self.close_code: int | None = None  # once it is being closed
+        self.heard_at = self._took_at = self._pinged_at = time.monotonic()
+        self._written = self._taken = 0  # bytes in all; taken: at the last check
+        self._transport: asyncio.Transport | None = None
+        self._early: list[bytes] = []  # frames that wait for the handshake to be answered
+
+    def can_prepare(self, request: web.Request) -> bool:
+        """Tell whether a request is the handshake of a websocket."""
+        return bool(self.ws.can_prepare(request))
+
+    async def open(self, request: web.Request) -> None:
+        """Answer the handshake, then write what was to be written before."""
+        # Waits until most of what was written is taken; raises ConnectionError.
+        self.drain = (await self.ws.prepare(request)).drain
+        self._transport = request.transport
+        self.heard_at = self._took_at = time.monotonic()
+        self.write(b"".join(self._early))
+        self._early.clear()
+        self.opened.set_result(None)
+
+    def write(self, frames: bytes) -> None:
+        """Write whole frames, at once and without waiting; none after the close began."""
+        if self._transport is None:
+            self._early.append(frames)
+        elif self.close_code is None and not self._transport.is_closing():
+            self._transport.write(frames)
+            self._written += len(frames)
+
+    def pong(self, payload: bytes) -> None:
+        """Answer a ping."""
+        self.write(bytes((PONG, len(payload))) + payload)
+
+    def unsent(self) -> int:
+        """Tell how many bytes the peer has not taken yet."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def check_liveness(self, now: float) -> int | None:
+        """Ping a silent peer; answer the code to close with, if it stalls or is gone.
+
+        To be called once a second. A slow peer that takes bytes lives, though it answers no ping.
+        """
+        unsent = self.unsent()
+        if unsent == 0 or self._written - unsent > self._taken:
+            self._took_at = now
+        self._taken = self._written - unsent
+        if now - self._took_at > STALLED_SECONDS:
+            return STALLED
+        if unsent == 0 and self._pinged_at > self.heard_at:
+            return GOING_AWAY if now - self._pinged_at > PONG_SECONDS else None
+        if now - max(self.heard_at, self._pinged_at) > HEARTBEAT_SECONDS:
+            self._pinged_at = now
+            self.write(bytes((PING, 0)))
+        return None
+
+    def close(self, code: int) -> None:
+        """Begin to close: nothing more goes out, and the handler is woken to `finish`.
+
+        The handler finishes, because aiohttp drops TCP at once where another task closes.
+        """
+        if self.close_code is None:
+            self.close_code = code
+            self.task.cancel()
+
+    async def finish(self) -> None:
+        """Say why and end the connection: once the peer has answered, or does not."""
+        try:
+            await self.ws.close(code=self.close_code or GOING_AWAY, drain=False)
+        finally:
+            if self._transport is not None:
+                self._transport.abort()

@@ -1,0 +1,640 @@
+-- What needs a lock and then a fresh snapshot, or pinned plans, as it is now; every other statement
+-- is written out where it is used. Applied after views.sql whenever one of the two has changed.
+--
+-- A function that the last release calls keeps its parameters and its answer. Those that only the
+-- last release calls are no longer here; a database that has them keeps them until the next.
+--
+-- Volatile: each statement of such a function sees what was committed before it, and so what the
+-- lock in the statement before waited for.
+-- set enable_... = off, jit = off: plans are pinned to index scans. One that was made while a table
+-- was small would scan the table for as long as the connection lives.
+-- set plan_cache_mode = force_generic_plan: for arrays PostgreSQL would plan anew at each call,
+-- which takes longer than all the rest of posting one message.
+
+-- Words as message_words has them.
+create or replace function search_keys(chat bigint, stretch bigint, words text[])
+returns text[] language sql immutable as $$
+    select array(select chat || ':' || stretch || ':' || word from unnest(words) as word)
+$$;
+
+-- The numbers of messages that hold all of some words, newest first. The index knows the words by
+-- stretches of 65,536 messages: one after the other is asked, until the page is full.
+create or replace function found_messages(
+    chat bigint, before bigint, at_most int, wanted text[])
+returns table (seq bigint) language plpgsql stable
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+as $$
+#variable_conflict use_column
+declare
+    sofar int := 0;
+    more  int;
+begin
+    if wanted = '{}' then
+        return;
+    end if;
+    for stretch in reverse before >> 16 .. 0 loop
+        return query select w.seq from message_words w
+            -- offset 0: asked for what was found; else the planner may go through the whole chat
+            cross join lateral (
+                select from messages m
+                where m.chat_id = chat and m.seq = w.seq and m.deleted_at is null offset 0) m
+            where w.words @> search_keys(chat, stretch, wanted) and w.seq < before
+            order by w.seq desc limit at_most - sofar;
+        get diagnostics more = row_count;
+        sofar := sofar + more;
+        exit when sofar >= at_most;
+    end loop;
+end
+$$;
+
+-- Takes in the words of the messages between two numbers, each message's joined by spaces. Where
+-- another was faster it does nothing: the words may be older than what that one has seen. What a
+-- crash takes back is taken in again, so the posts' flush to disk is not joined.
+create or replace function index_words(
+    chat bigint, since bigint, upto bigint, seqs bigint[], words text[])
+returns void language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
+begin
+    perform set_config('synchronous_commit', 'off', true);  -- of this transaction
+    insert into search_positions as i (chat_id, rev) values (chat, upto)
+    on conflict (chat_id) do update set rev = upto where i.rev = since;
+    if not found then
+        return;
+    end if;
+    insert into message_words (chat_id, seq, words)
+    select chat, m.seq, search_keys(chat, m.seq >> 16, string_to_array(m.words, ' '))
+    from unnest(seqs, index_words.words) as m (seq, words)
+    on conflict (chat_id, seq) do update set words = excluded.words;
+end
+$$;
+
+-- Posts a group of messages, given as arrays, and answers one row an item, in order: its outcome
+-- (posted, stored before, or why not), its number, and where its chat stands.
+create or replace function post_messages(
+    chat_ids bigint[], sender_ids bigint[], ids uuid[], texts text[], reply_tos uuid[])
+returns table (outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint)
+language plpgsql volatile
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+    at       timestamptz;
+    accepted int[];  -- the items to post: places in the arrays
+    kept     int[];
+    item     int;
+begin
+    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
+    at := clock_timestamp();
+
+    accepted := array(
+        select i.item from unnest(chat_ids, sender_ids, ids)
+                      with ordinality as i (chat_id, sender_id, id, item)
+        join participants p on p.chat_id = i.chat_id and p.user_id = i.sender_id
+        join chats c on c.id = i.chat_id and (c.is_group or c.participant_count = 2)
+        where not exists (select from messages m where m.chat_id = i.chat_id and m.id = i.id));
+
+    -- A reply names a message of the chat, or an accepted item before it.
+    if exists (select from unnest(reply_tos) as reply_to where reply_to is not null) then
+        kept := '{}';
+        for item in select unnest(accepted) order by 1 loop
+            if reply_tos[item] is null
+               or exists (select from messages m
+                          where m.chat_id = chat_ids[item] and m.id = reply_tos[item])
+               or exists (select from unnest(kept) as earlier
+                          where chat_ids[earlier] = chat_ids[item]
+                            and ids[earlier] = reply_tos[item]) then
+                kept := kept || item;
+            end if;
+        end loop;
+        accepted := kept;
+    end if;
+
+    -- Of equal ids the first counts; the others find it stored.
+    accepted := array(
+        select min(item) from unnest(accepted) as item group by chat_ids[item], ids[item]);
+
+    with numbered as (
+        select i.*, c.last_rev + row_number() over (partition by i.chat_id order by i.item) as seq,
+               greatest(at, c.active_at) as created_at
+        from unnest(chat_ids, sender_ids, ids, texts, reply_tos)
+             with ordinality as i (chat_id, sender_id, id, text, reply_to, item)
+        join chats c on c.id = i.chat_id
+        where i.item = any (accepted)
+    ), posted as (
+        insert into messages (chat_id, seq, rev, id, sender_id, text, reply_to, created_at)
+        select n.chat_id, n.seq, n.seq, n.id, n.sender_id, n.text, n.reply_to, n.created_at
+        from numbered n
+        returning chat_id, seq, created_at
+    )
+    update chats c set last_rev = p.seq, last_seq = p.seq, active_at = p.created_at
+    from (select chat_id, max(seq) as seq, max(created_at) as created_at
+          from posted group by chat_id) p
+    where c.id = p.chat_id;
+
+    return query
+    select case
+               when p.user_id is null then 'chat-not-found'
+               when i.item = any (accepted) then 'posted'
+               when m.sender_id = i.sender_id then 'stored'
+               when m.sender_id is not null then 'message-id-taken'
+               when not c.is_group and c.participant_count < 2 then 'partner-gone'
+               else 'reply-not-found'
+           end,
+           m.seq, m.created_at, c.last_rev, c.version
+    from unnest(chat_ids, sender_ids, ids) with ordinality as i (chat_id, sender_id, id, item)
+    left join chats c on c.id = i.chat_id
+    left join participants p on p.chat_id = i.chat_id and p.user_id = i.sender_id
+    left join messages m on m.chat_id = i.chat_id and m.id = i.id
+    order by i.item;
+end
+$$;
+
+-- Edits (a text) and deletes (null) a group of messages, given as arrays, and answers one row an
+-- item, in order: changed, unchanged or why not, and where its chat stands.
+create or replace function change_messages(
+    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
+returns table (outcome text, last_rev bigint, version bigint)
+language plpgsql volatile
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+    at      timestamptz;
+    m       messages;
+    my_role text;
+begin
+    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
+    at := clock_timestamp();
+    for item in 1 .. cardinality(ids) loop
+        my_role := (select p.role from participants p
+                    where p.chat_id = chat_ids[item] and p.user_id = user_ids[item]);
+        select * into m from messages x where x.chat_id = chat_ids[item] and x.id = ids[item];
+        outcome := case
+            when my_role is null then 'chat-not-found'
+            when m.id is null then 'message-not-found'
+            when m.sender_id <> user_ids[item] and (texts[item] is not null or my_role = 'member')
+                then 'sender-only'
+            when m.deleted_at is not null and texts[item] is null then 'unchanged'
+            when m.deleted_at is not null then 'message-not-found'
+            when m.text = texts[item] then 'unchanged'
+            else 'changed' end;
+        if outcome = 'changed' then
+            update chats c set last_rev = c.last_rev + 1 where c.id = m.chat_id
+            returning c.last_rev into m.rev;
+            update messages x
+            set rev = m.rev, text = coalesce(texts[item], ''),
+                edited_at = case when texts[item] is null then x.edited_at else at end,
+                deleted_at = case when texts[item] is null then at end
+            where x.chat_id = m.chat_id and x.seq = m.seq;
+        end if;
+        select c.last_rev, c.version into last_rev, version
+        from chats c where c.id = chat_ids[item];
+        return next;
+    end loop;
+end
+$$;
+
+-- Moves watermarks forward for a group of readers, given as arrays, and answers one row an item,
+-- in order, with where its reader stands now; several steps of one reader become the last.
+-- Rows are locked in order of chat and user, so that two groups never wait for each other.
+create or replace function read_messages(
+    chat_ids bigint[], user_ids bigint[], message_ids uuid[])
+returns table (
+    outcome text, message_id uuid, seq bigint, read_at timestamptz, moved boolean,
+    sender_id bigint, participant_count int)
+language plpgsql volatile
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+set plan_cache_mode = force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+    at    timestamptz;
+    moved int[];  -- for each reader who moved, one item
+begin
+    perform 1 from participants p
+    where (p.chat_id, p.user_id) in (select * from unnest(chat_ids, user_ids))
+    order by p.chat_id, p.user_id for no key update;
+    at := clock_timestamp();
+
+    with steps as (
+        select p.chat_id, p.user_id, p.last_read_seq as from_seq, max(m.seq) as seq,
+               greatest(at, p.last_read_at) as read_at, min(i.item)::int as item
+        from unnest(chat_ids, user_ids, message_ids)
+             with ordinality as i (chat_id, user_id, message_id, item)
+        join participants p on p.chat_id = i.chat_id and p.user_id = i.user_id
+        join messages m on m.chat_id = i.chat_id and m.id = i.message_id
+        where m.seq > p.last_read_seq
+        group by p.chat_id, p.user_id
+    ), moving as (
+        update participants p set last_read_seq = s.seq, last_read_at = s.read_at
+        from steps s where p.chat_id = s.chat_id and p.user_id = s.user_id
+    ), remembered as (
+        insert into reads (chat_id, user_id, from_seq, seq, read_at)
+        select s.chat_id, s.user_id, s.from_seq, s.seq, s.read_at
+        from steps s
+        join chats c on c.id = s.chat_id and c.participant_count <= 100
+    )
+    select coalesce(array_agg(s.item), '{}') into moved from steps s;
+
+    return query
+    select case when p.user_id is null then 'chat-not-found'
+                when m.id is null then 'message-not-found'
+                else 'read' end,
+           stand.id, stand.seq, p.last_read_at,
+           i.item = any (moved),
+           stand.sender_id, c.participant_count
+    from unnest(chat_ids, user_ids, message_ids)
+         with ordinality as i (chat_id, user_id, message_id, item)
+    left join participants p on p.chat_id = i.chat_id and p.user_id = i.user_id
+    left join chats c on c.id = p.chat_id
+    -- Both by i: by p.chat_id and i.message_id the planner would look through the whole chat.
+    left join messages m on m.chat_id = i.chat_id and m.id = i.message_id
+    left join messages stand on stand.chat_id = p.chat_id and stand.seq = p.last_read_seq
+    order by i.item;
+end
+$$;
+
+-- Keeps users from being deleted until the transaction ends, and answers the ids of nobody's.
+create or replace function hold_users(ids bigint[]) returns bigint[]
+language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
+begin
+    perform 1 from users u where u.id = any (ids) and u.deleted_at is null
+    order by u.id for key share;
+    return array(
+        select distinct i.id from unnest(ids) as i (id)
+        where not exists (select from users u where u.id = i.id and u.deleted_at is null)
+        order by 1);
+end
+$$;
+
+-- Opens the personal chat of two users, once: the same chat for both, whoever asks, however often.
+-- Answers its id and whether it is new, or the id of nobody's.
+create or replace function open_personal_chat(me bigint, other bigint)
+returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
+language plpgsql volatile as $$
+#variable_conflict use_column
+begin
+    unknown_ids := hold_users(array[me, other]);
+    if unknown_ids <> '{}' then
+        return next;
+        return;
+    end if;
+    insert into chats (is_group, low_user_id, high_user_id, participant_count)
+    values (false, least(me, other), greatest(me, other), 2)
+    on conflict on constraint chats_pair do nothing
+    returning id, true into chat_id, is_new;
+    if chat_id is null then
+        return query select c.id, false, null::bigint[] from chats c
+        where c.low_user_id = least(me, other) and c.high_user_id = greatest(me, other);
+        return;
+    end if;
+    insert into participants (chat_id, user_id, role)
+    values (chat_id, me, 'member'), (chat_id, other, 'member');
+    return next;
+end
+$$;
+
+-- Creates a group of its owner and the members. Answers its id, or the ids of nobody's.
+create or replace function create_group(owner bigint, name text, member_ids bigint[])
+returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
+language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
+#variable_conflict use_column
+begin
+    unknown_ids := hold_users(member_ids || owner);
+    if unknown_ids <> '{}' then
+        return next;
+        return;
+    end if;
+    insert into chats (is_group, name, participant_count)
+    select true, create_group.name, 1 + count(distinct m.id)
+    from unnest(member_ids) as m (id) where m.id <> owner
+    returning id into chat_id;
+    is_new := true;
+    insert into participants (chat_id, user_id, role) values (chat_id, owner, 'owner');
+    insert into participants (chat_id, user_id, role)
+    select chat_id, m.id, 'member'
+    from (select id, min(place) as place from unnest(member_ids) with ordinality as i (id, place)
+          where id <> owner group by id) m
+    order by m.place;
+    return next;
+end
+$$;
+
+-- Renames a group, for its owner and admins. Answers renamed, unchanged or why not.
+create or replace function rename_chat(chat bigint, me bigint, new_name text)
+returns table (outcome text, last_rev bigint, version bigint)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    c       chats;
+    my_role text;
+begin
+    select * into c from chats where id = chat for no key update;
+    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
+    last_rev := c.last_rev;
+    version := c.version;
+    outcome := case
+        when my_role is null then 'chat-not-found'
+        when not c.is_group then 'personal-chat'
+        when my_role = 'member' then 'not-allowed'
+        when c.name = new_name then 'unchanged'
+        else 'renamed' end;
+    if outcome = 'renamed' then
+        version := c.version + 1;
+        update chats set name = new_name, version = c.version + 1 where id = chat;
+    end if;
+    return next;
+end
+$$;
+
+-- Puts a user into a group, or gives a role to one who is in (null: leaves it as it is).
+-- Answers its outcome: joined, set, unchanged or why not; the chat's version after it; who it is.
+create or replace function put_participant(
+    chat bigint, me bigint, target bigint, new_role text, at_most int)
+returns table (outcome text, last_rev bigint, version bigint, participant json)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    c        chats;
+    my_role  text;
+    old_role text;
+begin
+    select * into c from chats where id = chat for no key update;
+    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
+    select p.role into old_role from participants p where p.chat_id = chat and p.user_id = target;
+    last_rev := c.last_rev;
+    version := c.version;
+    outcome := case
+        when my_role is null then 'chat-not-found'
+        when not c.is_group then 'personal-chat'
+        when new_role is not null and my_role <> 'owner' then 'owner-only'
+        when target = me and new_role <> 'owner' then 'owner-stays'
+        when hold_users(array[target]) <> '{}' then 'user-not-found'
+        when old_role = coalesce(new_role, old_role) then 'unchanged'
+        when old_role is not null then 'set'
+        when c.participant_count >= at_most then 'group-full'
+        else 'joined' end;
+    if outcome in ('set', 'joined') then
+        version := c.version + 1;
+        insert into participants as p (
+            chat_id, user_id, role, joined_seq, last_read_seq, version)
+        values (chat, target, coalesce(new_role, 'member'), c.last_seq, c.last_seq, version)
+        on conflict (chat_id, user_id) do update set role = new_role, version = excluded.version;
+        if new_role = 'owner' then
+            update participants p set role = 'admin', version = put_participant.version
+            where p.chat_id = chat and p.user_id = me;
+        end if;
+        update chats set version = put_participant.version,
+            participant_count = participant_count + (outcome = 'joined')::int
+        where id = chat;
+    end if;
+    participant := (select row_to_json(v) from participant_view v
+                    where v.chat_id = chat and v.user_id = target);
+    return next;
+end
+$$;
+
+-- Takes a user out of a group: themself, or as its owner anyone, as an admin a member. An owner
+-- is followed by the longest-standing admin, else member. Answers removed or why not.
+create or replace function remove_participant(chat bigint, me bigint, target bigint)
+returns table (outcome text, last_rev bigint, version bigint)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    c           chats;
+    my_role     text;
+    target_role text;
+begin
+    select * into c from chats where id = chat for no key update;
+    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
+    select p.role into target_role
+    from participants p where p.chat_id = chat and p.user_id = target;
+    last_rev := c.last_rev;
+    version := c.version + 1;
+    outcome := case
+        when my_role is null then 'chat-not-found'
+        when not c.is_group then 'personal-chat'
+        when target_role is null then 'user-not-found'
+        when target = me or my_role = 'owner' or (my_role = 'admin' and target_role = 'member')
+            then 'removed'
+        else 'not-allowed' end;
+    if outcome = 'removed' then
+        perform depart(chat, target, target_role, version);
+    end if;
+    return next;
+end
+$$;
+
+-- The departure itself, under the chat's lock: for whoever leaves, is removed or deleted.
+create or replace function depart(chat bigint, target bigint, target_role text, new_version bigint)
+returns void language plpgsql volatile as $$
+begin
+    delete from participants p where p.chat_id = chat and p.user_id = target;
+    insert into departures (chat_id, version, user_id) values (chat, new_version, target);
+    update chats set version = new_version, participant_count = participant_count - 1
+    where id = chat;
+    if target_role = 'owner' then
+        update participants p set role = 'owner', version = new_version
+        where p.chat_id = chat and p.user_id = (
+            select s.user_id from participants s where s.chat_id = chat
+            order by s.role = 'admin' desc, s.ordinal limit 1);
+    end if;
+end
+$$;
+
+-- Takes a deleted user out of one of their chats, group or personal, and answers where it stands;
+-- no row once they are in none. Each chat in a transaction of its own: no lock is held for long.
+create or replace function leave_next_chat(target bigint)
+returns table (chat_id bigint, last_rev bigint, version bigint)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    target_role text;
+begin
+    loop
+        chat_id := (select p.chat_id from participants p where p.user_id = target
+                    order by p.chat_id limit 1);
+        if chat_id is null then
+            update users set is_leaving = false where id = target and is_leaving;
+            return;
+        end if;
+        select c.last_rev, c.version + 1 into last_rev, version
+        from chats c where c.id = chat_id for no key update;
+        select p.role into target_role
+        from participants p where p.chat_id = leave_next_chat.chat_id and p.user_id = target;
+        exit when found;  -- else another process was faster
+    end loop;
+    perform depart(chat_id, target, target_role, version);
+    return next;
+end
+$$;
+
+-- A page of users by id: all, or those whose username has a key between two.
+create or replace function select_users(
+    first_key text, beyond_key text, after bigint, at_most int)
+returns table (id bigint, username text, is_active boolean, created_at timestamptz)
+language plpgsql stable
+set plan_cache_mode = force_custom_plan  -- a plan for any start would go through all users
+as $$
+begin
+    if first_key = '' then
+        return query select u.id, u.username, u.is_active, u.created_at from users u
+        where u.id > after and u.deleted_at is null order by u.id limit at_most;
+    else
+        return query select u.id, u.username, u.is_active, u.created_at from users u
+        where u.username_key >= first_key and u.username_key < beyond_key and u.id > after
+        order by u.id limit at_most;
+    end if;
+end
+$$;
+
+-- Signs a user out everywhere and keeps them out, or lets them in again. Answers the ended sessions.
+create or replace function disable_user(target bigint, disabled boolean) returns bigint[]
+language plpgsql volatile as $$
+begin
+    update users set is_disabled = disabled, is_active = not disabled
+    where id = target and deleted_at is null;
+    return case when disabled then end_sessions(target, 0) else '{}' end;
+end
+$$;
+
+-- Gives a user another password, forgives the tries at the old one and signs them out everywhere.
+-- Answers the ended sessions.
+create or replace function reset_password(target bigint, new_hash text) returns bigint[]
+language plpgsql volatile as $$
+begin
+    update users set password_hash = new_hash where id = target and deleted_at is null;
+    delete from attempts where key in (
+        'password:' || target, 'login:' || (select email_key from users where id = target));
+    return end_sessions(target, 0);
+end
+$$;
+
+-- Changes what is given (not null) of an account whose password was verified, where that was
+-- needed. A new password ends every other session, an account made inactive also this one.
+-- Answers the ended sessions; null where the password is no longer the verified one.
+create or replace function change_user(
+    me bigint, my_session bigint, verified_hash text, new_email text, new_email_key text,
+    new_username text, new_username_key text, new_hash text, active boolean)
+returns bigint[] language plpgsql volatile as $$
+begin
+    update users u set
+        email = coalesce(new_email, u.email), email_key = coalesce(new_email_key, u.email_key),
+        username = coalesce(new_username, u.username),
+        username_key = coalesce(new_username_key, u.username_key),
+        password_hash = coalesce(new_hash, u.password_hash),
+        is_active = coalesce(active, u.is_active)
+    where u.id = me and u.deleted_at is null
+      and u.password_hash = coalesce(verified_hash, u.password_hash);
+    if not found then
+        return null;
+    end if;
+    delete from attempts where verified_hash is not null and key = 'password:' || me;
+    if active is false then
+        return end_sessions(me, 0);
+    elsif new_hash is not null then
+        return end_sessions(me, my_session);
+    end if;
+    return '{}';
+end
+$$;
+
+-- Deletes an account: address and name are free again, its messages become nobody's. It leaves its
+-- chats afterwards (leave_next_chat). Answers the ended sessions.
+create or replace function delete_user(me bigint) returns bigint[]
+language plpgsql volatile as $$
+begin
+    update users set email = null, email_key = null, username = null, username_key = null,
+        password_hash = null, is_active = false, is_leaving = true, deleted_at = now()
+    where id = me and deleted_at is null;
+    return end_sessions(me, 0);
+end
+$$;
+
+-- Ends the sessions of a user but one, and answers which: a statement of its own, after the lock
+-- on the user, so that it sees those of a login that was faster.
+create or replace function end_sessions(of_user bigint, but bigint) returns bigint[]
+language sql volatile as $$
+    with ended as (
+        update sessions set ended_at = clock_timestamp()
+        where user_id = of_user and id <> but and ended_at is null returning id
+    )
+    select coalesce(array_agg(id), '{}') from ended
+$$;
+
+-- Deletes a piece of what a chat without participants leaves, and answers how many rows it was.
+create or replace function sweep_empty_chat(at_most int) returns bigint
+language plpgsql volatile as $$
+declare
+    chat  bigint;
+    swept bigint;
+begin
+    select id into chat from chats where participant_count = 0 limit 1 for update skip locked;
+    if chat is null then
+        return 0;
+    end if;
+    with message as (
+        delete from messages m using (
+            select seq from messages where chat_id = chat order by seq limit at_most) old
+        where m.chat_id = chat and m.seq = old.seq returning m.seq
+    ), word as (
+        delete from message_words w using (
+            select seq from message_words where chat_id = chat order by seq limit at_most) old
+        where w.chat_id = chat and w.seq = old.seq returning w.seq
+    ), step as (
+        delete from reads r using (
+            select user_id, seq from reads where chat_id = chat limit at_most) old
+        where r.chat_id = chat and r.user_id = old.user_id and r.seq = old.seq returning r.seq
+    )
+    select count(*) into swept
+    from (select from message union all select from word union all select from step) gone;
+    if swept = 0 then
+        delete from departures where chat_id = chat;
+        delete from search_positions where chat_id = chat;
+        delete from chats where id = chat;
+    end if;
+    return swept + 1;
+end
+$$;
+
+-- Takes a session to its next generation, or answers that again to who lost the answer: within the
+-- grace, and while nobody went on from there. Else no row.
+create or replace function rotate_session(
+    session_id bigint, me bigint, known_generation bigint, grace_seconds float8)
+returns table (id bigint, generation bigint, rotated_at timestamptz)
+language plpgsql volatile as $$
+#variable_conflict use_column
+begin
+    return query update sessions s
+    set generation = s.generation + 1, rotated_at = now(), last_used_at = now()
+    where s.id = session_id and s.user_id = me and s.generation = known_generation
+      and s.ended_at is null
+    returning s.id, s.generation, s.rotated_at;
+    if not found then
+        return query select s.id, s.generation, s.rotated_at from sessions s
+        where s.id = session_id and s.user_id = me and s.generation = known_generation + 1
+          and s.ended_at is null and s.rotated_at > now() - make_interval(secs => grace_seconds);
+    end if;
+end
+$$;
+
+-- Counts a try at something, unless the allowed number within the window is used up: then answers
+-- in how many seconds the next one is allowed. Two at once are counted one after the other.
+create or replace function count_attempt(attempt text, window_seconds float8, allowed int)
+returns int language plpgsql volatile as $$
+declare
+    oldest timestamptz;  -- of the newest that use the allowance up
+begin
+    perform pg_advisory_xact_lock(hashtext(attempt));
+    select a.at into oldest from attempts a
+    where a.key = attempt and a.at > now() - make_interval(secs => window_seconds)
+    order by a.at desc offset allowed - 1 limit 1;
+    if oldest is null then
+        insert into attempts (key, at) values (attempt, clock_timestamp());
+        return null;
+    end if;
+    return greatest(1, ceil(extract(epoch from
+        oldest + make_interval(secs => window_seconds) - now()))::int);
+end
+$$;

@@ -1,0 +1,525 @@
+"""The limits: where each begins, what is heard beyond it, whom it concerns, and when it ends."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import asyncpg
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+import messenger
+from plumbing import guard
+from plumbing.guard import Rate
+from support.databases import until_waiting
+from support.people import PASSWORD, Line, Person, new_id
+from support.raw import HANDSHAKE
+from support.servers import SECRET_KEY, SETTINGS
+
+Client = TestClient[Any, Any]
+SLOW = 1000  # seconds until a spent allowance has one more: no test waits for it by chance
+WRONG = "wrong password"
+
+
+class House:
+    """Servers on one database behind a proxy that is trusted, and the way of people to them."""
+
+    def __init__(
+        self, database_url: str, serve: Callable[..., Awaitable[TestServer]],
+        client: Callable[..., Awaitable[Client]],
+    ) -> None:
+        self._database_url, self._serve, self._client = database_url, serve, client
+        self.people: list[Person] = []
+
+    async def opens(self, **settings: Any) -> Client:
+        """Start a server with other settings; answer a client of it."""
+        settings.setdefault("trusted_proxies", "127.0.0.1")
+        changed = msgspec.structs.replace(SETTINGS, **settings)
+        app = messenger.make_app(changed, self._database_url, SECRET_KEY)
+        return await self._client(await self._serve(app))
+
+    async def takes_in(self, client: Client, name: str) -> Person:
+        """Register somebody there and log them in."""
+        person = Person(client, name)
+        await person.register()
+        await person.logs_in()
+        self.people.append(person)
+        return person
+
+
+@pytest.fixture
+async def house(
+    database_url: str, aiohttp_server: Any, aiohttp_client: Any
+) -> AsyncIterator[House]:
+    """Where servers are opened."""
+    made = House(database_url, aiohttp_server, aiohttp_client)
+    yield made
+    for person in made.people:
+        for line in person.lines:
+            await line.close()
+
+
+async def posts(client: Client, path: str, body: Any, origin: str) -> tuple[int, str, int]:
+    """POST from an address; answer the status, the kind of a refusal and its Retry-After."""
+    headers = {"X-Forwarded-For": origin}
+    async with client.post(f"/api/v1{path}", json=body, headers=headers) as answer:
+        kind = (await answer.json()).get("type", "")
+        return answer.status, kind, int(answer.headers.get("Retry-After", 0))
+
+
+async def logs_in(
+    client: Client, email: str, password: str = PASSWORD, origin: str = "203.0.113.1"
+) -> tuple[int, str, int]:
+    """Try to log in."""
+    return await posts(client, "/users/login", {"email": email, "password": password}, origin)
+
+
+async def registers(client: Client, name: str, origin: str = "203.0.113.1") -> tuple[int, str, int]:
+    """Try to register."""
+    body = {"email": f"{name}@example.com", "username": name, "password": PASSWORD}
+    return await posts(client, "/users", body, origin)
+
+
+async def attempts(sql: asyncpg.Connection) -> dict[str, int]:
+    """What is counted in the database, by the first word of its key."""
+    rows = await sql.fetch("select split_part(key, ':', 1), count(*) from attempts group by 1")
+    return dict(rows)
+
+
+# ---- Failed logins
+
+
+async def test_failed_logins_of_an_address_are_limited(house: House) -> None:
+    """So many logins from one address may fail, whatever the account; the next is 429 even with the
+    right password, at every server, and other addresses are not affected."""
+    here = await house.opens(login_failures_per_address=3)
+    elsewhere = await house.opens(login_failures_per_address=3)
+    await house.takes_in(here, "alice")
+    for server, name in ((here, "alice"), (elsewhere, "bob"), (here, "no address")):
+        refused = await logs_in(server, f"{name}@example.com", WRONG)
+        assert refused == (401, "invalid-credentials", 0)
+    for server in (here, elsewhere):
+        status, kind, wait = await logs_in(server, "alice@example.com")
+        assert (status, kind) == (429, "too-many-attempts")
+        assert 890 < wait <= 900
+        assert (await logs_in(server, "alice@example.com", origin="203.0.113.2"))[0] == 200
+    # Whoever has an IPv6 address has many of them.
+    for number in range(3):
+        origin = f"2001:db8:1:2::{number}"
+        assert (await logs_in(here, f"{number}@example.com", WRONG, origin))[0] == 401
+    assert (await logs_in(here, "alice@example.com", origin="2001:db8:1:2:3::4"))[0] == 429
+    assert (await logs_in(here, "alice@example.com", origin="2001:db8:1:3::4"))[0] == 200
+
+
+async def test_failed_logins_of_an_account_are_limited_at_all_servers(house: House) -> None:
+    """Failures at any server and from any address count against the account, and against no
+    other."""
+    servers = [await house.opens(login_failures_per_account=4) for _ in range(2)]
+    for name in ("alice", "bob"):
+        await house.takes_in(servers[0], name)
+    for number in range(4):
+        origin = f"203.0.113.{number}"
+        assert (await logs_in(servers[number % 2], "ALICE@example.com", WRONG, origin))[0] == 401
+    for server in servers:
+        status, kind, wait = await logs_in(server, "alice@example.com", origin="203.0.113.9")
+        assert (status, kind) == (429, "too-many-attempts")
+        assert 890 < wait <= 900
+        assert (await logs_in(server, "bob@example.com"))[0] == 200
+
+
+async def test_limit_lets_one_in_when_the_oldest_failure_is_past(
+    house: House, sql: asyncpg.Connection
+) -> None:
+    """Retry-After says when the oldest failure stops counting; then one more try is allowed."""
+    here = await house.opens(login_failures_per_account=2)
+    await house.takes_in(here, "alice")
+    for _ in range(2):
+        await logs_in(here, "alice@example.com", WRONG)
+        await sql.execute("update attempts set at = at - interval '5 minutes'")
+    status, _, wait = await logs_in(here, "alice@example.com")
+    assert status == 429
+    assert 290 < wait <= 300
+    await sql.execute("update attempts set at = at - interval '301 seconds'")
+    assert (await logs_in(here, "alice@example.com", WRONG))[0] == 401
+    status, _, wait = await logs_in(here, "alice@example.com", WRONG)
+    assert status == 429
+    assert 280 < wait <= 300
+
+
+async def test_login_forgives_one_try_of_the_address_and_all_of_the_account(
+    house: House, sql: asyncpg.Connection
+) -> None:
+    """A login that succeeds clears the failures of its account, and takes back its own try from the
+    address's count."""
+    here = await house.opens(login_failures_per_account=3, login_failures_per_address=4)
+    await house.takes_in(here, "alice")
+    for _ in range(2):
+        await logs_in(here, "alice@example.com", WRONG)
+    for _ in range(10):
+        assert (await logs_in(here, "alice@example.com"))[0] == 200
+    assert await attempts(sql) == {"login from": 2, "register": 1}
+    for _ in range(2):
+        assert (await logs_in(here, "alice@example.com", WRONG))[0] == 401
+    assert (await logs_in(here, "alice@example.com"))[:2] == (429, "too-many-attempts")
+    assert (await logs_in(here, "alice@example.com", origin="203.0.113.2"))[0] == 200
+
+
+async def test_logins_at_once_forgive_one_try_each(house: House, sql: asyncpg.Connection) -> None:
+    """A household behind one address whose members all log in at once leaves nothing counted
+    against it."""
+    here = await house.opens(login_failures_per_address=30)
+    for number in range(5):
+        await house.takes_in(here, f"user_{number}")
+    for _ in range(3):
+        answers = await asyncio.gather(
+            *(logs_in(here, f"user_{number % 5}@example.com") for number in range(20)))
+        assert {status for status, *_ in answers} == {200}
+    assert "login from" not in await attempts(sql)
+
+
+async def test_tries_at_the_present_password_are_limited(house: House) -> None:
+    """Whoever holds a token may guess the password no more often than at a login, and their guesses
+    do not keep the owner from logging in."""
+    here = await house.opens(login_failures_per_account=3)
+    alice = await house.takes_in(here, "alice")
+    body = {"email": "new@example.com", "current_password": WRONG}
+    for _ in range(3):
+        assert (await alice.asks("PUT", f"/users/{alice.id}", body)).status == 403
+    answer = await alice.asks("PUT", f"/users/{alice.id}", body | {"current_password": PASSWORD})
+    assert (answer.status, (await answer.json())["type"]) == (429, "too-many-attempts")
+    assert int(answer.headers["Retry-After"]) > 890
+    assert (await logs_in(here, alice.email))[0] == 200
+
+
+async def test_a_server_that_is_too_busy_counts_no_failure(
+    house: House, sql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login that is refused because others flood the server counts as no failure: a 503 leads to
+    no 429."""
+    here = await house.opens(login_failures_per_account=2, login_failures_per_address=2)
+    await house.takes_in(here, "alice")
+    before = await attempts(sql)
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "PASSWORD_QUEUE_MAX", 0)
+        for _ in range(4):
+            assert (await logs_in(here, "alice@example.com")) == (503, "service-unavailable", 1)
+            assert (await registers(here, "bob")) == (503, "service-unavailable", 1)
+    assert await attempts(sql) == before
+    assert (await logs_in(here, "alice@example.com"))[0] == 200
+
+
+async def test_tries_at_once_are_counted_one_after_the_other(
+    sql: asyncpg.Connection, database_url: str
+) -> None:
+    """A try that is counted but not yet committed keeps the next from passing beside it."""
+    other = await asyncpg.connect(database_url)
+    async with sql.transaction():
+        assert await sql.fetchval(messenger.COUNT_ATTEMPT, "somebody", 900, 1) is None
+        beside = asyncio.create_task(other.fetchval(messenger.COUNT_ATTEMPT, "somebody", 900, 1))
+        await until_waiting(sql)
+        assert not beside.done()
+    assert await beside == 900
+    assert await other.fetchval(messenger.COUNT_ATTEMPT, "nobody", 900, 1) is None
+    await other.close()
+
+
+# ---- Registrations
+
+
+async def test_registrations_of_an_address_are_limited(house: House) -> None:
+    """So many registrations from one address are tried, at all servers together; a request that is
+    invalid does not count."""
+    servers = [await house.opens(registrations_per_address=3) for _ in range(2)]
+    for _ in range(5):
+        assert (await registers(servers[0], "no name"))[0] == 422
+    assert (await registers(servers[0], "alice"))[0] == 201
+    assert (await registers(servers[1], "alice"))[:2] == (409, "email-taken")
+    assert (await registers(servers[1], "bob"))[0] == 201
+    for server in servers:
+        status, kind, wait = await registers(server, "carol")
+        assert (status, kind) == (429, "too-many-attempts")
+        assert 890 < wait <= 900
+        assert (await logs_in(server, "alice@example.com"))[0] == 200
+    assert (await registers(servers[0], "carol", "203.0.113.2"))[0] == 201
+
+
+async def test_registrations_at_once_are_limited_too(house: House) -> None:
+    """Of many registrations at the same moment as many get through as one after the other."""
+    here = await house.opens(registrations_per_address=5)
+    answers = await asyncio.gather(*(registers(here, f"user_{n}") for n in range(20)))
+    assert sorted(status for status, *_ in answers) == [201] * 5 + [429] * 15
+
+
+async def test_closed_registration_is_403(house: House, sql: asyncpg.Connection) -> None:
+    """With REGISTRATION=closed nobody can make an account, and nothing is counted."""
+    here = await house.opens(registration="closed")
+    for name in ("alice", "no name"):
+        assert (await registers(here, name))[:2] == (403, "registration-closed")
+    assert await sql.fetchval("select count(*) from users") == 0
+    assert await attempts(sql) == {}
+
+
+# ---- Messages
+
+
+async def test_messages_over_rest_and_sockets_share_one_allowance(house: House) -> None:
+    """A user's messages and edits count together, over REST and sockets; beyond the burst REST
+    answers 429, and a socket gets an `error` with the frame's `ref` and `chat_id` and stays open;
+    reading, deleting and other users go on."""
+    here = await house.opens(messages_burst=5, messages_per_second=1)
+    here.app[messenger.RATES][messenger.TooManyMessages] = Rate(5, 1 / SLOW)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    one, all_chats = await alice.listens_live(chat), Line(
+        await here.ws_connect("/ws", headers=alice.headers))
+    alice.lines.append(all_chats)
+    sent = await alice.says(chat, "1")
+    await alice.expects(200, "PATCH", f"/chats/{chat}/messages/{sent['id']}", {"text": "2"})
+    await one.says("3", ref="three")
+    await one.hears("ack")
+    await all_chats.says("4", ref="four", chat_id=chat)
+    await all_chats.hears("ack")
+    await alice.says(chat, "5")
+
+    answer = await alice.asks("POST", f"/chats/{chat}/messages", {"text": "6"})
+    assert (answer.status, (await answer.json())["type"]) == (429, "too-many-messages")
+    assert SLOW - 10 < int(answer.headers["Retry-After"]) <= SLOW
+    answer = await alice.asks("PATCH", f"/chats/{chat}/messages/{sent['id']}", {"text": "6"})
+    assert (answer.status, (await answer.json())["type"]) == (429, "too-many-messages")
+    for line, named in ((one, {}), (all_chats, {"chat_id": chat})):
+        await line.says("7", ref="seven", **named)
+        heard = await line.hears("error")
+        assert (heard["data"]["type"], heard["data"]["status"]) == ("too-many-messages", 429)
+        assert heard["ref"] == "seven"
+        assert heard.get("chat_id") == named.get("chat_id")
+        await line.sends(type="read", message_id=sent["id"], **named)  # and it stays open
+    await alice.reads(chat, sent)
+    await alice.expects(204, "DELETE", f"/chats/{chat}/messages/{sent['id']}")
+    for text in "12345":
+        await bob.says(chat, text)
+    assert await one.hears_text("5")
+    assert await alice.history(chat) == ["", "3", "4", "5", *"12345"]
+
+
+async def test_allowance_of_messages_grows_again(house: House) -> None:
+    """After the seconds of Retry-After the next message is taken."""
+    here = await house.opens(messages_burst=1, messages_per_second=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    await alice.says(chat, "first")
+    answer = await alice.asks("POST", f"/chats/{chat}/messages", {"text": "too soon"})
+    assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+    await asyncio.sleep(1)
+    await alice.says(chat, "second")
+    assert await alice.history(chat) == ["first", "second"]
+
+
+async def test_bad_input_costs_no_message(house: House) -> None:
+    """A message whose shape is refused does not count; one that is sent again does."""
+    here = await house.opens(messages_burst=2, messages_per_second=1)
+    here.app[messenger.RATES][messenger.TooManyMessages] = Rate(2, 1 / SLOW)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    line = await alice.listens_live(chat)
+    for _ in range(3):
+        await alice.says(chat, "", status=422)
+        await line.sends(type="message")
+        await line.hears("error")
+    body = {"text": "once", "id": new_id()}
+    for status in (201, 200, 429):
+        answer = await alice.asks("POST", f"/chats/{chat}/messages", body)
+        assert answer.status == status
+    assert await alice.history(chat) == ["once"]
+
+
+async def test_socket_is_closed_only_for_who_goes_on(house: House) -> None:
+    """Refusals alone close no socket; only a socket that goes on sending is closed with 4429."""
+    here = await house.opens(messages_burst=1, messages_per_second=1)
+    here.app[messenger.RATES][messenger.TooManyMessages] = Rate(1, 1 / SLOW)
+    here.app[messenger.RATES][messenger.FLOODING] = Rate(20, 1 / SLOW)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    flooding, calm, other = [await who.listens_live(chat) for who in (alice, alice, bob)]
+    for number in range(21):
+        await flooding.says("hello", ref=number)
+    for number in range(1, 21):
+        assert (await flooding.hears("error"))["ref"] == number
+    await flooding.sends(type="typing")
+    assert await other.hears("typing")
+    await flooding.says("and on")
+    assert await flooding.is_closed() == 4429
+    await calm.sends(type="typing")
+    assert await other.hears("typing")
+
+
+@pytest.mark.parametrize("flood", ["binary", "text"])
+async def test_flood_of_any_frames_is_closed(
+    app: web.Application, alice: Person, bob: Person, flood: str
+) -> None:
+    """Whatever a socket floods with, it is closed with 4429 in the end."""
+    app[messenger.RATES][messenger.TooManyFrames] = Rate(20, 1 / SLOW)
+    app[messenger.RATES][messenger.FLOODING] = Rate(20, 1 / SLOW)
+    chat = await alice.opens(bob)
+    line = await alice.listens_live(chat)
+    with contextlib.suppress(aiohttp.ClientConnectionResetError, ConnectionError):
+        for _ in range(100):
+            if flood == "binary":
+                await line.ws.send_bytes(b"{}")
+            else:
+                await line.ws.send_str("{}")
+    assert await line.is_closed() == 4429
+
+
+async def test_new_socket_has_an_allowance_of_its_own(app: web.Application, alice: Person) -> None:
+    """A new socket does not pay for what closed sockets have spent."""
+    app[messenger.RATES][messenger.TooManyFrames] = Rate(1, 1 / SLOW)
+    for _ in range(150):  # enough for one to get the memory of another
+        line = Line(await alice.client.ws_connect("/ws", headers=alice.headers))
+        for kind in ("invalid-input", "too-many-frames"):
+            await line.ws.send_str("{}")
+            assert (await line.hears("error"))["data"]["type"] == kind
+        await line.close()
+
+
+# ---- Typing
+
+
+async def test_typing_is_limited(house: House) -> None:
+    """So many `typing` frames of a user are told, over all of their sockets; then each is an
+    `error` that nobody else hears."""
+    here = await house.opens(typing_per_second=3)
+    here.app[messenger.RATES][messenger.TooMuchTyping] = Rate(3, 1 / SLOW)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    lines = [await alice.listens_live(chat) for _ in range(2)]
+    other = await bob.listens_live(chat)
+    for line in (*lines, lines[0]):
+        await line.sends(type="typing", ref="yes")
+        assert await other.hears("typing")
+    for line in lines:
+        await line.sends(type="typing", ref="no")
+        heard = await line.hears("error")
+        assert (heard["data"]["type"], heard["data"]["status"]) == ("too-much-typing", 429)
+        assert heard["ref"] == "no"
+    await other.sends(type="typing")
+    assert await lines[0].hears("typing")
+    await lines[0].says("marker")
+    assert (await other.hears())["type"] == "message"  # and no more typing before it
+
+
+# ---- Sockets
+
+
+async def refusal(client: Client, path: str, headers: dict[str, str]) -> tuple[int, str, int]:
+    """Try to open a socket; answer the status, kind and Retry-After of its refusal."""
+    async with client.get(path, headers=HANDSHAKE | headers) as answer:
+        kind = "" if answer.status == 101 else (await answer.json())["type"]
+        return answer.status, kind, int(answer.headers.get("Retry-After", 0))
+
+
+async def test_sockets_of_a_user_are_limited(house: House) -> None:
+    """A user may have so many sockets open at once, of both kinds together; each that closes makes
+    room for another, a refused one takes none, and other users have their own."""
+    here = await house.opens(sockets_per_user=3)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    lines = [await alice.listens_live(chat) for _ in range(2)]
+    lines.append(Line(await here.ws_connect("/ws", headers=alice.headers)))
+    alice.lines.append(lines[2])
+    for path in ("/ws", f"/ws/{chat}"):
+        assert await refusal(here, path, alice.headers) == (429, "too-many-sockets", 1)
+    await bob.listens_live(chat)
+    for line, path in ((lines[0], "/ws"), (lines[2], f"/ws/{chat}")):
+        await line.close()
+        async with asyncio.timeout(5):
+            while (await refusal(here, "/ws/999999", alice.headers))[0] == 429:
+                await asyncio.sleep(0.01)
+        assert (await refusal(here, "/ws/999999", alice.headers))[0] == 404
+        alice.lines.append(Line(await here.ws_connect(path, headers=alice.headers)))
+        assert (await refusal(here, "/ws", alice.headers))[0] == 429
+
+
+async def test_sockets_at_once_are_limited_too(house: House) -> None:
+    """Of many handshakes at the same moment as many get through as one after the other."""
+    here = await house.opens(sockets_per_user=4)
+    alice = await house.takes_in(here, "alice")
+
+    async def opens() -> int:
+        try:
+            alice.lines.append(Line(await here.ws_connect("/ws", headers=alice.headers)))
+        except aiohttp.WSServerHandshakeError as refused:
+            return refused.status
+        return 101
+
+    answers = await asyncio.gather(*(opens() for _ in range(20)))
+    assert sorted(answers) == [101] * 4 + [429] * 16
+
+
+async def test_refused_handshakes_are_limited(house: House) -> None:
+    """So many handshakes from one address without a valid token are answered 401, on both paths
+    together; the next are 429, but a valid token gets in, and other calls are not counted."""
+    here = await house.opens(refused_handshakes_per_second=1)
+    here.app[messenger.RATES][messenger.TooManyHandshakes] = Rate(3, 1 / SLOW)
+    alice = await house.takes_in(here, "alice")
+    origin = {"X-Forwarded-For": "203.0.113.1"}
+    junk = {"Authorization": "Bearer junk"}
+    for path, headers in (("/ws", {}), ("/ws/1", junk), ("/ws?token=junk", {})):
+        assert (await refusal(here, path, origin | headers))[:2] == (401, "unauthorized")
+    for path, headers in (("/ws", {}), ("/ws/1", junk), ("/ws", {"Authorization": "x"})):
+        status, kind, wait = await refusal(here, path, origin | headers)
+        assert (status, kind) == (429, "too-many-handshakes")
+        assert SLOW - 10 < wait <= SLOW
+    alice.lines.append(Line(await here.ws_connect("/ws", headers=alice.headers | origin)))
+    assert (await refusal(here, "/ws", {"X-Forwarded-For": "203.0.113.2"}))[0] == 401
+    async with here.get("/api/v1/users/me", headers=origin | junk) as answer:
+        assert answer.status == 401
+
+
+# ---- Without limits
+
+
+async def test_rate_limits_off_lifts_them_all(house: House) -> None:
+    """With RATE_LIMITS=off no setting of a limit has any effect."""
+    names = (
+        "login_failures_per_account", "login_failures_per_address", "registrations_per_address",
+        "messages_burst", "messages_per_second", "typing_per_second", "sockets_per_user",
+        "refused_handshakes_per_second",
+    )
+    here = await house.opens(rate_limits="off", **dict.fromkeys(names, 1))
+    rates = here.app[messenger.RATES]
+    for problem in rates:
+        rates[problem] = Rate(1, 1 / SLOW)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    for _ in range(3):
+        assert (await logs_in(here, alice.email, WRONG))[0] == 401
+        assert (await refusal(here, "/ws", {}))[0] == 401
+        line, other = await alice.listens_live(chat), await bob.listens_live(chat)
+        await alice.says(chat, "over REST")
+        await line.says("over a socket", ref=1)
+        await line.hears("ack")
+        await line.sends(type="typing")
+        assert await other.hears("typing")
+
+
+async def test_every_limit_is_a_setting() -> None:
+    """Each rate allows what its settings say."""
+    numbers = {
+        "messages_burst": 7, "messages_per_second": 2, "typing_per_second": 3,
+        "refused_handshakes_per_second": 4,
+    }
+    rates = messenger.make_rates(msgspec.structs.replace(SETTINGS, **numbers))
+    for problem, burst in (
+        (messenger.TooManyMessages, 7),
+        (messenger.TooMuchTyping, 3),
+        (messenger.TooManyHandshakes, 4),
+    ):
+        spent = [rates[problem].charge("somebody") for _ in range(burst + 1)]
+        assert spent[:-1] == [0.0] * burst
+        assert 0 < spent[-1] <= 0.5
+    usual = messenger.Settings()
+    assert (usual.messages_burst, usual.messages_per_second, usual.sockets_per_user) == (60, 20, 50)

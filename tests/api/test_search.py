@@ -1,0 +1,300 @@
+"""Search in a history: words of every script, every change at once, pages, one's own chats."""
+
+import asyncio
+import random
+from typing import Any
+from urllib.parse import quote
+
+import asyncpg
+import pytest
+from aiohttp import web
+
+import messenger
+from support.people import Person, deletes, edits, pages
+from support.servers import Elsewhere
+
+STRETCH = 65_536  # the index knows words by stretches of so many messages
+
+
+def query(chat: int, q: str, more: str = "") -> str:
+    """The path of a search."""
+    return f"/chats/{chat}/messages?q={quote(q)}{more}"
+
+
+async def finds(person: Person, chat: int, q: str, more: str = "") -> list[str]:
+    """Search in a chat; answer the texts found."""
+    return [m["text"] for m in await person.gets(query(chat, q, more))]
+
+
+# ---- Words
+
+
+async def test_all_whole_words_are_found(alice: Person, bob: Person) -> None:
+    """A message is found by all of its words in any order and case, newest first; part of a word
+    does not find it, nor does one word too many."""
+    chat = await alice.opens(bob)
+    sent = [await alice.says(chat, text) for text in (
+        "The quick brown fox", "quick, \"brown\" (foxes)!", "BROWN-quick_fox", "brown\nFox\tquick",
+        "don't 3.14 user@example.com", "%_ \\ ' \" :* & | ! <-> $$",
+    )]
+    fox, foxes, snake, lines, marks, _ = [one["text"] for one in sent]
+    for q, expected in (
+        ("quick", [lines, snake, foxes, fox]), ("FOX brown", [lines, snake, fox]),
+        ("foxes", [foxes]), ("the fox", [fox]), ("fox the wolf", []), ("fo", []), ("ox", []),
+        ("quick brown quick BROWN", [lines, snake, foxes, fox]),
+        ("«brown», fox?", [lines, snake, fox]), ("!fox the", [fox]), ("fox:*", [lines, snake, fox]),
+        ("don't", [marks]), ("t don", [marks]), ("14", [marks]), ("3,14", [marks]), ("1", []),
+        ("example.com", [marks]), ("fox | foxes", []), ("fox & foxes", []),
+    ):
+        assert await finds(bob, chat, q) == expected, q
+    found = await bob.gets(query(chat, "the"))
+    assert found == [sent[0]]
+
+
+SCRIPTS = {
+    # what is written, by what it is found, by what it is not
+    "Съешь ЕЩЁ этих Булок": (("ещё съешь", "БУЛОК", "ЭТИХ"), ("булк", "еще")),
+    "ὈΔΥΣΣΕΎΣ και Οδός": (("ὀδυσσεύς", "ὀδυσσεύσ", "ΟΔΌΣ ΚΑΙ"), ("οδο",)),
+    "Straße GROẞ": (("STRASSE", "straße", "groß", "GROSS"), ("strase",)),
+    "नमस्ते दुनिया की": (("नमस्ते", "दुनिया नमस्ते", "की"), ("क", "नमस", "दुनय")),
+    "สวัสดี ชาวโลก": (("สวัสดี", "ชาวโลก"), ("สวสด", "ชาว")),
+    "漢字テスト。你好，世界": (("漢字テスト", "世界 你好"), ("漢", "你好世界")),
+    "한국어 안녕": (("한국어", "\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165"), ("한국",)),
+    "caf\u00e9 nai\u0308ve": (("cafe\u0301", "CAF\u00c9", "NA\u00cfVE", "na\u00efve"), ("cafe",)),
+    "ＦＵＬＬ　ｗｉｄｔｈ　１２３": (("full", "WIDTH 123", "ｆｕｌｌ"), ("12",)),
+    "ﬁn ①② Ⅷ": (("fin", "12", "VIII", "viii"), ("f", "i")),
+    "שָׁלוֹם עולם": (("שָׁלוֹם", "עולם"), ("שלו",)),
+    "مرحبا بالعالم ٤٢": (("مرحبا", "٤٢ بالعالم"), ("مرح",)),
+    "ԲԱՐԵՎ 𐐀𐐁": (("բարեվ", "𐐨𐐩"), ("բար",)),
+    "می‌خواهم": (("می‌خواهم",), ("می‌خواه",)),
+    "x²y great🙂party I❤️NY": (("x2y", "great party", "party🎉", "ny"), ("greatparty", "iny")),
+}
+
+
+async def test_words_of_any_script_are_found_in_any_case(alice: Person, bob: Person) -> None:
+    """Letters, marks and digits of a script make a word; case, width and how accents are written
+    do not matter."""
+    chat = await alice.opens(bob)
+    for text in SCRIPTS:
+        await alice.says(chat, text)
+    for text, (found, missed) in SCRIPTS.items():
+        for q in found:
+            assert await finds(bob, chat, q) == [text], (text, q)
+        for q in missed:
+            assert text not in await finds(bob, chat, q), (text, q)
+
+
+async def test_turkish_is_found_in_any_case(alice: Person, bob: Person) -> None:
+    """The dotted and the dotless i have capitals of their own, and both are found in either."""
+    chat = await alice.opens(bob)
+    for text in ("İstanbul", "ısparta", "DİYARBAKIR"):
+        await alice.says(chat, text)
+    for q, expected in (
+        ("İSTANBUL", "İstanbul"), ("istanbul", "İstanbul"), ("ısparta", "ısparta"),
+        ("ISPARTA", "ısparta"), ("diyarbakır", "DİYARBAKIR"),
+    ):
+        assert await finds(bob, chat, q) == [expected], q
+
+
+async def test_query_without_a_word_finds_nothing(alice: Person, bob: Person) -> None:
+    """An empty query, punctuation and emoji are not words: the answer is an empty list, and a
+    message of emoji cannot be found."""
+    chat = await alice.opens(bob)
+    for text in ("🙂🎉", "❤️ 1️⃣ 👍🏽 👨‍👩‍👧", "... \u0301", "love ❤️"):
+        await alice.says(chat, text)
+    for q in (
+        "", " ", "...", "!? -", "🙂", "❤️", "👍🏽", "👨‍👩‍👧",
+        "\u0301", "\u200d", "\ufe0f", "%", "_",
+    ):
+        answer = await bob.asks("GET", f"/chats/{chat}/messages", params={"q": q})
+        assert (answer.status, await answer.json()) == (200, []), q
+        assert "Link" not in answer.headers
+    assert await finds(bob, chat, "❤️ love") == ["love ❤️"]
+
+
+async def test_long_words_do_no_harm(alice: Person, bob: Person) -> None:
+    """A message of one word of 4,096 characters, in any script, is indexed like any other."""
+    chat = await alice.opens(bob)
+    dice = random.Random(7)
+    word = "".join(chr(dice.randrange(0x4E00, 0x9FFF)) for _ in range(4096))
+    wide = "\ufdfa" * 4096  # each of them folds to 18 characters, spaces among them
+    for text in (word, wide, "".join(dice.choices("abcdefghij0123456789", k=4096))):
+        await alice.says(chat, text)
+    many = " ".join(str(number) for number in range(1000))
+    await alice.says(chat, many)
+    await alice.says(chat, "after it")
+    assert await finds(bob, chat, "after") == ["after it"]
+    assert await finds(bob, chat, "7 999") == [many]
+    assert await finds(bob, chat, word[:200]) == []
+    assert await finds(bob, chat, "\ufdfa" * 200) == [wide]
+
+
+# ---- What changes
+
+
+async def test_change_is_found_at_once(
+    alice: Person, bob: Person, elsewhere: Elsewhere
+) -> None:
+    """A message is found as it is at the time of the search, at any server: posted, edited or
+    deleted."""
+    chat = await alice.opens(bob)
+    there = await elsewhere.takes(bob)
+    for number in range(5):
+        sent = await alice.says(chat, f"old {number}")
+        assert await finds(there, chat, f"old {number}") == [f"old {number}"]
+        await edits(alice, sent, f"new {number}")
+        assert await finds(bob, chat, f"old {number}") == []
+        assert await finds(there, chat, f"{number} new") == [f"new {number}"]
+    await deletes(alice, sent)
+    for who in (bob, there):
+        assert await finds(who, chat, "4") == []
+        assert await finds(who, chat, "new") == [f"new {number}" for number in (3, 2, 1, 0)]
+
+
+async def test_indexers_that_race_leave_no_stale_word(
+    app: web.Application, alice: Person, bob: Person, elsewhere: Elsewhere
+) -> None:
+    """An indexer that read a message before an edit and writes after another has indexed the edit
+    changes nothing: only the new words are found."""
+    chat = await alice.opens(bob)
+    sent = await alice.says(chat, "old")
+    slow, fast = app[messenger.INDEX], elsewhere.app[messenger.INDEX]
+    database = app[messenger.DATABASE]
+    rows, held, go_on = database.rows, asyncio.Event(), asyncio.Event()
+
+    async def stops_before_writing(statement: str, *arguments: Any) -> Any:
+        if statement == messenger.INDEX_WORDS and not held.is_set():
+            held.set()
+            await go_on.wait()
+        return await rows(statement, *arguments)
+
+    for first in ("old", "older"):  # the first words of the chat, and later ones
+        database.rows = stops_before_writing  # type: ignore[method-assign]
+        racing = asyncio.create_task(slow.take_in(chat))
+        await held.wait()
+        await edits(alice, sent, f"new {first}er")
+        await fast.take_in(chat)
+        go_on.set()
+        await racing
+        assert await finds(bob, chat, first) == []
+        assert await finds(bob, chat, "new") == [f"new {first}er"]
+        await edits(alice, sent, "older")
+        held.clear()
+        go_on.clear()
+    del database.rows
+
+
+async def test_search_finds_what_is_posted_while_many_index(
+    alice: Person, bob: Person, elsewhere: Elsewhere,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While others post, edit and search at two servers, each finds at once the word that they
+    wrote last."""
+    monkeypatch.setattr(messenger, "INDEX_PAGE", 3)
+    chat = await alice.opens(bob)
+
+    async def works(who: Person, name: str) -> None:
+        for number in range(4):
+            sent = await who.says(chat, f"{name} a{number}")
+            await edits(who, sent, f"{name} b{number}")
+            assert await finds(who, chat, f"{name} a{number}") == []
+            assert await finds(who, chat, f"b{number} {name}") == [f"{name} b{number}"]
+
+    there = await elsewhere.takes(bob)
+    await asyncio.gather(*[works(who, f"n{n}") for n, who in enumerate((alice, bob, there) * 2)])
+    found = await finds(bob, chat, "b3")
+    assert sorted(found) == [f"n{n} b3" for n in range(6)]
+
+
+async def test_words_are_taken_in_without_a_search(
+    app: web.Application, alice: Person, bob: Person, sql: asyncpg.Connection
+) -> None:
+    """The words of what was posted and edited are indexed in the background, without a search."""
+    chat = await alice.opens(bob)
+    sent = await alice.says(chat, "old")
+    await app[messenger.INDEX].run()
+    words = "select words from message_words where chat_id = $1"
+    assert await sql.fetchval(words, chat) == [f"{chat}:0:old"]
+    await edits(alice, sent, "new")
+    await app[messenger.INDEX].run()
+    assert await sql.fetchval(words, chat) == [f"{chat}:0:new"]
+    assert await sql.fetchval("select rev from search_positions where chat_id = $1", chat) == 2
+
+
+# ---- Pages
+
+
+async def test_search_is_paged_to_the_end(alice: Person, bob: Person) -> None:
+    """`limit` and the Link lead through all matches once, newest first; `before` is an exclusive
+    number; `after`, a query that is too long and NUL are 422."""
+    chat = await alice.opens(bob)
+    for number in range(1, 12):
+        await alice.says(chat, f"word & {number}" if number % 2 else "another")
+    expected = [11, 9, 7, 5, 3, 1]
+    for limit, sizes in ((1, [1] * 6), (4, [4, 2]), (5, [5, 1]), (6, [6]), (100, [6])):
+        found = await pages(bob, query(chat, "Word & word", f"&limit={limit}"))
+        assert [len(page) for page in found] == sizes, limit
+        assert [m["seq"] for page in found for m in page] == expected, limit
+    for before in (0, 1, 2, 7, 12, 2**63 - 1):
+        found = await bob.gets(query(chat, "word", f"&before={before}"))
+        assert [m["seq"] for m in found] == [seq for seq in expected if seq < before]
+    for more in ("&after=0", "&after=1&before=3"):
+        problem = await bob.gets(query(chat, "word", more), 422)
+        assert problem["errors"][0]["loc"] == "$.after"
+    for q in ("x" * 201, "a%00b"):
+        problem = await bob.gets(f"/chats/{chat}/messages?q={q}", 422)
+        assert problem["errors"][0]["loc"] == "$.q"
+
+
+async def test_search_passes_from_stretch_to_stretch(
+    alice: Person, bob: Person, sql: asyncpg.Connection
+) -> None:
+    """In a chat of more numbers than one stretch of the index holds, a word is found on both sides
+    of each border, page by page, and so is an edit."""
+    chat, last = await alice.opens(bob), 2 * STRETCH + 2
+    borders = [n for n in range(last, 0, -1) if n % STRETCH in (0, 1, STRETCH - 1)]
+    assert len(borders) == 7
+    await sql.execute(  # what lies between was taken by edits
+        "insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)"
+        " select $1, n, n, gen_random_uuid(), $2, 'border', now() from unnest($3::bigint[]) n",
+        chat, alice.id, borders,
+    )
+    await sql.execute("update chats set last_rev = $2, last_seq = $2 where id = $1", chat, last)
+    for limit in (1, 2, 3, 7):
+        found = await pages(bob, query(chat, "border", f"&limit={limit}"))
+        assert [m["seq"] for page in found for m in page] == borders
+    sent = (await bob.gets(f"/chats/{chat}/messages?before={STRETCH + 1}&limit=1"))[0]
+    await edits(alice, sent, "moved BORDER")
+    await alice.says(chat, "moved too")
+    found = await bob.gets(query(chat, "moved"))
+    assert [m["seq"] for m in found] == [last + 2, STRETCH]
+    assert [m["seq"] for m in await bob.gets(query(chat, "border moved"))] == [STRETCH]
+    assert await finds(bob, chat, "border", f"&before={STRETCH + 1}&limit=1") == ["moved BORDER"]
+
+
+# ---- Whose
+
+
+async def test_search_stays_in_its_chat(
+    alice: Person, bob: Person, carol: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only messages of this chat are found; a stranger gets the same 404 whatever is in it, and a
+    participant whose search is not indexed in time is told to come back."""
+    chat, other, foreign = await alice.opens(bob), await alice.founds(bob), await alice.opens(carol)
+    for place in (chat, other, foreign):
+        await alice.says(place, f"word in {place}")
+        await alice.says(place, f"{chat}:0:word {other}:0:word")
+    assert await finds(bob, chat, "in") == [f"word in {chat}"]
+    assert await finds(bob, other, "in") == [f"word in {other}"]
+    assert await finds(bob, other, f"{other}:0:word") == [f"{chat}:0:word {other}:0:word"]
+    nowhere = await bob.gets(query(2**40, "word"), 404)
+    assert nowhere["type"] == "chat-not-found"
+    for q in ("word", "nothing", ""):
+        assert await bob.gets(query(foreign, q), 404) == nowhere
+    await alice.says(foreign, "not indexed yet")
+    with monkeypatch.context() as patch:
+        patch.setattr(messenger, "INDEX_SECONDS", -1)
+        assert await bob.gets(query(foreign, "indexed"), 404) == nowhere
+        answer = await carol.asks("GET", query(foreign, "indexed"))
+        assert (answer.status, "Retry-After" in answer.headers) == (503, True)
+    assert await finds(carol, foreign, "indexed") == ["not indexed yet"]

@@ -1,0 +1,565 @@
+"""The web client and the docs page in a real browser: Chromium, driven by the DevTools protocol."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+import messenger
+from support.people import PASSWORD, Person
+from support.servers import SECRET_KEY, SETTINGS
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-port=0",
+)
+START_SECONDS = 20
+SEE_SECONDS = 10  # a generous deadline: nothing waits that long unless it is broken
+LOOK_SECONDS = 0.05
+TEXTS = "[...document.querySelectorAll('{}')].map(one => one.innerText)"
+
+
+# ==== The browser =================================================================================
+
+
+@pytest.fixture(scope="module")
+def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The DevTools address of a browser, which every test of this file uses."""
+    folder = tmp_path_factory.mktemp("chromium")
+    process = subprocess.Popen(
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+        cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )
+    try:
+        yield devtools_address(folder)
+    finally:
+        process.terminate()  # it ends its own processes
+        try:
+            process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def devtools_address(folder: Path) -> str:
+    """Wait until the browser has said where it listens."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError):
+            port, path = (folder / "DevToolsActivePort").read_text().splitlines()
+            return f"ws://127.0.0.1:{port}{path}"
+        time.sleep(LOOK_SECONDS)
+    raise AssertionError("chromium does not start")
+
+
+class Browser:
+    """A connection to the browser: commands go out with a number, answers and events come in."""
+
+    def __init__(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+        self.ws = ws
+        self.numbers = itertools.count(1)
+        self.asked: dict[int, asyncio.Future[Any]] = {}
+        self.pages: dict[str, Page] = {}  # by DevTools session
+
+    async def listen(self) -> None:
+        """Take what the browser tells, until it hangs up."""
+        async for heard in self.ws:
+            told = heard.json()
+            if "id" in told:
+                self.asked.pop(told["id"]).set_result(told)
+            elif told.get("sessionId") in self.pages:
+                self.pages[told["sessionId"]].hears(told["method"], told["params"])
+
+    async def commands(self, method: str, session: str = "", **params: Any) -> Any:
+        """Give a command, answer its result."""
+        number = next(self.numbers)
+        command = {"id": number, "method": method, "params": params}
+        self.asked[number] = asyncio.get_running_loop().create_future()
+        await self.ws.send_json(command | ({"sessionId": session} if session else {}))
+        async with asyncio.timeout(START_SECONDS):
+            answer = await self.asked[number]
+        assert "error" not in answer, f"{method}: {answer}"
+        return answer["result"]
+
+    async def opens(self, url: str, beside: "Page | None" = None) -> "Page":
+        """Open a page: as if in a browser of its own, or as another tab beside one."""
+        context = beside.context if beside else await self.commands(
+            "Target.createBrowserContext", disposeOnDetach=True
+        )
+        target = await self.commands("Target.createTarget", url="about:blank", **context)
+        attached = await self.commands("Target.attachToTarget", flatten=True, **target)
+        page = self.pages[attached["sessionId"]] = Page(self, attached["sessionId"], context)
+        for domain in ("Page", "Runtime", "Log"):
+            await page.commands(f"{domain}.enable")
+        await page.commands("Page.navigate", url=url)
+        return page
+
+
+class Page:
+    """A page, used as a person would: by what is seen on it, with keys and clicks."""
+
+    def __init__(self, browser: Browser, session: str, context: dict[str, str]) -> None:
+        self.browser = browser
+        self.session = session
+        self.context = context  # whose storage it has
+        self.complaints: list[str] = []  # what its console was told: errors, violations of policy
+        self.asked: list[str] = []  # what it was asked to confirm
+        self.requested: list[str] = []  # the URLs, from when its network is watched
+
+    def hears(self, method: str, params: Any) -> None:
+        """Note what the page complains of."""
+        if method == "Runtime.exceptionThrown":
+            self.complaints.append(json.dumps(params["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled":
+            self.complaints.append(json.dumps(params["args"]))
+        elif method == "Log.entryAdded":
+            self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url')}")
+        elif method == "Network.requestWillBeSent":
+            self.requested.append(params["request"]["url"])
+        elif method == "Page.javascriptDialogOpening":
+            self.asked.append(params["message"])
+
+    async def commands(self, method: str, **params: Any) -> Any:
+        """Give a command to this page."""
+        return await self.browser.commands(method, self.session, **params)
+
+    async def finds(self, script: str) -> Any:
+        """Answer what an expression is in the page."""
+        answer = await self.commands(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    async def waits(self, script: str, seconds: float = SEE_SECONDS) -> Any:
+        """Wait until an expression is true."""
+        deadline = time.monotonic() + seconds
+        while not (found := await self.finds(script)):
+            if time.monotonic() > deadline:
+                seen = await self.finds("document.body.innerText")
+                raise AssertionError(f"never: {script}\nseen: {seen}\n{self.complaints}")
+            await asyncio.sleep(LOOK_SECONDS)
+        return found
+
+    async def sees(self, text: str, where: str = "body") -> None:
+        """Wait until a text is shown."""
+        await self.waits(f"{one(where)}?.innerText.includes({json.dumps(text)})")
+
+    async def sees_no_more(self, text: str, where: str = "body") -> None:
+        """Wait until a text is not shown."""
+        await self.waits(f"!{one(where)}?.innerText.includes({json.dumps(text)})")
+
+    async def clicks(self, selector: str, text: str = "") -> None:
+        """Click on what is shown: the first of a selector that has the text."""
+        await self.clicks_on(shown(selector, text))
+
+    async def clicks_on(self, element: str) -> None:
+        """Click on an element once it is there; what it opens may have to be answered."""
+        await self.waits(f"(found => found && setTimeout(() => found.click()))({element})")
+
+    async def types(self, selector: str, text: str) -> None:
+        """Type into a field, in place of what was in it."""
+        await self.waits(f"{one(selector)}?.checkVisibility()")
+        await self.finds(f"{one(selector)}.focus(), {one(selector)}.select()")
+        await self.commands("Input.insertText", text=text)
+
+    async def presses(self, key: str, **key_event: Any) -> None:
+        """Press a key."""
+        for kind in ("keyDown", "keyUp"):
+            await self.commands("Input.dispatchKeyEvent", type=kind, key=key, **key_event)
+
+    async def confirms(self, text: str = "") -> None:
+        """Say yes to what the page asks, or what it asks for."""
+        async with asyncio.timeout(SEE_SECONDS):
+            while not self.asked:
+                await asyncio.sleep(LOOK_SECONDS)
+        self.asked.clear()
+        await self.commands("Page.handleJavaScriptDialog", accept=True, promptText=text)
+
+    # ---- The client
+    async def registers(self, name: str) -> None:
+        """Make an account and come in."""
+        await self.types("[name=username]", name)
+        await self.enters(name, "Make an account")
+
+    async def enters(self, name: str, button: str = "Log in") -> None:
+        """Fill in the form and come in."""
+        await self.types("[name=email]", f"{name}@example.com")
+        await self.types("[name=password]", PASSWORD)
+        await self.clicks("#enter button", button)
+        await self.sees(name, "#my-name")
+
+    async def opens_chat_with(self, name: str) -> None:
+        """Look somebody up and open the chat with them."""
+        await self.clicks("#new-chat")
+        await self.types("#query", name)
+        await self.clicks("#found li button", "Choose")
+        await self.sees(name, "#title")
+
+    async def says(self, text: str) -> None:
+        """Write a message and send it."""
+        await self.types("#text", text)
+        await self.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+
+    async def sees_message(self, text: str) -> None:
+        """Wait until a message is shown, answered by the server."""
+        await self.sees(text, "#messages")
+        await self.sees_no_more("sending", "#messages")
+
+    async def does(self, action: str, text: str) -> None:
+        """Use a button of a message."""
+        await self.clicks_on(f"{shown('.message', text)}?.querySelector('[data-do={action}]')")
+
+    async def texts(self) -> list[str]:
+        """Answer the texts of the messages that are shown, in order."""
+        return [str(text) for text in await self.finds(TEXTS.format(".message .text"))]
+
+
+def one(selector: str) -> str:
+    """Answer the expression for the first element of a selector."""
+    return f"document.querySelector({json.dumps(selector)})"
+
+
+def shown(selector: str, text: str) -> str:
+    """Answer the expression for the first visible element of a selector that has a text."""
+    return (
+        f"[...document.querySelectorAll({json.dumps(selector)})]"
+        f".find(one => one.checkVisibility() && one.innerText.includes({json.dumps(text)}))"
+    )
+
+
+@pytest.fixture
+async def browser(devtools: str) -> AsyncIterator[Browser]:
+    """The browser; the pages of a test go with it, before their server."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(devtools, max_msg_size=0) as ws,
+    ):
+        made = Browser(ws)
+        listening = asyncio.create_task(made.listen())
+        yield made
+        for context in {page.context["browserContextId"] for page in made.pages.values()}:
+            await made.commands("Target.disposeBrowserContext", browserContextId=context)
+        await ws.close()
+        await listening
+
+
+# ==== The client ==================================================================================
+
+
+async def test_two_people_talk(server: TestServer, browser: Browser) -> None:
+    """Two people who registered find each other and talk live: each sees who types, and what was
+    read."""
+    ann, ben = [await browser.opens(str(server.make_url("/"))) for _ in range(2)]
+    await ann.registers("ann_web")
+    await ben.registers("ben_web")
+    await ann.opens_chat_with("ben_web")
+    await ann.says("Hello, Ben!")
+    await ann.sees_message("Hello, Ben!")
+    await ben.sees("1", "#chats .badge")
+    await ben.clicks("#chats a", "ann_web")
+    await ben.sees_message("Hello, Ben!")
+    await ann.waits("!!document.querySelector('.mark[aria-label*=ben_web]')")
+    await ben.types("#text", "H")
+    await ann.sees("ben_web typing", "#typing")
+    await ben.does("reply", "Hello, Ben!")
+    await ben.says("Hi, Ann!")
+    await ann.sees_message("Hi, Ann!")
+    await ann.sees("You: Hello, Ben!", ".quote:not([hidden])")
+    assert await ann.texts() == await ben.texts() == ["Hello, Ben!", "Hi, Ann!"]
+    assert ann.complaints == ben.complaints == []
+
+
+async def test_edits_and_deletions_are_shown_to_the_other(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """An edit or a deletion appears at once on the other's screen."""
+    chat = await alice.opens(bob)
+    await alice.says(chat, "a slip")
+    await alice.says(chat, "a secret")
+    pages = [await browser.opens(f"{server.make_url('/')}#{chat}") for _ in range(2)]
+    for page, person in zip(pages, (alice, bob), strict=True):
+        await page.enters(person.name)
+        await page.sees_message("a secret")
+    mine, theirs = pages
+    await mine.does("edit", "a slip")
+    await mine.sees("Editing")
+    await mine.says("as it was meant")
+    await theirs.sees_message("as it was meant")
+    await theirs.sees("edited", "#messages")
+    await mine.does("remove", "a secret")
+    await mine.confirms()
+    await theirs.sees_message("This message was deleted.")
+    assert await theirs.texts() == ["as it was meant", "This message was deleted."]
+    assert mine.complaints == theirs.complaints == []
+
+
+async def test_what_was_written_without_a_server_is_sent_exactly_once(
+    database_url: str, sql: asyncpg.Connection, aiohttp_server: Any, aiohttp_client: Any,
+    browser: Browser,
+) -> None:
+    """A page whose server comes back gets what it missed and sends what it still has to send
+    exactly once; the first answer is cut off, so the page must send again."""
+
+    async def serve(*middlewares: Any, port: int | None = None) -> TestServer:
+        app = messenger.make_app(SETTINGS, database_url, SECRET_KEY)
+        app.middlewares[:0] = middlewares
+        started: TestServer = await aiohttp_server(app, port=port)
+        return started
+
+    first = await serve()
+    ann, ben = [Person(await aiohttp_client(first), name) for name in ("ann", "ben")]
+    await ann.register()
+    await ben.register()
+    await ben.logs_in()
+    page = await browser.opens(str(first.make_url("/")))
+    await page.enters("ann")
+    chat = await ben.opens(ann)
+    message = await ben.says(chat, "before")
+    await page.clicks("#chats a", "ben")
+    await page.sees_message("before")
+    port = first.port
+    await first.close()
+    await page.says("written meanwhile")
+    await page.sees("sending", "#messages")
+
+    elsewhere = await serve()
+    ben.client = await aiohttp_client(elsewhere)
+    for n in range(3):
+        await ben.says(chat, f"missed {n}")
+    await ben.expects(200, "PATCH", f"/chats/{chat}/messages/{message['id']}", {"text": "edited"})
+    await elsewhere.close()
+
+    lost = []
+
+    @web.middleware
+    async def lose_the_first_answer(request: web.Request, handler: Any) -> Any:
+        answer = await handler(request)
+        if request.method == "POST" and request.path.endswith("/messages"):
+            lost.append(answer.status)
+            if len(lost) == 1 and request.transport is not None:
+                request.transport.abort()
+        return answer
+
+    await serve(lose_the_first_answer, port=port)
+    await page.sees_message("written meanwhile")
+    await page.sees("missed 2", "#messages")
+    await page.waits("document.querySelector('#connection').hidden")
+    expected = ["edited", "missed 0", "missed 1", "missed 2", "written meanwhile"]
+    assert await page.texts() == expected
+    assert await sql.fetchval("select count(*) from messages where text like 'written%'") == 1
+    assert lost in ([201], [201, 200])  # the socket may tell of it before it is sent again
+    await page.commands("Page.reload")
+    await page.sees_message("written meanwhile")
+    assert await page.texts() == expected
+
+
+async def test_what_was_not_sent_outlives_the_page(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A page that was closed before its message was answered sends it when it is opened again."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.commands("Network.enable")
+    await page.commands("Network.setBlockedURLs", urls=["*/messages"])
+    await page.says("Wait for me")
+    await page.sees("sending", "#messages")
+    await page.commands("Network.setBlockedURLs", urls=[])
+    await page.commands("Page.reload")
+    await page.sees_message("Wait for me")
+    assert await bob.history(chat) == ["Wait for me"]
+
+
+HOSTILE = (
+    "<img src=x onerror=\"document.title='taken'\">",
+    "</script><script>document.title = 'taken'</script>",
+    "<b>bold</b> &amp; {{7*7}} javascript:alert(1)",
+)
+
+
+async def test_hostile_text_is_shown_as_text(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """Text that looks like markup stays text, as message, quote, name and search result."""
+    chat = await alice.founds(bob, name=HOSTILE[0])
+    for text in HOSTILE:
+        message = await alice.says(chat, text)
+    await alice.says(chat, "what?", reply_to=message["id"])
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("bob")
+    await page.sees_message("what?")
+    assert await page.texts() == [*HOSTILE, "what?"]
+    await page.sees(HOSTILE[0], "#title")
+    await page.sees(HOSTILE[2], ".quote:not([hidden])")
+    await page.clicks("#find")
+    await page.types("#words", "taken")
+    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    await page.sees_no_more("what?", "#messages")
+    assert await page.texts() == list(HOSTILE[:2])
+    assert await page.finds("document.querySelectorAll('img, b b, script').length") == 1
+    assert "taken" not in await page.finds("document.title")
+    assert page.complaints == []
+
+
+async def test_a_session_of_use_leaves_the_console_empty(
+    alice: Person, bob: Person, carol: Person, server: TestServer, browser: Browser
+) -> None:
+    """A long history, a group from its creation to leaving it, and logging out leave no complaint
+    in the console."""
+    chat = await bob.opens(alice)
+    for n in range(105):
+        await bob.says(chat, f"line {n}")
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.sees("99+", "#chats .badge")
+    await page.clicks("#chats a", "bob")
+    await page.sees_message("line 104")
+    for count in (100, 105):  # upwards, page by page; what was on the screen stays there
+        await page.finds("$('log').scrollTop = 0")
+        again = "following && ($('log').scrollTop = 0)"  # what came meanwhile led to the end
+        await page.waits(f"({again}, document.querySelectorAll('.message').length === {count})")
+        assert await page.finds("$('log').scrollTop > 100")
+    assert await page.texts() == [f"line {n}" for n in range(105)]
+
+    await page.commands("Page.reload")
+    await page.sees_message("line 104")
+    await page.clicks("#find")
+    await page.types("#words", "3 line")
+    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    await page.sees_no_more("line 104", "#messages")
+    assert await page.texts() == ["line 3"]
+    await page.does("show", "line 3")
+    await page.sees("line 104", "#messages")
+    assert "line 3" in await page.texts()
+
+    await page.clicks("#new-group")
+    await page.types("#group-name", "Friends")
+    await page.types("#query", "BO")
+    await page.clicks("#found li button", "Choose")
+    await page.clicks("#create")
+    await page.sees("Friends", "#title")
+    await page.clicks("#about")
+    await page.sees("Friends: 2 in it", "#group")
+    await page.clicks("#add")
+    await page.types("#query", "carol")
+    await page.clicks("#found li button", "Choose")
+    await page.sees("Friends: 3 in it", "#group")
+    await page.clicks("#rename")
+    await page.confirms("Old friends")
+    await page.sees("Old friends: 3 in it", "#group")
+    await page.clicks("#members button[aria-label='Remove bob']")
+    await page.sees("Old friends: 2 in it", "#group")
+    group = next(each for each in await carol.gets("/chats") if each["is_group"])
+    assert [each["username"] for each in group["participants"]] == ["alice", "carol"]
+    await page.clicks("#leave")
+    await page.confirms()
+    await page.sees_no_more("Old friends", "#chats")
+    await page.clicks("#logout")
+    await page.sees("Log in", "#door")
+    await page.enters("alice")
+    await page.sees("line 104", "#chats")
+    assert page.complaints == []
+
+
+async def test_only_one_tab_renews_the_tokens(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """While one tab renews the tokens another waits, and goes on with what the first one got."""
+    first = await browser.opens(str(server.make_url("/")))
+    await first.enters("alice")
+    await first.waits("socket?.readyState === 1")
+    second = await browser.opens(str(server.make_url("/")), beside=first)
+    await second.sees("alice", "#my-name")
+    await first.finds("void alone(() => new Promise(done => { window.letGo = done; }))")
+    for worn in ("{...session, renew_at: 0}", "session"):
+        await first.finds(f"localStorage.setItem('session', JSON.stringify({worn}))")
+        await asyncio.sleep(0.3)  # it reaches other tabs in a while
+        if worn != "session":
+            await second.commands("Network.enable")
+            await second.commands("Page.reload")
+            await second.waits("document.readyState === 'complete' && !me")
+    await first.finds("letGo()")
+    await second.waits("socket?.readyState === 1")
+    assert not [url for url in second.requested if url.endswith("/refresh")]
+    assert first.complaints == second.complaints == []
+
+
+async def test_an_open_socket_is_told_of_the_next_token(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """A token that grows old is renewed and sent on the socket, which stays open."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits("socket?.readyState === 1")
+    old = await page.finds("window.first = socket, session.refresh_token")
+    await page.finds("session.renew_at = 0, localStorage.session = JSON.stringify(session)")
+    await page.finds("proveToken()")
+    await page.waits("provedAt && heardAt >= provedAt")
+    assert await page.finds("storedSession().refresh_token") != old
+    assert await page.finds("socket === first && isConnected()")
+    assert page.complaints == []
+
+
+async def test_a_session_that_was_ended_elsewhere_leads_to_the_login(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """A browser whose session is ended from another device shows the login at once."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits("socket?.readyState === 1")
+    for each in await alice.gets("/users/me/sessions"):
+        if not each["current"]:
+            await alice.expects(204, "DELETE", f"/users/me/sessions/{each['id']}")
+    await page.sees("Your session has ended. Please log in again.", "#door")
+    assert await page.finds("localStorage.length") == 0
+
+
+# ==== The docs ====================================================================================
+
+
+VERBS = ("get", "post", "put", "patch", "delete")
+
+
+async def test_docs_show_every_operation_and_frame(server: TestServer, browser: Browser) -> None:
+    """Every operation and frame of the two documents is on the page; its links lead somewhere."""
+    async with aiohttp.ClientSession() as session:
+        async with session.get(server.make_url("/api/v1/openapi.json")) as answer:
+            api = await answer.json()
+        async with session.get(server.make_url("/api/v1/asyncapi.json")) as answer:
+            frames = await answer.json()
+    page = await browser.opens(str(server.make_url("/docs")))
+    await page.sees("entries", "#count")
+    paths = api["paths"].items()
+    operations = [f"{verb} {path}" for path, item in paths for verb in VERBS if verb in item]
+    titles = await page.finds(TEXTS.format(".operation h3"))
+    assert sorted(text.lower() for text in titles) == sorted(operations)
+    messages = frames["components"]["messages"].items()
+    titles = await page.finds(TEXTS.format(".frame h3"))
+    assert sorted(titles) == sorted(message.get("name", name) for name, message in messages)
+    links = "[...document.querySelectorAll('a[href^=\"#\"]')].map(one => one.hash.slice(1))"
+    assert await page.finds(f"{links}.filter(id => !document.getElementById(id))") == []
+    assert "undefined" not in await page.finds("document.body.innerText")
+    assert "[object" not in await page.finds("document.body.innerText")
+    await page.types("#filter", "participants")
+    await page.waits("document.querySelector('#count').innerText.match(/^[1-9]/)")
+    assert not await page.finds("document.querySelector('#create_user').checkVisibility()")
+    assert page.complaints == []

@@ -1,0 +1,275 @@
+"""Every statement reads through an index and touches few rows, however many messages there are.
+
+Each SQL constant is run on a database where one chat has most of the messages, which is the worst
+case for the planner: that a message is of this chat then says next to nothing. EXPLAIN shows the
+plans, but not those within functions; so PostgreSQL's own counters are asked as well, which count
+every scan of a table and every row that was touched, functions included.
+
+What is held here for sixty thousand messages holds for a million: no statement touches more
+rows than its page needs, wherever in the chat that is; and the more rows there are, the dearer is
+the scan of a table against a walk down an index, to the planner too.
+"""
+
+import json
+import os
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import psycopg
+import pytest
+
+import messenger
+from support.databases import with_database
+from support.source import statements
+
+USERS, CHATS = 5_000, 10_000
+MESSAGES = 60_000  # in the large chat
+MESSAGES_EACH = 2  # in each of the others
+PAGE = 20
+# More than any step needs: of 20 chats up to 100 unread messages each are counted.
+ROWS_MAX = 2_500
+
+COMMON = 2_000  # messages that hold the same words: up to a stretch of them is looked through
+
+BIG, EMPTY = 1, CHATS  # chats: the large one; one without participants
+READER, LEAVER, DELETED = 1, 2, 3  # users: one in many chats; one in few, who deleted the account
+JOINER = USERS  # in no chat
+FAR, NEAR = 50, MESSAGES - 50  # places in the large chat, near its two ends
+
+SEED = f"""
+insert into users (email, email_key, username, username_key, password_hash)
+select e, e, n, n, 'hash'
+from (select 'u' || g || '@example.com' as e, 'u' || g as n from generate_series(1, {USERS}) g) u;
+update users set is_leaving = true, deleted_at = now() where id = {DELETED};
+insert into sessions (user_id, ended_at, last_used_at)
+select g % {USERS} + 1, case when g > {USERS} then now() - interval '1 day' end, now()
+from generate_series(1, 2 * {USERS}) g;
+insert into attempts (key, at)
+select 'login:u' || g % {USERS}, now() - g * interval '1 minute' from generate_series(1, {USERS}) g;
+
+insert into chats (
+    is_group, name, version, participant_count, low_user_id, high_user_id, active_at)
+select g % 2 = 1, 'chat', {CHATS} + 1, case g when {BIG} then 50 when {EMPTY} then 0 else 2 end,
+       case when g % 2 = 0 then g end, case when g % 2 = 0 then g + 1 end,
+       now() - g * interval '1 second'
+from generate_series(1, {CHATS}) g;
+insert into participants (chat_id, user_id, role, joined_at)
+select {BIG}, g, case g when 1 then 'owner' else 'member' end, now() - interval '1 day'
+from generate_series(1, 50) g
+union all
+select g, case when g <= 40 then {READER} else g % 4000 + 60 end, 'owner', now() - interval '1 day'
+from generate_series(2, {CHATS} - 1) g
+union all
+select g, case when g <= 20 then {DELETED} else (g + 7) % 4000 + 60 end, 'member',
+       now() - interval '1 day'
+from generate_series(2, {CHATS} - 1) g;
+insert into departures (chat_id, version, user_id)
+select case when g <= 1000 then {BIG} else g end, g, g from generate_series(1, {CHATS}) g;
+
+insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
+select {BIG}, g, case when g % 100 = 0 then {MESSAGES} + g / 100 else g end,
+       md5('big' || g)::uuid, g % 50 + 1, 'some words', now()
+from generate_series(1, {MESSAGES}) g;
+insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
+select c, g, g, md5(c || '.' || g)::uuid, c % {USERS} + 1, 'some words', now()
+from generate_series(2, {CHATS}) c, generate_series(1, {MESSAGES_EACH}) g;
+update chats c set last_rev = m.rev, last_seq = m.seq
+from (select chat_id, max(rev) as rev, max(seq) as seq from messages group by chat_id) m
+where c.id = m.chat_id;
+insert into reads (chat_id, user_id, from_seq, seq, read_at)
+select {BIG}, u, s * 1000 - 1000, s * 1000, now()
+from generate_series(1, 50) u, generate_series(1, {MESSAGES} / 1000) s;
+insert into reads (chat_id, user_id, from_seq, seq, read_at)
+select c, c % 4000 + 60, 0, 1, now() from generate_series(100, 3000) c;
+update participants set last_read_seq = {MESSAGES} - 10 where chat_id = {BIG} and user_id > 1;
+insert into search_positions (chat_id, rev)
+select c, case c when {BIG} then {NEAR} else {MESSAGES_EACH} end
+from generate_series(1, {CHATS}) c;
+insert into message_words (chat_id, seq, words)
+select {BIG}, g, search_keys({BIG}, g >> 16, case when g <= {COMMON} then array['some', 'words']
+                                                  else array['w' || g] end)
+from generate_series(1, 20000) g;
+insert into message_words (chat_id, seq, words)
+select c, 1, search_keys(c, 0, array['some', 'words']) from generate_series(100, 3000) c;
+"""
+
+# What each statement is asked, at the far end where it pages: the arguments by its name.
+ID = UUID(int=0)
+NEWEST = messenger.INT8_MAX
+
+
+def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
+    """Name what each statement is run with; some of them with more than one thing."""
+    return {
+        "INSERT_USER": [("a@b.de", "a@b.de", "newcomer", "newcomer", "hash")],
+        "SELECT_USER": [(READER,)],
+        "SELECT_LOGIN": [("u77@example.com",)],
+        "SELECT_HASH": [(READER,)],
+        "SELECT_LEAVING": [()],
+        "SELECT_SESSION": [(77, 78)],
+        "SELECT_SESSIONS": [(READER, 604_800, 0, PAGE)],
+        "END_SESSION": [(77, 78)],
+        "SELECT_SESSIONS_ENDED": [(10,)],
+        "SELECT_CHAT": [(BIG, READER), (2, READER)],
+        "SELECT_PARTICIPANTS": [(BIG, READER, 0, PAGE)],
+        "SELECT_MESSAGE": [(BIG, READER, stored)],
+        "SELECT_MEMBERSHIP": [(BIG, READER)],
+        "SELECT_FOLLOWED": [(None, READER), (BIG, READER)],
+        "SELECT_JOINED": [([READER, JOINER], 11)],
+        "CHECK_WRITABLE": [()],
+        "SELECT_POSITIONS": [([BIG, 2, 3],)],
+        "SELECT_USERS": [("", "\U0010ffff", 100, PAGE), ("u777", "u777\U0010ffff", 0, PAGE)],
+        "CHANGE_USER": [
+            (READER, 1, "hash", "n@b.de", "n@b.de", "other", "other", "new", None),
+            (READER, 1, None, None, None, None, None, None, False),
+        ],
+        "DELETE_USER": [(READER,)],
+        "LEAVE_NEXT_CHAT": [(DELETED,), (READER,)],
+        "START_SESSION": [(READER, "hash", None, "agent", "login:u1", "login from:1.1.1.1")],
+        "PURGE_OLD": [(86_400, 604_800, 900, 7_776_000, PAGE)],
+        "ROTATE_SESSION": [(77, 78, 0, 30), (77, 78, 7, 30)],
+        "COUNT_ATTEMPT": [("login:u1", 900, 10)],
+        "CREATE_GROUP": [(READER, "a group", [LEAVER, JOINER])],
+        "OPEN_PERSONAL_CHAT": [(4, 5), (READER, JOINER)],
+        "SELECT_CHATS_BEFORE": [(READER, messenger.PLACE_MAX, NEWEST, PAGE)],
+        "RENAME_CHAT": [(BIG, READER, "another name")],
+        "PUT_PARTICIPANT": [(BIG, READER, JOINER, None, 1000), (BIG, READER, 2, "owner", 1000)],
+        "REMOVE_PARTICIPANT": [(BIG, READER, 2), (BIG, READER, READER)],
+        "POST_MESSAGES": [
+            ([BIG, 2, 4], [READER] * 3, [uuid4() for _ in range(3)], ["text"] * 3,
+             [stored, None, ID]),
+            ([BIG], [READER], [uuid4()], ["text"], [None]),
+        ],
+        "CHANGE_MESSAGES": [([BIG], [FAR + 1], [stored], ["text"]), ([BIG], [1], [stored], [None])],
+        "READ_MESSAGES": [([BIG, 2], [READER, READER], [stored, ID])],
+        "SELECT_MESSAGES_BEFORE": [(BIG, READER, NEWEST, PAGE), (BIG, READER, FAR, PAGE)],
+        "SELECT_MESSAGES_AFTER": [(BIG, READER, FAR, PAGE), (BIG, READER, NEAR, PAGE)],
+        "SELECT_MESSAGES_FOUND": [
+            (BIG, READER, NEWEST, ["w7777"], PAGE), (BIG, READER, FAR, ["some", "words"], PAGE),
+        ],
+        "SELECT_MISSED": [
+            (BIG, READER, FAR, NEWEST, PAGE), (BIG, READER, NEAR, NEAR + 10, PAGE),
+            (BIG, READER, MESSAGES + 10, NEWEST, PAGE),
+        ],
+        "SELECT_UNINDEXED": [(BIG, PAGE)],
+        "INDEX_WORDS": [(BIG, NEAR, NEAR + 2, [NEAR + 1, NEAR + 2], ["some words", "more"])],
+        "SWEEP_EMPTY_CHAT": [(PAGE,)],
+        "SELECT_ACCOUNT": [("u77@example.com",)],
+        "SELECT_ACCOUNTS": [(100, PAGE)],
+        "DISABLE_USER": [(READER, True), (READER, False)],
+        "RESET_PASSWORD": [(READER, "hash")],
+        "SELECT_ROOM": [(BIG, NEAR, 990, 10, PAGE), (BIG, FAR, 990, 10, PAGE)],
+    }
+
+
+# ---- What PostgreSQL tells
+
+COUNTERS = """
+    select c.relname as name, c.relkind = 'r' as is_table,
+           pg_stat_get_xact_numscans(c.oid) as scans,
+           greatest(pg_stat_get_xact_tuples_returned(c.oid),
+                    pg_stat_get_xact_tuples_fetched(c.oid)) as touched
+    from pg_class c
+    where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'i')
+      and c.relname !~ 'yoyo'"""
+
+
+@pytest.fixture(scope="module")
+def full_url(cluster: str) -> Iterator[str]:
+    """The URL of a database with one large chat among many."""
+    name = f"messenger_full_{os.getpid()}"
+    with psycopg.connect(cluster, autocommit=True) as connection:
+        connection.execute(f"create database {name} template messenger_template".encode())
+        url = with_database(cluster, name)
+        with psycopg.connect(url, autocommit=True) as filling:
+            filling.execute(SEED.encode())
+            filling.execute("vacuum analyze")
+        yield url
+        connection.execute(f"drop database {name} with (force)".encode())
+
+
+@pytest.fixture
+async def full(full_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection to that database; what is done there is taken back."""
+    connection = await asyncpg.connect(full_url, server_settings={"jit": "off"})
+    transaction = connection.transaction()
+    await transaction.start()
+    yield connection
+    await transaction.rollback()
+    await connection.close()
+
+
+async def asked(sql: asyncpg.Connection) -> list[tuple[str, str, tuple[Any, ...]]]:
+    """Every statement with each thing that it is asked."""
+    stored = await sql.fetchval("select id from messages where chat_id = $1 and seq = $2", BIG, FAR)
+    questions = arguments(stored)
+    assert set(questions) == {name for name, _ in statements()}
+    return [(name, text, one) for name, text in statements() for one in questions[name]]
+
+
+async def complaints(sql: asyncpg.Connection, text: str, given: tuple[Any, ...]) -> list[str]:
+    """What is wrong with what a statement did: it read a whole table, or touched many rows."""
+    before = await sql.fetch(COUNTERS)
+    await sql.fetch(text, *given)
+    after = await sql.fetch(COUNTERS)
+    found = []
+    for then, now in zip(before, after, strict=True):
+        touched = now["touched"] - then["touched"]
+        if now["is_table"] and now["scans"] > then["scans"]:
+            found.append(f"reads all of {now['name']}")
+        elif touched > ROWS_MAX:
+            found.append(f"touches {touched} rows of {now['name']}")
+    return found
+
+
+async def all_complaints(sql: asyncpg.Connection) -> set[str]:
+    """What is wrong with any statement, planned for what it is asked or for anything."""
+    found = set()
+    for mode in ("force_custom_plan", "force_generic_plan"):
+        await sql.execute(f"set plan_cache_mode = {mode}")
+        await sql.execute("discard plans")
+        for name, text, given in await asked(sql):
+            transaction = sql.transaction()
+            await transaction.start()
+            found |= {f"{name} {why}" for why in await complaints(sql, text, given)}
+            await transaction.rollback()
+    return found
+
+
+def scanned(plan: dict[str, Any]) -> Iterator[str]:
+    """The tables that a plan reads whole."""
+    if plan["Node Type"] == "Seq Scan":
+        yield plan["Relation Name"]
+    for part in plan.get("Plans", ()):
+        yield from scanned(part)
+
+
+async def test_every_statement_touches_few_rows(full: asyncpg.Connection) -> None:
+    """No statement, functions included, reads a whole table or more rows than its page needs."""
+    assert await all_complaints(full) == set()
+
+
+async def test_every_plan_goes_through_an_index(full: asyncpg.Connection) -> None:
+    """EXPLAIN shows no scan of a whole table, neither in a plan for given arguments nor in a
+    generic one."""
+    found = set()
+    for name, text, given in await asked(full):
+        told = await full.fetchval(f"explain (format json) {text}", *given)
+        found |= {f"{name} reads all of {table}" for table in scanned(json.loads(told)[0]["Plan"])}
+    assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        ("drop index messages_changed", "SELECT_MISSED touches"),
+        ("alter table messages drop constraint messages_id", "POST_MESSAGES touches"),
+        ("drop index participants_of_user", "SELECT_FOLLOWED reads all of participants"),
+    ],
+)
+async def test_a_missing_index_is_seen(full: asyncpg.Connection, change: str, seen: str) -> None:
+    """Where one of its indexes is missing, a statement does what the tests before complain of."""
+    await full.execute(change)
+    assert any(why.startswith(seen) for why in await all_complaints(full))

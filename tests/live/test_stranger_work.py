@@ -1,0 +1,156 @@
+"""What a stranger sends costs the server no more than it cost them."""
+
+import asyncio
+import contextlib
+import itertools
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient
+
+import messenger
+from plumbing.guard import Rate
+from support.people import HEAR_SECONDS, PASSWORD, Person
+from support.raw import RawLine
+from support.servers import ROOT, Server
+
+PING, PONG, CLOSE = 0x89, 0x8A, 0x88
+MARKS = "\u0344" * 16_000 + "\u0323" * 15_900  # to be sorted, in quadratic time
+
+
+@pytest.mark.parametrize("email", [
+    f"a{MARKS}@x.y", f"a@{MARKS}x.y", "a" * 60_000 + "@x.y", "\u0f73\uff9e\u0323" * 7_000 + "@x.y",
+])
+async def test_login_with_a_long_email_is_refused_unread(
+    client: TestClient[Any, Any], alice: Person, email: str
+) -> None:
+    """However long the email of a login is, it is refused as an unknown one is, and at once."""
+    answers = []
+    began = time.process_time()
+    for given in ("nobody@example.com", *[email] * 5):
+        body = f'{{"email": "{given}", "password": "{PASSWORD}"}}'.encode()
+        async with client.post("/api/v1/users/login", data=body) as answer:
+            answers.append((answer.status, await answer.json()))
+    assert time.process_time() - began < 4  # of the processor; it took 15 s and more
+    assert answers == [answers[0]] * 6
+    assert answers[0][0] == 401
+
+
+@pytest.mark.parametrize("marks", [
+    "\u0344" * 2_700 + "\u0323" * 1_395, "\uff9e\u0323" * 2_047, "\u0f73\u0f71" * 2_047,
+])
+async def test_words_of_many_marks_take_no_time(marks: str) -> None:
+    """A text is searched for its words as fast when it consists of marks."""
+    began = time.process_time()
+    for _ in range(40):
+        messenger.words_of("a" + marks)
+    assert time.process_time() - began < 2
+    assert messenger.words_of("re\u0301sume\u0301 " + "n\u0303" * 40) == messenger.words_of(
+        "résumé " + "ñ" * 40)
+
+
+@pytest.fixture
+async def client(server: Any, aiohttp_client: Any) -> TestClient[Any, Any]:
+    """A client that is nobody's."""
+    return await aiohttp_client(server)
+
+
+async def reads_until_closed(line: RawLine) -> tuple[int, int]:
+    """Read until the server closes; answer how many pongs came before, and the code."""
+    pongs = 0
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            first, payload = await line.takes()
+            pongs += first == PONG
+            if first == CLOSE:
+                return pongs, int.from_bytes(payload[:2], "big")
+    return pongs, 1006
+
+
+@pytest.mark.parametrize("opcode", [PING, PONG])
+async def test_control_frames_count_like_any_other(
+    app: web.Application, alice: Person, bob: Person, raw: Any, opcode: int
+) -> None:
+    """Pings and pongs are counted as frames: beyond the limit they go unanswered, and who goes on
+    is closed with 4429; meanwhile others are served."""
+    app[messenger.RATES][messenger.TooManyFrames] = Rate(100, 1)
+    app[messenger.RATES][messenger.FLOODING] = Rate(100, 1)
+    chat = await alice.opens(bob)
+    line = await raw(alice, chat)
+    block = bytes((opcode, 0x80, 0, 0, 0, 0)) * 4_000
+    await line.gives(block)
+    await bob.gets("/users/me")
+    pongs, code = await reads_until_closed(line)
+    assert code == 4429
+    assert pongs == (100 if opcode == PING else 0)
+
+
+async def test_pings_are_taken_in_turn_with_others(
+    app: web.Application, alice: Person, bob: Person, raw: Any, monkeypatch: Any
+) -> None:
+    """What one socket sends in one block is not all taken before anybody else has a turn."""
+    chat = await alice.opens(bob)
+    line = await raw(alice, chat)
+    loop = asyncio.get_running_loop()
+    taken = 0
+    turns: list[int] = []  # how many were taken by then
+
+    def take(*_: Any) -> None:
+        nonlocal taken
+        taken += 1
+
+    def have_a_turn() -> None:
+        turns.append(taken)
+        if taken < 1_000:
+            loop.call_soon(have_a_turn)
+
+    monkeypatch.setattr(messenger, "take_control", take)
+    have_a_turn()
+    await line.gives(bytes((PING, 0x80, 0, 0, 0, 0)) * 1_000)
+    async with asyncio.timeout(HEAR_SECONDS):
+        while taken < 1_000:
+            await asyncio.sleep(0.01)
+    steps = [later - before for before, later in itertools.pairwise(turns)]
+    assert max(steps) <= messenger.FRAMES_AT_ONCE
+
+
+async def test_token_under_another_subprotocol_is_not_logged(
+    tmp_path: Path, people_of: Any
+) -> None:
+    """A token that was offered under a subprotocol which the server does not know is in no log."""
+    server = await Server(tmp_path, ACCESS_LOG="on").starts()
+    alice = await people_of(server, "alice")
+    for protocols in (
+        ("messenger.v2", alice.access), (alice.access,), (alice.access, "messenger.v1"),
+    ):
+        for headers in ({}, alice.headers):
+            with contextlib.suppress(aiohttp.WSServerHandshakeError):
+                options = {"protocols": protocols, "headers": headers}
+                await (await alice.client.ws_connect("/ws", **options)).close()
+    await server.stops()
+    assert alice.access not in server.complaints()
+    assert "GET /ws 401" in server.complaints()
+
+
+def test_library_that_logs_is_named_and_not_quoted(
+    capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of what a library logs the log says only where it came from, whatever it holds."""
+    code = (
+        "import logging; from plumbing import process; process.start_logs(False);"
+        "logging.getLogger('some.library').error('a %s', 'secret');"
+        "logging.getLogger('aiohttp.websocket').warning('a secret');"
+        "logging.getLogger('messenger').warning('of %s', 'ours')")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    _, written = capfd.readouterr()
+    assert "secret" not in written
+    assert re.search(r" ERROR some\.library:\d+\n", written)
+    assert written.count("\n") == 2
+    assert " WARNING of ours\n" in written

@@ -1,0 +1,105 @@
+"""The writer of groups by itself: several items to a commit, and none that holds up the others."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+from aiohttp import web
+
+import messenger
+from plumbing import database
+from support.people import Line, Person
+from support.posts import numbers_of, post, written
+
+
+async def crowd(
+    people: Callable[[str], Awaitable[Person]], founder: Person, number: int
+) -> tuple[int, list[Person], list[Line]]:
+    """Make a group of so many people, each with a socket."""
+    others = [await people(f"person_{each}") for each in range(number)]
+    chat = await founder.founds(*others)
+    return chat, others, [await each.listens_live(chat) for each in others]
+
+
+async def commits(app: web.Application, sql: asyncpg.Connection) -> int:
+    """Ask PostgreSQL how many transactions of this database were committed."""
+    flush = "select pg_stat_force_next_flush(), pg_sleep(0.2)"
+    everyone = database.CONNECTIONS_MAX  # each connection counts for itself
+    await asyncio.gather(*[app[messenger.DATABASE].rows(flush) for _ in range(everyone)])
+    await sql.execute("select pg_stat_clear_snapshot()")
+    count = "select xact_commit from pg_stat_database where datname = current_database()"
+    return int(await sql.fetchval(count))
+
+
+async def test_bad_item_fails_alone(
+    app: web.Application, alice: Person, bob: Person, carol: Person
+) -> None:
+    """An item that makes its whole group fail is refused alone; its neighbours are committed in
+    their order."""
+    chat, other = await alice.opens(bob), await bob.founds(carol)
+    line = await bob.listens_live(chat)
+    outcomes = await written(
+        app,
+        post(chat, alice, "one"),
+        post(chat, alice, "a\0b"),  # PostgreSQL cannot take it: the statement fails
+        post(chat, bob, "two"),
+        post(other, alice, "not hers"),
+        post(2**62, alice, "no such chat"),
+        post(chat, alice, "three", reply_to=messenger.uuid7()),
+        post(chat, alice, "three"),
+    )
+    no_chat = messenger.ChatNotFound
+    assert numbers_of(outcomes) == [
+        1, asyncpg.CharacterNotInRepertoireError, 2, no_chat, no_chat, messenger.ReplyNotFound, 3,
+    ]
+    assert [(await line.hears("message"))["data"]["seq"] for _ in range(3)] == [1, 2, 3]
+    assert await alice.history(chat) == ["one", "two", "three"]
+
+
+async def test_chat_whose_row_is_held_delays_no_other(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """While somebody holds a chat's lock, posts to other chats are committed."""
+    held, free = await alice.opens(bob), await alice.founds(bob)
+    line = await bob.listens_live(held)
+    stuck = post(held, alice, "later")
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        first, *others = await written(app, stuck, *[post(free, alice) for _ in range(3)])
+        assert numbers_of(others) == [1, 2, 3]
+    assert isinstance(first, database.Unavailable)
+    assert numbers_of(await written(app, stuck, post(held, alice))) == [1, 2]
+    assert (await line.hears("message"))["data"]["text"] == "later"
+
+
+async def test_held_chat_with_many_waiting_delays_no_other(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """However many posts wait for a chat whose lock is held, a post to another is soon
+    committed."""
+    held, free = await alice.opens(bob), await alice.founds(bob)
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        outcomes = await written(app, *[post(held, alice) for _ in range(40)], post(free, alice))
+        assert numbers_of(outcomes) == [database.Unavailable] * 40 + [1]
+
+
+async def test_many_senders_are_committed_in_groups(
+    app: web.Application,
+    sql: asyncpg.Connection,
+    alice: Person,
+    people: Callable[[str], Awaitable[Person]],
+) -> None:
+    """Of 64 senders at once several messages share a commit, by PostgreSQL's own counter."""
+    chat, _, lines = await crowd(people, alice, 64)
+    before = await commits(app, sql)
+
+    async def sends(line: Line) -> None:
+        for number in range(8):
+            await line.says("hello", ref=number)
+            assert (await line.hears("ack", "error"))["ref"] == number
+
+    await asyncio.gather(*[sends(line) for line in lines])
+    made = await commits(app, sql) - before
+    assert (await alice.gets(f"/chats/{chat}"))["last_rev"] == 64 * 8
+    assert made < 64 * 8 / 3, f"{made} commits for {64 * 8} messages"

@@ -1,0 +1,477 @@
+"""The guard by itself: rates, addresses behind proxies, origins; what browsers may do."""
+
+import asyncio
+import ipaddress
+import os
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import bcrypt
+import msgspec
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, make_mocked_request
+from multidict import CIMultiDict
+
+import messenger
+from plumbing import guard
+from plumbing.guard import Rate, client_address, read_address, read_networks, read_origins
+from plumbing.process import StartError
+from support.people import PASSWORD, SOON_SECONDS, Line, Person, login
+from support.servers import SECRET_KEY, SETTINGS
+
+Client = TestClient[Any, Any]
+PROXIES = read_networks("10.0.0.0/8, 127.0.0.1, 2001:db8:ffff::/48")
+ALLOWED, FOREIGN = "https://app.example.com", "https://evil.example"
+
+
+# ---- Rates
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Stop the clock of the limits, and move it by hand."""
+    now = time.monotonic()
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(guard.time, "monotonic", lambda: now)
+    return passes
+
+
+def test_rate_allows_a_burst_and_then_so_many_a_second(clock: Callable[[float], None]) -> None:
+    """A rate allows its whole burst at first, then one more at each step, and never more than the
+    burst."""
+    rate = Rate(burst=3, per_second=2)
+    assert [rate.charge("a") for _ in range(4)] == [0, 0, 0, pytest.approx(0.5)]
+    clock(0.49)
+    assert rate.charge("a") == pytest.approx(0.01)
+    clock(0.02)
+    assert rate.charge("a") == 0
+    assert rate.charge("a") > 0
+    clock(3600)
+    assert [rate.charge("a") > 0 for _ in range(4)] == [False, False, False, True]
+
+
+def test_rate_counts_nothing_for_who_is_refused(clock: Callable[[float], None]) -> None:
+    """A refused call does not put off the next allowed one."""
+    rate = Rate(burst=1, per_second=1)
+    allowed = 0
+    for _ in range(100):
+        allowed += rate.charge("a") == 0
+        clock(0.101)
+    assert allowed == 10
+
+
+def test_rate_of_one_at_once_allows_each_first() -> None:
+    """With a burst of one the first call is allowed, whatever the clock shows."""
+    for number in range(1000):
+        assert Rate(burst=1, per_second=20).charge(number) == 0
+
+
+def test_rate_keeps_keys_apart(clock: Callable[[float], None]) -> None:
+    """What one key has spent another still has."""
+    rate = Rate(burst=1, per_second=1)
+    assert rate.charge("a") == 0
+    assert rate.charge("a") > 0
+    assert rate.charge("b") == 0
+
+
+def test_rate_forgets_only_those_that_are_whole_again(clock: Callable[[float], None]) -> None:
+    """However many keys come by, memory stays bounded, and a key that has spent everything is not
+    forgotten."""
+    rate = Rate(burst=1000, per_second=1)
+    assert [rate.charge("due") for _ in range(1000)] == [0] * 1000
+    for number in range(10 * guard.KEYS_MIN):
+        rate.charge(number)
+        clock(0.001)
+    assert len(rate._full_at) <= 2 * guard.KEYS_MIN
+    assert [rate.charge("due") == 0 for _ in range(102)].count(True) == 100  # one for each second
+
+
+def test_rate_does_not_search_its_keys_at_every_call(clock: Callable[[float], None]) -> None:
+    """While many keys are remembered at once, they are searched only a few times in all."""
+    rate = Rate(burst=1, per_second=0.001)
+    began = time.perf_counter()
+    for number in range(10 * guard.KEYS_MIN):
+        rate.charge(number)
+    assert time.perf_counter() - began < 10  # some 0.2 s; a search at each call takes minutes
+    assert rate.charge(0) > 0
+
+
+# ---- Addresses
+
+
+@pytest.mark.parametrize(
+    ("node", "address"),
+    [
+        ("192.0.2.60", "192.0.2.60"),
+        (" 192.0.2.60 ", "192.0.2.60"),
+        ("192.0.2.60:4711", "192.0.2.60"),
+        ("2001:db8::17", "2001:db8::17"),
+        ("[2001:db8::17]", "2001:db8::17"),
+        ("[2001:DB8::17]:4711", "2001:db8::17"),
+        ("::ffff:192.0.2.60", "192.0.2.60"),
+        ("[::ffff:192.0.2.60]:80", "192.0.2.60"),
+        *((junk, None) for junk in (
+            "", "unknown", "_hidden", "localhost", "1.2.3", "1.2.3.4.5", "256.1.1.1", "1.2.3.4:",
+            "1.2.3.4:x", "[1.2.3.4", "[]:1", "[::1]x", "::1]:80", "01.2.3.4", "١.٢.٣.٤", "1" * 5000,
+            "1.2.3.4\n5.6.7.8", "1.2.3.4/8", ":" * 5000, "['']", "0x7f.1",
+        )),
+    ],
+)
+def test_address_is_read_as_proxies_write_it(node: str, address: str | None) -> None:
+    """An address is read with a port and without; text that is not an address is not read as
+    one."""
+    found = read_address(node)
+    assert (None if found is None else str(found)) == address
+
+
+def asked_by(peer: str, *headers: tuple[str, str]) -> str:
+    """Whose request it is that comes from a peer with these headers."""
+    request = make_mocked_request("GET", "/", headers=CIMultiDict(headers)).clone(remote=peer)
+    return client_address(request, PROXIES)  # type: ignore[arg-type]
+
+
+XFF, FORWARDED = "X-Forwarded-For", "Forwarded"
+STRANGER, PROXY, CLIENT, OTHER = "198.51.100.7", "10.0.0.1", "203.0.113.9", "203.0.113.10"
+
+
+def test_stranger_names_nobody() -> None:
+    """No header of a peer that is not a trusted proxy is believed."""
+    for headers in (
+        [],
+        [(XFF, CLIENT)],
+        [(XFF, PROXY)],
+        [(FORWARDED, f"for={CLIENT}")],
+        [(XFF, CLIENT), (FORWARDED, f"for={CLIENT}")],
+    ):
+        assert asked_by(STRANGER, *headers) == STRANGER
+
+
+def test_trusted_proxy_names_the_client() -> None:
+    """The client is the one that the last trusted proxy on the way names, in either header."""
+    for headers, client in (
+        ([], PROXY),
+        ([(XFF, CLIENT)], CLIENT),
+        ([(XFF, f"{CLIENT}, 10.9.9.9")], CLIENT),
+        ([(XFF, f"{CLIENT},10.9.9.9 , 10.1.1.1")], CLIENT),
+        ([(XFF, CLIENT), (XFF, "10.9.9.9")], CLIENT),
+        ([(XFF, f"{CLIENT}:5678")], CLIENT),
+        ([(XFF, "10.9.9.9")], "10.9.9.9"),
+        ([(FORWARDED, f"for={CLIENT}")], CLIENT),
+        ([(FORWARDED, f'For="{CLIENT}:5678";proto=https;by=10.0.0.1')], CLIENT),
+        ([(FORWARDED, f"proto=https;for={CLIENT}, for=10.9.9.9")], CLIENT),
+        ([(FORWARDED, f"for={CLIENT}"), (FORWARDED, "for=10.9.9.9")], CLIENT),
+        ([(FORWARDED, f"for={CLIENT}:5678")], CLIENT),
+        ([(FORWARDED, f'x="a,b";for={CLIENT}')], PROXY),
+        ([(FORWARDED, f'for={CLIENT};host="x,for={OTHER}"')], PROXY),
+        ([(FORWARDED, f'for={CLIENT};host="x,for={OTHER};y";proto="https"')], PROXY),
+        ([(FORWARDED, "proto=https"), (XFF, OTHER)], PROXY),
+        ([(XFF, CLIENT), (FORWARDED, f"for={CLIENT}")], CLIENT),
+        ([(XFF, ""), (FORWARDED, f"for={CLIENT}")], CLIENT),
+        ([(XFF, CLIENT), (FORWARDED, "")], CLIENT),
+        ([(XFF, ""), (FORWARDED, "")], PROXY),
+        ([(XFF, ", ,")], PROXY),
+    ):
+        assert asked_by(PROXY, *headers) == client, headers
+
+
+def test_what_the_client_wrote_itself_is_not_believed() -> None:
+    """What stands before the first trusted proxy's own entry changes nothing."""
+    for own in (
+        OTHER, PROXY, "127.0.0.1", "unknown", "", "x" * 4000, f"{OTHER}, {PROXY}", '"', '"a, ',
+        ", ".join([OTHER] * 500),
+    ):
+        assert asked_by(PROXY, (XFF, f"{own}, {CLIENT}")) == CLIENT, own
+        assert asked_by(PROXY, (XFF, own), (XFF, f"{CLIENT}, 10.9.9.9")) == CLIENT, own
+
+
+def test_what_the_client_wrote_itself_cannot_swallow_the_proxys_word() -> None:
+    """A Forwarded header that the client left unfinished does not change what the proxy's part of
+    it says."""
+    seen = set()
+    for own in (
+        f"for={OTHER}", f'for="{OTHER}', f'for={OTHER};x="a', f'for={OTHER};x="a\\',
+        f"for={OTHER};", f"for={OTHER};x=", f'for="{OTHER}";', f'for={OTHER};x="a", "',
+        f"for={OTHER},", f'for={OTHER}, x="', f"for={OTHER} for", f"for={OTHER}\t",
+        "for", "=", '"', ";;;", "(",
+    ):
+        for word in (f"for={CLIENT}", f'for="{CLIENT}"', f'for="{CLIENT}:5678";proto="https"'):
+            seen.add(asked_by(PROXY, (FORWARDED, f"{own}, {word}")))
+            seen.add(asked_by(PROXY, (FORWARDED, own), (FORWARDED, word)))
+    assert seen == {CLIENT}
+
+
+def test_headers_that_differ_are_both_not_believed() -> None:
+    """Where the two headers differ, neither is believed: a proxy adds to one, and the client may
+    have written the other."""
+    for other in (OTHER, "unknown", "127.0.0.1"):
+        assert asked_by(PROXY, (XFF, other), (FORWARDED, f"for={CLIENT}")) == PROXY
+        assert asked_by(PROXY, (XFF, CLIENT), (FORWARDED, f"for={other}")) == PROXY
+
+
+def test_proxy_that_hides_the_client_is_the_client() -> None:
+    """Where a proxy names nobody, its own address counts, and nothing beyond."""
+    for headers in (
+        [(XFF, f"{CLIENT}, unknown")],
+        [(FORWARDED, f"for={CLIENT}, for=unknown")],
+        [(FORWARDED, f"for={CLIENT}, for=_hidden")],
+        [(FORWARDED, f"for={CLIENT}, proto=https")],
+    ):
+        assert asked_by(PROXY, *headers) == PROXY
+    assert asked_by(PROXY, (XFF, f"{CLIENT}, unknown, 10.9.9.9")) == "10.9.9.9"
+
+
+def test_network_stands_for_an_ipv6_address() -> None:
+    """An IPv6 client is known by its network: the 64 bits that it can choose make no other client
+    of it."""
+    for headers, peer in (
+        ([], "2001:db8:1:2:3:4:5:6"),
+        ([(XFF, "2001:db8:1:2:3:4:5:6")], PROXY),
+        ([(XFF, "2001:db8:1:2:3:4:5:6")], "2001:db8:ffff::1"),
+        ([(FORWARDED, 'for="[2001:db8:1:2::7]:4711"')], PROXY),
+        ([(FORWARDED, 'for="[2001:db8:1:2::7]"')], "::ffff:10.0.0.1"),
+    ):
+        assert asked_by(peer, *headers) == "2001:db8:1:2::/64", headers
+    assert asked_by("::ffff:198.51.100.7") == STRANGER
+    assert asked_by("::ffff:10.0.0.1", (XFF, "::ffff:203.0.113.9")) == CLIENT
+
+
+def test_unix_socket_has_no_address() -> None:
+    """A client without an address has an empty one, whatever the headers say."""
+    assert asked_by("", (XFF, CLIENT)) == ""
+
+
+def test_settings_of_networks_and_origins_are_read() -> None:
+    """Both settings are lists with commas; spaces and empty parts do not count."""
+    assert [str(one) for one in PROXIES] == ["10.0.0.0/8", "127.0.0.1/32", "2001:db8:ffff::/48"]
+    assert read_networks("") == read_networks(" , ") == []
+    assert ipaddress.ip_address("10.1.2.3") in read_networks("10.0.0.0/8,")[0]
+    assert read_origins(" https://App.example.com ,http://localhost:3000,") == {
+        "https://app.example.com", "http://localhost:3000"
+    }
+    assert read_origins("") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("TRUSTED_PROXIES", value) for value in ("localhost", "10.0.0.1/8", "10.0.0.0/33", "*")),
+        *(("CORS_ORIGINS", value) for value in (
+            "*", "null", "app.example.com", "https://app.example.com/", "https://", "ftp://x",
+            "https://a.example https://b.example",
+        )),
+    ],
+)
+def test_wrong_network_or_origin_is_named(name: str, value: str) -> None:
+    """A wrong network or origin keeps the server from starting, with the name of its setting."""
+    with pytest.raises(StartError, match=f"^{name}="):
+        messenger.Settings.load({name: value})
+
+
+# ---- Passwords
+
+
+async def test_flood_of_logins_does_not_slow_the_loop(
+    alice: Person, bob: Person, app: web.Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passwords are hashed a few at a time in threads of lower priority; meanwhile the event loop
+    goes on, and messages are posted."""
+    threads, turns, turns_in_a_hash = set(), 0, []
+    real = bcrypt.checkpw
+
+    def spy(password: bytes, hashed: bytes) -> bool:
+        niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        threads.add((threading.current_thread().name, niceness))
+        before = turns
+        try:
+            return real(password, hashed)
+        finally:
+            turns_in_a_hash.append(turns - before)
+
+    monkeypatch.setattr(bcrypt, "checkpw", spy)
+    app[messenger.PASSWORDS].nobodys = f"$2b$12${'.' * 53}"  # a quarter of a second each
+    chat, posted = await alice.opens(bob), 0
+    names = [f"nobody{number}@example.com" for number in range(6)]
+    flood = [asyncio.create_task(login(alice, name)) for name in names]
+    while not all(one.done() for one in flood):
+        await asyncio.sleep(0.005)
+        turns += 1
+        if app[messenger.PASSWORDS]._waiting > guard.PASSWORD_THREADS:
+            await bob.says(chat, "meanwhile")
+            posted += 1
+    assert {await one for one in flood} == {401}
+    assert len(turns_in_a_hash) == 6
+    assert min(turns_in_a_hash) > 0
+    assert posted > 0
+    assert {name.rsplit("_", 1)[0] for name, _ in threads} == {"bcrypt"}
+    assert len(threads) <= guard.PASSWORD_THREADS
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {niceness for _, niceness in threads} == {min(19, own + guard.PASSWORD_NICENESS)}
+
+
+async def test_queue_of_passwords_is_bounded(
+    alice: Person, app: web.Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A login beyond the queue is 503 with Retry-After at once; those in the queue are answered,
+    and then there is room again."""
+    gate = threading.Event()
+    real = bcrypt.checkpw
+
+    def slow(password: bytes, hashed: bytes) -> bool:
+        gate.wait(SOON_SECONDS)
+        return real(password, hashed)
+
+    monkeypatch.setattr(guard, "PASSWORD_QUEUE_MAX", 5)
+    monkeypatch.setattr(bcrypt, "checkpw", slow)
+    waiting = [asyncio.create_task(login(alice, alice.email)) for _ in range(5)]
+    async with asyncio.timeout(SOON_SECONDS):
+        while app[messenger.PASSWORDS]._waiting < 5:
+            await asyncio.sleep(0.01)
+    body = {"email": alice.email, "password": PASSWORD}
+    async with alice.client.post("/api/v1/users/login", json=body) as answer:
+        assert (answer.status, (await answer.json())["type"]) == (503, "service-unavailable")
+        assert int(answer.headers["Retry-After"]) >= 1
+    gate.set()
+    assert set(await asyncio.gather(*waiting)) == {200}
+    assert await login(alice, alice.email) == 200
+
+
+# ---- Browsers
+
+
+@pytest.fixture
+async def anyone(
+    database_url: str, aiohttp_client: Callable[..., Awaitable[Client]]
+) -> AsyncIterator[Client]:
+    """A client of a server that allows the pages of one other site."""
+    settings = msgspec.structs.replace(SETTINGS, cors_origins=f"{ALLOWED}, http://localhost:3000")
+    return await aiohttp_client(messenger.make_app(settings, database_url, SECRET_KEY))
+
+
+@pytest.fixture
+async def user(anyone: Client) -> Person:
+    """Somebody who is signed in there."""
+    person = Person(anyone, "somebody")
+    await person.register()
+    await person.logs_in()
+    return person
+
+
+CALLS = [
+    # what kind of answer, method, path, with a token, status
+    ("JSON", "GET", "/api/v1/users/me", True, 200),
+    ("no token", "GET", "/api/v1/users/me", False, 401),
+    ("nothing there", "GET", "/nothing", False, 404),
+    ("wrong method", "PATCH", "/api/v1/users/me", True, 405),
+    ("no preflight", "OPTIONS", "/api/v1/users/me", True, 405),
+    ("bad body", "POST", "/api/v1/chats", True, 400),
+    ("page", "GET", "/", False, 200),
+    ("document", "GET", "/api/v1/openapi.json", False, 200),
+    ("health", "HEAD", "/api/v1/health/liveness", False, 200),
+    ("no websocket", "GET", "/ws", True, 426),
+    ("no content", "POST", "/api/v1/users/logout", True, 204),
+]
+
+
+async def test_pages_of_allowed_sites_may_read_every_answer(anyone: Client, user: Person) -> None:
+    """Every answer, a refusal too, names the allowed Origin that asked, and no other."""
+    for what, method, path, signed_in, status in CALLS:
+        for origin in (ALLOWED, "http://localhost:3000", FOREIGN, "null", "", None):
+            if method == "POST" and status == 204:
+                await user.logs_in()
+            if path == "/ws" and origin in (FOREIGN, "null"):
+                continue  # refused before anything else
+            headers = {} if origin is None else {"Origin": origin}
+            headers |= user.headers if signed_in else {}
+            async with anyone.request(method, path, headers=headers) as answer:
+                assert answer.status == status, (what, origin)
+                is_allowed = origin in (ALLOWED, "http://localhost:3000")
+                told = answer.headers.get("Access-Control-Allow-Origin")
+                assert told == (origin if is_allowed else None), (what, origin)
+                exposed = answer.headers.get("Access-Control-Expose-Headers", "")
+                assert ("Retry-After" in exposed) == is_allowed, (what, origin)
+                assert "Origin" in answer.headers["Vary"], what
+                assert "Access-Control-Allow-Credentials" not in answer.headers
+
+
+async def test_preflight_is_answered_for_allowed_sites_only(anyone: Client) -> None:
+    """A preflight tells an allowed site which methods and headers it may use, and another site
+    nothing."""
+    asking = {"Access-Control-Request-Method": "PATCH", "Access-Control-Request-Headers": "x"}
+    for path in ("/api/v1/users/me", "/api/v1/chats/1/messages/x", "/nothing"):
+        async with anyone.options(path, headers=asking | {"Origin": ALLOWED}) as answer:
+            assert (answer.status, await answer.read()) == (204, b"")
+            assert answer.headers["Access-Control-Allow-Origin"] == ALLOWED
+            methods = answer.headers["Access-Control-Allow-Methods"]
+            assert set(methods.split(", ")) >= {e.method for e in messenger.ENDPOINTS}
+            names = answer.headers["Access-Control-Allow-Headers"].lower().split(", ")
+            assert {"authorization", "content-type"} <= set(names)
+            assert int(answer.headers["Access-Control-Max-Age"]) > 0
+            assert answer.headers["Vary"] == "Origin"
+        for origin in (FOREIGN, "null", f"{ALLOWED}.evil.example", f"{ALLOWED}:444"):
+            async with anyone.options(path, headers=asking | {"Origin": origin}) as answer:
+                assert answer.status in (404, 405)
+                assert not [name for name in answer.headers if name.startswith("Access-Control")]
+
+
+async def test_without_allowed_sites_nothing_is_told_to_any(alice: Person) -> None:
+    """Where CORS_ORIGINS is empty, no answer has a CORS header."""
+    for origin in (ALLOWED, "null", f"http://{alice.client.host}:{alice.client.port}"):
+        answer = await alice.asks("GET", "/users/me")
+        assert answer.status == 200
+        headers = {"Origin": origin, "Access-Control-Request-Method": "GET"}
+        async with alice.client.options("/api/v1/users/me", headers=headers) as refused:
+            assert refused.status == 405
+        assert not [n for n in (*answer.headers, *refused.headers) if n.startswith("Access-Con")]
+
+
+async def test_socket_is_open_to_allowed_sites(anyone: Client, user: Person) -> None:
+    """A page of an allowed site may open a socket and a page of another may not."""
+    for origin in (ALLOWED, ALLOWED.upper(), "http://localhost:3000"):
+        line = Line(await anyone.ws_connect("/ws", headers=user.headers, origin=origin))
+        await line.sends(type="typing")
+        assert (await line.hears("error"))["data"]["type"] == "invalid-input"
+        await line.close()
+    for origin in (FOREIGN, "null", "https://app.example.com.evil.example"):
+        headers = user.headers | {"Origin": origin}
+        async with anyone.get("/ws", headers=headers) as answer:
+            assert (answer.status, (await answer.json())["type"]) == (403, "foreign-origin")
+
+
+async def test_every_answer_has_the_headers_for_browsers(anyone: Client, user: Person) -> None:
+    """No answer is sniffed, sends a Referer or is kept in a cache, except that pages and documents
+    are kept and asked for anew each time."""
+    for what, method, path, signed_in, status in CALLS:
+        headers = user.headers if signed_in else {}
+        async with anyone.request(method, path, headers=headers) as answer:
+            assert answer.status == status, what
+            assert answer.headers["X-Content-Type-Options"] == "nosniff", what
+            assert answer.headers["Referrer-Policy"] == "no-referrer", what
+            kept = "no-cache" if what in ("page", "document") else "no-store"
+            assert answer.headers["Cache-Control"] == kept, what
+            assert ("Content-Security-Policy" in answer.headers) == (what == "page"), what
+    await user.logs_in()
+    body = {"refresh_token": user.refresh}
+    async with anyone.post("/api/v1/users/refresh", json=body) as answer:
+        assert (answer.status, answer.headers["Cache-Control"]) == (200, "no-store")
+
+
+async def test_page_runs_its_own_script_alone(anyone: Client) -> None:
+    """The policy of a page allows nothing but what its hashes name, and no other page may frame
+    it."""
+    for path in ("/", "/docs"):
+        async with anyone.get(path) as answer:
+            policy = answer.headers["Content-Security-Policy"]
+            page = await answer.text()
+        rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+        assert rules["default-src"] == rules["frame-ancestors"] == rules["base-uri"] == "'none'"
+        assert "unsafe" not in policy
+        assert policy.count("'sha256-") == len(re.findall("<script|<style", page)) > 1
+        assert not re.search(r"<\w[^>]*\s(on\w+|style)\s*=", page)

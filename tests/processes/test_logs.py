@@ -1,0 +1,154 @@
+"""The logs: nothing that somebody sent is in them, and the access log has a line for each call."""
+
+import contextlib
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+from yarl import URL
+
+from plumbing.embedded import Postgres
+from support.people import PASSWORD, Line, Person
+from support.raw import RawConnection
+from support.servers import Server
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+WRONG = "a wrong passphrase"
+TEXT, LATE = "a text of a message", "a text that was lost"
+SEARCHED = "wordinasearch"
+ACCESS = re.compile(
+    r"[-\d]{10} [:,\d]{12} INFO 127\.0\.0\.1 [A-Z]+ /\S* (\d{3}|-) \d+\.\d{3} s")
+
+
+@pytest.fixture
+async def logging_server(tmp_path: Path) -> AsyncIterator[Server]:
+    """A server that logs every call, and limits what is asked."""
+    server = await Server(tmp_path, ACCESS_LOG="on", RATE_LIMITS="on").starts()
+    yield server
+    if server.process.returncode is None:
+        await server.stops()
+
+
+async def asks_raw(server: Server, text: bytes) -> int:
+    """Send bytes as they are; answer the status that comes back."""
+    connection = await RawConnection.opens(server.port, text)
+    status, _, _ = await connection.hears()
+    connection.close()
+    return status
+
+
+async def uses_everything(server: Server, alice: Person, bob: Person, chat: int) -> None:
+    """Do what people do, and what they do wrong, with secrets in all of it."""
+    for token in (alice.access, "junk.junk.junk", bob.refresh):
+        with contextlib.suppress(aiohttp.WSServerHandshakeError):
+            line = Line(await alice.client.ws_connect(f"/ws/{chat}?token={token}&after=0"))
+            await line.says(TEXT, ref=1)
+            await line.hears("ack")
+            await line.sends(type="message", text=TEXT, id=TEXT)
+            await line.sends(type="auth", token="junk" + token)
+            assert await line.hears("error")
+            await line.ws.send_str(TEXT)
+            await line.close()
+    for body in (
+        {"email": alice.email, "password": WRONG},
+        {"email": alice.email, "password": WRONG, "text": TEXT},
+        {"email": 1, "password": WRONG},
+    ):
+        async with alice.client.post("/api/v1/users/login", json=body) as answer:
+            assert answer.status in (401, 422)
+    taken = {"email": bob.email, "username": "another", "password": WRONG}
+    await alice.posts("/users", taken, 409)
+    await alice.posts("/users/refresh", {"refresh_token": alice.refresh}, 200)
+    await alice.expects(403, "PUT", f"/users/{alice.id}", {
+        "email": "other@example.com", "current_password": WRONG})
+    await alice.gets(f"/chats/{chat}/messages?q={SEARCHED}&token={alice.access}")
+    await alice.gets(f"/chats/{chat}/messages?limit={WRONG}", 422)
+    for path in ("/%0AINFO%20forged", "/%0D%0Aforged", "/%1b[31m", "/forged%E2%80%A8line"):
+        async with alice.client.get(URL(path + f"?token={alice.access}", encoded=True)) as answer:
+            assert answer.status == 404
+    for head in (
+        f"GET /ws?token={alice.access} HTTP/9.9\r\n\r\n".encode(),
+        f"GET /?token={alice.access} HTTP/1.1\r\nHost: x\r\nno colon {WRONG}\r\n\r\n".encode(),
+        f"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {WRONG}\r\n\r\n{TEXT}".encode(),
+        f"{WRONG} {TEXT}\r\n\r\n".encode(),
+        "GET /\x85forged\u2028forged\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n".encode(),
+        b"GET /\x9bforged\xff HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /\x1b[31mforged HTTP/1.1\r\nHost: x\r\n\r\n",
+    ):
+        assert 400 <= await asks_raw(server, head) < 500, head
+
+
+async def breaks(server: Server, alice: Person, chat: int) -> None:
+    """Make the server fail, while secrets are on their way through it."""
+    database = await asyncpg.connect(Postgres(server.data).dsn)
+    await database.execute(
+        "create function tell() returns trigger language plpgsql set log_min_messages = panic"
+        " as 'begin raise exception ''%'', new.text; end'")
+    await database.execute(
+        "create trigger tell before insert on messages for each row execute function tell()")
+    await database.execute("alter table attempts rename column key to gone")
+    await database.close()
+    line = Line(await alice.client.ws_connect(f"/ws/{chat}?token={alice.access}"))
+    await alice.says(chat, LATE, 500)
+    await line.says(LATE, ref=1)
+    assert (await line.hears("error"))["data"]["type"] == "internal-error"
+    await line.close()
+    body = {"email": alice.email, "password": WRONG}
+    async with alice.client.post(f"/api/v1/users/login?token={alice.access}", json=body) as answer:
+        assert answer.status == 500
+
+
+async def test_logs_hold_nothing_that_was_sent(logging_server: Server, people_of: Any) -> None:
+    """After use, misuse and faults no log holds a token, password, text, email or search; each call
+    has its line, and no line is forged."""
+    alice, bob = [await people_of(logging_server, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    await uses_everything(logging_server, alice, bob, chat)
+    await breaks(logging_server, alice, chat)
+    tokens = [alice.access, alice.refresh, bob.access, bob.refresh]
+    await logging_server.stops()
+
+    written = logging_server.complaints()
+    postgres = (logging_server.data / "postgres.log").read_text()
+    everything = logging_server.said + written + postgres
+    secrets = [PASSWORD, WRONG, WRONG.split()[-1], TEXT, LATE, SEARCHED, alice.email, bob.email]
+    for token in tokens:
+        secrets += [token, token.rsplit(".", 1)[1]]
+    assert [secret for secret in secrets if secret in everything] == []
+    assert "token=" not in everything
+    assert "?" not in written
+
+    access = [line for line in written.split("\n") if " INFO " in line]
+    assert [line for line in access if not ACCESS.fullmatch(line)] == []
+    assert not re.search("[^\n -~]", written)
+    for call, count in (
+        ("POST /api/v1/users 201", 2),
+        ("POST /api/v1/users 409", 1),
+        ("POST /api/v1/users/login 200", 2),
+        ("POST /api/v1/users/login 500", 1),
+        (f"GET /ws/{chat} 101", 2),
+        (f"GET /ws/{chat} 401", 2),
+        (f"POST /api/v1/chats/{chat}/messages 500", 1),
+        ("GET /%0AINFO%20forged 404", 1),
+    ):
+        assert sum(f" {call} " in line for line in access) == count, call
+    assert f" ERROR POST /api/v1/chats/{chat}/messages failed\n" in written
+    assert "\nRaiseError\n" in written  # of a message's text, which it names
+    assert "\nUndefinedColumnError\n" in written
+
+
+async def test_access_log_has_the_calls_of_every_worker(tmp_path: Path, people_of: Any) -> None:
+    """With several workers the calls of all are in one log, each on a line of its own."""
+    server = await Server(tmp_path, ACCESS_LOG="on", WORKERS=2).starts()
+    person = await people_of(server, "somebody")
+    line = Line(await person.client.ws_connect("/ws", headers=person.headers))
+    await line.close()
+    await server.stops()
+    lines = server.complaints().splitlines()
+    assert len(lines) == 3
+    assert all(ACCESS.fullmatch(line) for line in lines), lines

@@ -1,0 +1,235 @@
+"""The schema comes about whatever happens: started together, killed in the middle, run again."""
+
+import asyncio
+import itertools
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import psycopg
+import pytest
+
+import messenger
+from plumbing import database
+from support.databases import on_cluster, until_waiting, with_database
+from support.people import Person
+from support.servers import ROOT, SECRET_KEY
+
+MIGRATE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import messenger
+from plumbing import database
+database.migrate(sys.argv[2], messenger.SQL)
+"""
+SERVE_SECONDS = 20
+
+# All that a schema consists of, in words of PostgreSQL's own.
+SELECT_SCHEMA = """
+    select 'column ' || attrelid::regclass || '.' || attname || ' '
+        || format_type(atttypid, atttypmod) || ' ' || attnotnull || ' ' || attidentity::text || ' '
+        || coalesce(pg_get_expr(adbin, adrelid), '') as thing
+    from pg_attribute join pg_class c on c.oid = attrelid
+    left join pg_attrdef on adrelid = attrelid and adnum = attnum
+    where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'v') and attnum > 0
+      and not attisdropped and c.relname !~ 'yoyo'
+    union all
+    select indexdef from pg_indexes where schemaname = 'public' and tablename !~ 'yoyo'
+    union all
+    select conrelid::regclass || ' ' || conname || ' ' || pg_get_constraintdef(oid)
+    from pg_constraint
+    where connamespace = 'public'::regnamespace and conrelid::regclass::text !~ 'yoyo'
+    union all
+    select pg_get_functiondef(oid) from pg_proc where pronamespace = 'public'::regnamespace
+    union all
+    select viewname || definition from pg_views where schemaname = 'public'
+    order by 1
+"""
+SELECT_MARKS = "select migration_id from _yoyo_migration order by 1"
+
+
+async def asked(url: str, query: str) -> list[Any]:
+    """Answer the first column of a query."""
+    connection = await asyncpg.connect(url)
+    try:
+        return [row[0] for row in await connection.fetch(query)]
+    finally:
+        await connection.close()
+
+
+numbers = itertools.count(1)
+
+
+@pytest.fixture
+async def empty_url(cluster: str) -> AsyncIterator[str]:
+    """A database of the test's own with nothing in it."""
+    name = f"messenger_migrated_{os.getpid()}_{next(numbers)}"
+    await on_cluster(cluster, f"create database {name} template template0")
+    yield with_database(cluster, name)
+    await on_cluster(cluster, f"drop database {name} with (force)")
+
+
+@pytest.fixture
+async def schema(database_url: str) -> list[Any]:
+    """The schema as it should be."""
+    right = await asked(database_url, SELECT_SCHEMA)
+    assert len(right) > 50
+    return right
+
+
+async def migrates(url: str) -> asyncio.subprocess.Process:
+    """Start a process that migrates."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-c", MIGRATE, str(ROOT), url,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def test_four_at_once_make_one_schema(empty_url: str, schema: list[Any]) -> None:
+    """Four processes that start together on an empty database all succeed, and the schema is
+    right."""
+    processes = [await migrates(empty_url) for _ in range(4)]
+    said = [await process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, said
+    assert said == [(b"", b"")] * 4
+    assert await asked(empty_url, SELECT_SCHEMA) == schema
+    files = sorted(path.stem for path in (ROOT / "sql").glob("[0-9]*.sql"))
+    assert await asked(empty_url, SELECT_MARKS) == files
+
+
+async def test_twice_changes_nothing(database_url: str, schema: list[Any]) -> None:
+    """Migrating a database that is up to date leaves schema, marks and data as they are."""
+    await asked(database_url, "insert into users (username) values ('kept')")
+    marks = await asked(database_url, SELECT_MARKS)
+    tables = "select oid from pg_class where relkind in ('r', 'v', 'i') order by oid"
+    before = await asked(database_url, tables)
+    for _ in range(2):
+        await asyncio.to_thread(database.migrate, database_url, messenger.SQL)
+    assert await asked(database_url, SELECT_SCHEMA) == schema
+    assert await asked(database_url, SELECT_MARKS) == marks
+    assert await asked(database_url, tables) == before
+    assert await asked(database_url, "select username from users") == ["kept"]
+
+
+async def test_lock_of_a_dead_server_is_broken(database_url: str, schema: list[Any]) -> None:
+    """A row that a killed server left in yoyo's lock table stops nobody."""
+    await asked(
+        database_url, "insert into yoyo_lock (locked, ctime, pid) values (1, now(), 999999999)"
+    )
+    async with asyncio.timeout(SERVE_SECONDS):
+        await asyncio.to_thread(database.migrate, database_url, messenger.SQL)
+    assert await asked(database_url, "select pid from yoyo_lock") == []
+    assert await asked(database_url, SELECT_SCHEMA) == schema
+
+
+async def test_migration_that_was_applied_but_not_marked_runs_again(
+    database_url: str, schema: list[Any]
+) -> None:
+    """A migration whose process was killed before marking it runs again, over what is there, and
+    the data stay."""
+    marks = await asked(database_url, SELECT_MARKS)
+    await asked(database_url, "insert into users (username) values ('kept')")
+    await asked(database_url, "delete from _yoyo_migration")
+    await asyncio.to_thread(database.migrate, database_url, messenger.SQL)
+    assert await asked(database_url, SELECT_SCHEMA) == schema
+    assert await asked(database_url, SELECT_MARKS) == marks
+    assert await asked(database_url, "select username from users") == ["kept"]
+
+
+@pytest.mark.parametrize("obstacle", ["participants", "message_words", "message_view"])
+async def test_kill_in_the_middle_needs_no_hand(
+    empty_url: str, schema: list[Any], obstacle: str
+) -> None:
+    """After a server was killed half-way through a migration the next one completes it."""
+    blocker = await asyncpg.connect(empty_url)
+    # A table of this name that is not committed yet: who wants to make one waits for it.
+    await blocker.execute(f"begin; create table {obstacle} ()")
+    process = await migrates(empty_url)
+    async with asyncio.timeout(SERVE_SECONDS):
+        await until_waiting(blocker)
+    assert process.returncode is None
+    process.kill()
+    await process.communicate()
+    await blocker.close()
+    async with asyncio.timeout(SERVE_SECONDS):
+        await asyncio.to_thread(database.migrate, empty_url, messenger.SQL)
+    assert await asked(empty_url, SELECT_SCHEMA) == schema
+
+
+async def test_restart_beside_a_serving_one_disturbs_nobody(
+    database_url: str, alice: Person, bob: Person
+) -> None:
+    """While servers start on a database, the requests of another server on it go on."""
+    chat = await alice.opens(bob)
+    stop = asyncio.Event()
+
+    async def asks(ask: Callable[[], Awaitable[Any]]) -> None:
+        while not stop.is_set():
+            await ask()
+
+    asking = [
+        asyncio.create_task(asks(ask))
+        for ask in (
+            lambda: alice.says(chat, "hello"),
+            lambda: bob.gets("/chats"),
+            lambda: bob.gets(f"/chats/{chat}/messages"),
+        )
+    ]
+    for _ in range(10):
+        await asyncio.to_thread(database.migrate, database_url, messenger.SQL)
+    stop.set()
+    await asyncio.gather(*asking)
+
+
+@pytest.fixture
+async def ascii_url(cluster: str) -> AsyncIterator[str]:
+    """A database that is not UTF8."""
+    name = f"messenger_migrated_{os.getpid()}_{next(numbers)}"
+    await on_cluster(
+        cluster,
+        f"create database {name} template template0 encoding 'SQL_ASCII' locale 'C'"
+        " locale_provider libc",
+    )
+    yield with_database(cluster, name)
+    await on_cluster(cluster, f"drop database {name} with (force)")
+
+
+async def test_database_that_is_not_utf8_is_refused_in_one_line(
+    ascii_url: str, tmp_path: Path
+) -> None:
+    """A database of another encoding is left alone, and the server says why it does not start."""
+    environment = {
+        "PATH": os.environ["PATH"], "PORT": "0", "DATABASE_URL": ascii_url,
+        "SECRET_KEY": SECRET_KEY,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(ROOT / "messenger.py"), cwd=tmp_path, env=environment,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(SERVE_SECONDS):
+            stdout, stderr = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode not in (0, None)
+    [line] = stderr.decode().splitlines()
+    assert stdout == b""
+    assert "UTF8" in line
+    assert "SQL_ASCII" in line
+    assert await asked(ascii_url, "select relname from pg_class where relname = 'users'") == []
+
+
+async def test_failed_migration_leaves_no_lock(empty_url: str, schema: list[Any]) -> None:
+    """Where another thing holds a name that a migration needs, the error says so; once that is gone
+    the migration succeeds."""
+    await asked(empty_url, "create view chats as select 1 as one")
+    with pytest.raises(psycopg.Error):
+        await asyncio.to_thread(database.migrate, empty_url, messenger.SQL)
+    await asked(empty_url, "drop view chats")
+    await asyncio.to_thread(database.migrate, empty_url, messenger.SQL)
+    assert await asked(empty_url, SELECT_SCHEMA) == schema

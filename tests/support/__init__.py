@@ -1,0 +1,1 @@
+"""What the tests share: people, servers, databases, raw sockets, mutations, the model."""

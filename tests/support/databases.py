@@ -1,0 +1,125 @@
+"""The databases of the tests: a cluster with a template, its clones, and what is put into them."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import psycopg
+
+import messenger
+from plumbing.database import migrate
+from plumbing.embedded import Postgres
+
+
+def with_database(url: str, name: str) -> str:
+    """Name another database of the same server."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+async def on_cluster(url: str, *statements: str) -> None:
+    """Run statements that belong to no database."""
+    connection = await asyncpg.connect(url)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@contextlib.contextmanager
+def cluster_with_template(make_folder: Callable[[], Path]) -> Iterator[str]:
+    """Answer the URL of a PostgreSQL whose database `messenger_template` has the schema.
+
+    TEST_DATABASE_URL names one of your own, whose role may create databases.
+    """
+    given = os.environ.get("TEST_DATABASE_URL")
+    with asyncio.Runner() as runner:
+        postgres = None if given else Postgres(make_folder())
+        if postgres is not None:
+            runner.run(postgres.start())
+        url = given or postgres.dsn
+        if postgres is not None:  # durability has tests with servers of their own
+            runner.run(on_cluster(url, "alter system set fsync = off", "select pg_reload_conf()"))
+        runner.run(on_cluster(url, "drop database if exists messenger_template"))
+        runner.run(on_cluster(url, "create database messenger_template"))
+        migrate(with_database(url, "messenger_template"), messenger.SQL)
+        yield url
+        runner.run(on_cluster(url, "drop database messenger_template"))
+        if postgres is not None:
+            runner.run(postgres.stop())
+
+
+class Databases:
+    """Clones of the template, each made while the test before runs: copying takes a while."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._numbers = itertools.count(1)
+        self._thread = ThreadPoolExecutor(1)
+        self._next = self._thread.submit(self._make)
+
+    def _make(self) -> str:
+        name = f"messenger_test_{os.getpid()}_{next(self._numbers)}"
+        self._run(f"create database {name} template messenger_template strategy file_copy")
+        return name
+
+    def _run(self, statement: str) -> None:
+        with psycopg.connect(self._url, autocommit=True) as connection:
+            connection.execute(statement.encode())
+
+    async def take(self) -> str:
+        """Name a database that nobody else has."""
+        made = self._next
+        self._next = self._thread.submit(self._make)
+        return await asyncio.wrap_future(made)
+
+    def drop(self, name: str) -> None:
+        """Drop a database, soon."""
+        self._thread.submit(self._run, f"drop database {name} with (force)")
+
+    def close(self) -> None:
+        """Drop what is left."""
+        self.drop(self._next.result())
+        self._thread.shutdown()
+
+
+async def until_waiting(sql: asyncpg.Connection, number: int = 1) -> None:
+    """Wait until so many connections of this database wait for a lock."""
+    waiting = """
+        select count(*) from pg_stat_activity
+        where wait_event_type = 'Lock' and datname = current_database()"""
+    while await sql.fetchval(waiting) < number:
+        await asyncio.sleep(0.01)
+        await sql.execute("select pg_stat_clear_snapshot()")
+
+
+# ---- What is put in behind the server
+
+
+async def fills(sql: asyncpg.Connection, chat: int, number: int) -> None:
+    """Put so many more into a group, behind the server."""
+    await sql.execute(
+        "with made as ("
+        " insert into users (email) select gen_random_uuid()::text from generate_series(1, $2::int)"
+        " returning id), joined as ("
+        " insert into participants (chat_id, user_id, role) select $1, id, 'member' from made)"
+        " update chats set participant_count = participant_count + $2 where id = $1",
+        chat, number,
+    )
+
+
+async def crowd(sql: asyncpg.Connection, size: int) -> list[int]:
+    """Insert users who only have to be there; answer their ids."""
+    rows = await sql.fetch(
+        "insert into users (email, email_key, username, username_key, password_hash)"
+        " select n || '@crowd', n || '@crowd', 'crowd' || n, 'crowd' || n, ''"
+        " from generate_series(1, $1::int) n returning id",
+        size,
+    )
+    return [row["id"] for row in rows]

@@ -1,0 +1,206 @@
+"""Servers: the application's settings in this process, and real processes of the messenger."""
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+import messenger
+from support.people import SOON_SECONDS, Line, Person
+
+ROOT = Path(__file__).parents[2]
+SECRET_KEY = "a key of the tests, longer than 32 bytes"
+ENOUGH = 1_000_000
+SETTINGS = messenger.Settings(
+    bcrypt_cost=4, messages_burst=ENOUGH, messages_per_second=ENOUGH, typing_per_second=ENOUGH,
+    sockets_per_user=ENOUGH, refused_handshakes_per_second=ENOUGH,
+    registrations_per_address=ENOUGH, login_failures_per_address=ENOUGH)
+START_SECONDS = 20  # generous deadlines: what they bound takes a second or two
+STOP_SECONDS = 6
+
+# ---- A server of its own process
+
+
+def processes_in(folder: Path) -> set[int]:
+    """Answer the pids of every process whose working folder is `folder` or below it."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if (entry / "cwd").readlink().is_relative_to(folder):
+                found.add(int(entry.name))
+    return found
+
+
+def environment(**settings: Any) -> dict[str, str]:
+    """Make the environment of a server, with nothing in it that it was not given."""
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    usual = {"BCRYPT_COST": "4", "PORT": "0", "RATE_LIMITS": "off"}
+    return kept | usual | {n: str(v) for n, v in settings.items()}
+
+
+class Server:
+    """A messenger of its own process, on a data folder of its own."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.folder = folder  # the working folder too, by which its processes are found
+        self.settings = settings
+        self.program = ROOT / "messenger.py"
+        self.data = folder / "data"
+        self.url = self.said = ""
+        self.process: asyncio.subprocess.Process
+
+    async def starts(self) -> "Server":
+        """Start it; returns once it has printed its URL."""
+        with (self.folder / "stderr").open("w") as stderr:
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, str(self.program),
+                cwd=self.folder, env=environment(DATA_DIR=self.data, **self.settings),
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=stderr,
+                start_new_session=True,
+            )
+        assert self.process.stdout is not None
+        self.said = self.url = ""
+        async with asyncio.timeout(START_SECONDS):
+            while "next" not in self.said:
+                line = (await self.process.stdout.readline()).decode()
+                assert line, self.complaints()
+                self.said += line
+        self.url = re.findall(r"http://\S+", self.said)[0]
+        return self
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return int(self.url.rpartition(":")[2])
+
+    def complaints(self) -> str:
+        """Answer what it wrote to stderr."""
+        return (self.folder / "stderr").read_text()
+
+    def postmaster(self) -> int:
+        """Answer the pid of its PostgreSQL."""
+        return int((self.data / "postgres/postmaster.pid").read_text().split()[0])
+
+    async def ends(self) -> int:
+        """Wait until it has ended; answer its status."""
+        async with asyncio.timeout(START_SECONDS):
+            await self.process.communicate()
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+    async def stops(self, signal_number: signal.Signals = signal.SIGTERM) -> int:
+        """Ask it to stop; answer its status."""
+        self.process.send_signal(signal_number)
+        return await self.ends()
+
+    async def dies(self) -> None:
+        """Kill it and all its processes at once."""
+        for pid in processes_in(self.folder):
+            with contextlib.suppress(ProcessLookupError):  # it may go with the one before
+                os.kill(pid, signal.SIGKILL)
+        await self.ends()
+
+
+@contextlib.contextmanager
+def nothing_left_in(folder: Path) -> Iterator[None]:
+    """See that whatever was started in a folder has ended, and if not, end it now."""
+    yield
+    left = processes_in(folder)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(folder)
+    assert left == set()
+
+
+@contextlib.asynccontextmanager
+async def people_elsewhere() -> AsyncIterator[Callable[..., Awaitable[Person]]]:
+    """Make people of a server in another process: `await people_of(server, "alice")`."""
+    made: list[tuple[aiohttp.ClientSession, Person]] = []
+
+    async def make(server: Server, name: str, known: Person | None = None) -> Person:
+        session = aiohttp.ClientSession(server.url)
+        person = Person(session, name)  # type: ignore[arg-type]
+        made.append((session, person))
+        if known is None:
+            await person.register()
+            await person.logs_in()
+        else:
+            person.id, person.access, person.refresh = known.id, known.access, known.refresh
+        return person
+
+    yield make
+    for session, person in made:
+        for line in person.lines:
+            await line.close()
+        await session.close()
+
+
+# ---- Several workers
+
+
+def free_ports() -> int:
+    """A port that is free, and so is the one after it."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port: int = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
+async def sockets_at(server: Server) -> list[float | None]:
+    """How many sockets each worker says that it has; None where it is still starting."""
+    counts: list[float | None] = []
+    async with aiohttp.ClientSession() as session:
+        for number in range(2):
+            url = f"http://127.0.0.1:{server.settings['METRICS_PORT'] + number}/metrics"
+            try:
+                async with session.get(url) as answer:
+                    found = re.search(r"\nmessenger_sockets (\S+)", await answer.text())
+                    counts.append(float(found[1]) if found else None)
+            except aiohttp.ClientConnectorError:
+                counts.append(None)
+    return counts
+
+
+# ---- Two servers on one database
+
+
+class Elsewhere:
+    """A second server on the same database, and the way of people to it."""
+
+    def __init__(self, app: web.Application, make_client: Callable[[], Awaitable[Any]]) -> None:
+        self.app = app
+        self.people: list[Person] = []
+        self._make_client = make_client
+
+    async def takes(self, person: Person) -> Person:
+        """Answer the same person, with the same session, as a client of this server."""
+        same = Person(await self._make_client(), person.name)
+        same.id, same.access, same.refresh = person.id, person.access, person.refresh
+        self.people.append(same)
+        return same
+
+
+async def knows(person: Person, chat: int, line: Line) -> None:
+    """Post until a line at another server hears it: from then on both listen for hints."""
+    async with asyncio.timeout(SOON_SECONDS):
+        hearing = asyncio.create_task(line.hears("message"))
+        posted = 0
+        while not hearing.done():
+            posted = (await person.says(chat, "knock"))["seq"]
+            await asyncio.wait([hearing], timeout=0.05)
+        while (await hearing)["data"]["seq"] < posted:
+            hearing = asyncio.create_task(line.hears("message"))
