@@ -1173,20 +1173,13 @@ ROOMS = web.AppKey("rooms", Rooms)
 SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
     -- messages_pkey, messages_changed, participants_by_ordinal, departures_pkey, sessions_ended
     -- One snapshot: whoever left, or whose session ended, before a message was posted is named
-    -- together with it. Two scans, each in order, give the changes by rev, each message once: of
-    -- messages that were never changed, and of those that were.
+    -- together with it.
     select c.last_rev, c.version, c.name,
         array(
-            select row_to_json(m)::text from (
-                (select v.* from message_view v
-                 where v.chat_id = $1 and v.seq > $2 and v.seq <= c.last_rev and v.rev = v.seq
-                 order by v.seq limit $5)
-                union all
-                (select v.* from message_view v
-                 where v.chat_id = $1 and v.rev > $2 and v.rev <= c.last_rev and v.rev <> v.seq
-                 order by v.rev limit $5)
-                order by rev limit $5
-            ) m order by m.rev
+            select row_to_json(m)::text
+            from message_changes(
+                chat => $1, after_rev => $2, upto_rev => c.last_rev, at_most => $5) m
+            order by m.rev
         ) as messages,
         array(
             select row_to_json(v)::text from participant_view v
@@ -1207,18 +1200,12 @@ SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
 
 SELECT_MISSED = """  -- chat_id, asker_id, after, upto, limit
     -- messages_pkey, messages_changed
-    -- The changes as in SELECT_ROOM; no row for a stranger.
+    -- A stranger gets no row.
     select array(
-        select row_to_json(m)::text from (
-            (select v.* from message_view v
-             where v.chat_id = $1 and v.seq > $3 and v.seq <= $4 and v.rev = v.seq
-             order by v.seq limit $5)
-            union all
-            (select v.* from message_view v
-             where v.chat_id = $1 and v.rev > $3 and v.rev <= $4 and v.rev <> v.seq
-             order by v.rev limit $5)
-            order by rev limit $5
-        ) m order by m.rev) as messages
+        select row_to_json(m)::text
+        from message_changes(chat => $1, after_rev => $3, upto_rev => $4, at_most => $5) m
+        order by m.rev
+    ) as messages
     from participants p where p.chat_id = $1 and p.user_id = $2"""
 
 

@@ -1,5 +1,6 @@
--- What needs a lock and then a fresh snapshot, or pinned plans, as it is now; every other statement
--- is written out where it is used. Applied after views.sql whenever one of the two has changed.
+-- What needs a lock and then a fresh snapshot, or pinned plans, as it is now, and what these or
+-- several statements share; every other statement is written out where it is used. Applied after
+-- views.sql whenever one of the two files has changed.
 --
 -- A function that the last release calls keeps its parameters and its answer. Those that only the
 -- last release calls are no longer here; a database that has them keeps them until the next.
@@ -10,6 +11,22 @@
 -- was small would scan the table for as long as the connection lives.
 -- set plan_cache_mode = force_generic_plan: for arrays PostgreSQL would plan anew at each call,
 -- which takes longer than all the rest of posting one message.
+
+-- What changed in a chat after one number and up to another, by rev, each message once. Two scans,
+-- each in order: messages that were never changed, by the primary key, and those that were, by
+-- messages_changed. The planner puts it into the statement that calls it.
+create or replace function message_changes(
+    chat bigint, after_rev bigint, upto_rev bigint, at_most int)
+returns setof message_view language sql stable as $$
+    (select v.* from message_view v
+     where v.chat_id = chat and v.seq > after_rev and v.seq <= upto_rev and v.rev = v.seq
+     order by v.seq limit at_most)
+    union all
+    (select v.* from message_view v
+     where v.chat_id = chat and v.rev > after_rev and v.rev <= upto_rev and v.rev <> v.seq
+     order by v.rev limit at_most)
+    order by rev limit at_most
+$$;
 
 -- Words as message_words has them.
 create or replace function search_keys(chat bigint, stretch bigint, words text[])
@@ -321,25 +338,41 @@ begin
 end
 $$;
 
+-- Locks a chat, then answers how it is, the role of a user in it (null: none), and why that user
+-- cannot administer it as a group (null: maybe they can).
+create or replace function lock_chat(
+    chat bigint, me bigint, out name text, out last_seq bigint, out last_rev bigint,
+    out version bigint, out participant_count int, out my_role text, out refusal text)
+language plpgsql volatile as $$
+#variable_conflict use_column
+declare
+    is_group boolean;
+begin
+    select c.name, c.last_seq, c.last_rev, c.version, c.participant_count, c.is_group
+    into name, last_seq, last_rev, version, participant_count, is_group
+    from chats c where c.id = chat for no key update;
+    my_role := (select p.role from participants p where p.chat_id = chat and p.user_id = me);
+    refusal := case
+        when my_role is null then 'chat-not-found'
+        when not is_group then 'personal-chat' end;
+end
+$$;
+
 -- Renames a group, for its owner and admins. Answers renamed, unchanged or why not.
 create or replace function rename_chat(chat bigint, me bigint, new_name text)
 returns table (outcome text, last_rev bigint, version bigint)
 language plpgsql volatile as $$
 #variable_conflict use_column
 declare
-    c       chats;
-    my_role text;
+    c record;
 begin
-    select * into c from chats where id = chat for no key update;
-    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
+    select * into c from lock_chat(chat, me);
     last_rev := c.last_rev;
     version := c.version;
-    outcome := case
-        when my_role is null then 'chat-not-found'
-        when not c.is_group then 'personal-chat'
-        when my_role = 'member' then 'not-allowed'
+    outcome := coalesce(c.refusal, case
+        when c.my_role = 'member' then 'not-allowed'
         when c.name = new_name then 'unchanged'
-        else 'renamed' end;
+        else 'renamed' end);
     if outcome = 'renamed' then
         version := c.version + 1;
         update chats set name = new_name, version = c.version + 1 where id = chat;
@@ -349,32 +382,28 @@ end
 $$;
 
 -- Puts a user into a group, or gives a role to one who is in (null: leaves it as it is).
--- Answers its outcome: joined, set, unchanged or why not; the chat's version after it; who it is.
+-- Answers joined, set, unchanged or why not, the chat's version after it, and the participant.
 create or replace function put_participant(
     chat bigint, me bigint, target bigint, new_role text, at_most int)
 returns table (outcome text, last_rev bigint, version bigint, participant json)
 language plpgsql volatile as $$
 #variable_conflict use_column
 declare
-    c        chats;
-    my_role  text;
+    c        record;
     old_role text;
 begin
-    select * into c from chats where id = chat for no key update;
-    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
-    select p.role into old_role from participants p where p.chat_id = chat and p.user_id = target;
+    select * into c from lock_chat(chat, me);
+    old_role := (select p.role from participants p where p.chat_id = chat and p.user_id = target);
     last_rev := c.last_rev;
     version := c.version;
-    outcome := case
-        when my_role is null then 'chat-not-found'
-        when not c.is_group then 'personal-chat'
-        when new_role is not null and my_role <> 'owner' then 'owner-only'
+    outcome := coalesce(c.refusal, case
+        when new_role is not null and c.my_role <> 'owner' then 'owner-only'
         when target = me and new_role <> 'owner' then 'owner-stays'
         when hold_users(array[target]) <> '{}' then 'user-not-found'
         when old_role = coalesce(new_role, old_role) then 'unchanged'
         when old_role is not null then 'set'
         when c.participant_count >= at_most then 'group-full'
-        else 'joined' end;
+        else 'joined' end);
     if outcome in ('set', 'joined') then
         version := c.version + 1;
         insert into participants as p (
@@ -395,30 +424,27 @@ begin
 end
 $$;
 
--- Takes a user out of a group: themself, or as its owner anyone, as an admin a member. An owner
--- is followed by the longest-standing admin, else member. Answers removed or why not.
+-- Takes a user out of a group: members may leave, an admin may remove a member, the owner anyone.
+-- The longest-standing admin follows an owner, else the longest-standing member. Answers removed
+-- or why not.
 create or replace function remove_participant(chat bigint, me bigint, target bigint)
 returns table (outcome text, last_rev bigint, version bigint)
 language plpgsql volatile as $$
 #variable_conflict use_column
 declare
-    c           chats;
-    my_role     text;
+    c           record;
     target_role text;
 begin
-    select * into c from chats where id = chat for no key update;
-    select p.role into my_role from participants p where p.chat_id = chat and p.user_id = me;
-    select p.role into target_role
-    from participants p where p.chat_id = chat and p.user_id = target;
+    select * into c from lock_chat(chat, me);
+    target_role := (select p.role from participants p
+                    where p.chat_id = chat and p.user_id = target);
     last_rev := c.last_rev;
     version := c.version + 1;
-    outcome := case
-        when my_role is null then 'chat-not-found'
-        when not c.is_group then 'personal-chat'
+    outcome := coalesce(c.refusal, case
         when target_role is null then 'user-not-found'
-        when target = me or my_role = 'owner' or (my_role = 'admin' and target_role = 'member')
-            then 'removed'
-        else 'not-allowed' end;
+        when target = me or c.my_role = 'owner'
+          or (c.my_role = 'admin' and target_role = 'member') then 'removed'
+        else 'not-allowed' end);
     if outcome = 'removed' then
         perform depart(chat, target, target_role, version);
     end if;
@@ -450,7 +476,7 @@ returns table (chat_id bigint, last_rev bigint, version bigint)
 language plpgsql volatile as $$
 #variable_conflict use_column
 declare
-    target_role text;
+    c record;
 begin
     loop
         chat_id := (select p.chat_id from participants p where p.user_id = target
@@ -459,13 +485,12 @@ begin
             update users set is_leaving = false where id = target and is_leaving;
             return;
         end if;
-        select c.last_rev, c.version + 1 into last_rev, version
-        from chats c where c.id = chat_id for no key update;
-        select p.role into target_role
-        from participants p where p.chat_id = leave_next_chat.chat_id and p.user_id = target;
-        exit when found;  -- else another process was faster
+        select * into c from lock_chat(chat_id, target);
+        exit when c.my_role is not null;  -- else another process was faster
     end loop;
-    perform depart(chat_id, target, target_role, version);
+    last_rev := c.last_rev;
+    version := c.version + 1;
+    perform depart(chat_id, target, c.my_role, version);
     return next;
 end
 $$;

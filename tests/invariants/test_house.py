@@ -156,8 +156,8 @@ async def test_every_statement_prepares(sql: asyncpg.Connection) -> None:
     assert wrong == {}
 
 
-# A call, its arguments nested one deep at most, and a function that is nothing but called.
-CALL = re.compile(r"(\w+)\s*\(((?:[^()]|\([^()]*\))*)\)")
+# A call, also one within another, and a statement that does nothing but call a function.
+CALL = re.compile(r"\b(?=(\w+)\(((?:[^()]|\([^()]*\))*)\))")
 ONLY_CALLED = re.compile(r"select (?:\* from )?(\w+)\([^()]+\)")
 
 
