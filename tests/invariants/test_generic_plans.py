@@ -22,10 +22,11 @@ STATEMENTS_OF_ARRAYS = """
 
 
 async def calls(sql: asyncpg.Connection, name: str, alice: Person, bob: Person, chat: int) -> None:
-    """Call a function for one item."""
+    """Call a function for a few items."""
     message = (await alice.says(chat, "a text"))["id"]
     given: dict[str, list[Any]] = {
-        "POST_MESSAGES": [[chat], [alice.id], [uuid4()], ["a text"], [None]],
+        "POST_MESSAGES": [
+            [chat] * 2, [alice.id] * 2, [uuid4(), uuid4()], ["a text"] * 2, [None] * 2],
         "CHANGE_MESSAGES": [[chat], [alice.id], [message], ["another"]],
         "READ_MESSAGES": [[chat], [bob.id], [message]],
         "CREATE_GROUP": [alice.id, "a group", [bob.id]],

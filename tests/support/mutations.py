@@ -18,11 +18,12 @@ class Mutation:
     seconds: float = 6.0  # how long the clients go on
 
 
+FUNCTIONS, SCHEMA = "sql/functions.sql", "sql/0001_schema.sql"
 CRASH = ("postmaster killed", "backend killed")
 # The commit follows a tenth of a second after the answer.
 COMMITS = "        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns))\n"
-ANSWERS_EARLY = '''        if self.statement is not POST_MESSAGES:
-            return await self._app[DATABASE].rows(self.statement, *map(list, columns))
+ANSWERS_EARLY = '''        if self.STATEMENT is not POST_MESSAGES:
+            return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns))
         import asyncpg
         connection = await asyncpg.connect(self._app[DATABASE].url, timeout=2)
         transaction = connection.transaction()
@@ -55,6 +56,8 @@ STORED_LAST = """    left join lateral (
         select * from messages x where x.chat_id = i.chat_id and x.id = i.id
         order by x.seq desc limit 1) m on true
     order by i.item;"""
+IN_GROUPS = (  # a lone message goes the way of a group, where the bug is
+    FUNCTIONS, "    if cardinality(ids) = 1 then\n", "    if false then\n")
 SEQUENCES = """
 do $$ begin
     for number in 1 .. 9 loop
@@ -65,19 +68,20 @@ end $$;
 PAGE_END = """        replay.at = replay.at if len(missed) == REPLAY_PAGE else upto
     socket.write(bytes(frames))
 """
-FUNCTIONS, SCHEMA = "sql/functions.sql", "sql/0001_schema.sql"
 
 MUTATIONS = (
     Mutation("synchronous_commit=off", ("lost",), CRASH, (
         ("plumbing/database.py", '"synchronous_commit": "on"', '"synchronous_commit": "off"'),)),
     Mutation("no idempotency", ("doubled",), ("worker killed", *CRASH), (
         (SCHEMA, ",\n    constraint messages_id unique (chat_id, id)", ""),
+        IN_GROUPS,
         (FUNCTIONS, NOT_THERE, ");\n"),
         (FUNCTIONS, FIRST_COUNTS, ""),
         (FUNCTIONS, STORED_ONE, STORED_LAST))),
     Mutation("sequence numbers instead of the chat's lock", ("missed", "misordered"), CRASH, (
         (SCHEMA, "constraint messages_id unique (chat_id, id)\n);\n",
          "constraint messages_id unique (chat_id, id)\n);\n" + SEQUENCES),
+        IN_GROUPS,
         (FUNCTIONS, LOCK + ACCEPTED, "    at := clock_timestamp();\n" + ACCEPTED),
         (FUNCTIONS, "c.last_rev + row_number() over (partition by i.chat_id order by i.item) as",
          "nextval('numbers_' || i.chat_id) as"),
@@ -93,6 +97,7 @@ MUTATIONS = (
     Mutation("no polls", ("missed",), ("hints dropped",), (
         ("messenger.py", "repeat(self.poll, seconds", "repeat(asyncio.sleep, 0, seconds"),), 11.0),
     Mutation("membership checked before the lock", ("leaked",), ("listeners cut",), (
+        IN_GROUPS,
         (FUNCTIONS, LOCK + ACCEPTED, ACCEPTED),
         (FUNCTIONS, NOT_THERE, NOT_THERE + LOCK)), 9.0),
     Mutation("late removal", ("leaked",), ("listeners cut",), (
