@@ -19,8 +19,8 @@
 
 REST under /api/v1, websockets under /ws; everything that must last is in PostgreSQL, and nothing is
 answered before it is there. What knows nothing of chats is in plumbing/. The sections of this file,
-top to bottom; each begins with the statements that it uses and calls only sections above it, but
-for Rooms, which starts Catching up, and the handlers, which Endpoints and Application bind:
+top to bottom; each begins with the statements that it is the first to use, and calls only sections
+above it, but for Rooms, which starts Catching up:
 
     Settings and limits      what can be set from outside, and the bounds of everything
     Shapes                   the bodies, answers, frames and close codes that clients see
@@ -39,11 +39,12 @@ for Rooms, which starts Catching up, and the handlers, which Endpoints and Appli
     Application              start, serve, stop
 
 The life of one message: a POST (send_message) or a frame (take_frame, take_message) puts it on the
-list of the PostWriter (put). What piled up while another commit ran goes to PostgreSQL as one
-statement (commit, POST_MESSAGES), which locks the chats, checks and numbers. Then the writer
-publishes the group (publish, Rooms.publish, advance): each frame is encoded once and written to
-every socket of its room (deliver), and in the same turn the sender is answered. Other processes get
-a hint over the bus (hear_others) and read what they miss from the database (fill_gap).
+list of the PostWriter (GroupWriter.put). What piled up while another commit ran goes to PostgreSQL
+as one statement (GroupWriter._run, _write; ChatWriter.commit, POST_MESSAGES), which locks the
+chats, checks and numbers. Then the group is published (GroupWriter._publish_group,
+PostWriter.publish, Rooms.publish, advance): each frame is encoded once and written to every socket
+of its room (deliver), and in the same turn the sender is answered. Other processes get a hint
+(Bus.notify, Bus._listen, Rooms.hear_others) and read what they miss from the database (fill_gap).
 
 What always holds: answered means durable; the numbers of a chat have no holes and follow the order
 of commits; a message id is one message, however often it is sent; who follows a chat from a number
@@ -51,20 +52,28 @@ on gets every change after it, in order; who was removed gets nothing posted lat
 never goes back; no input makes a 5xx; a reader who stalls delays nobody.
 
 A statement is a constant: its first line names the parameters, always in the order chat, asker,
-bounds, limit; the second the index that serves it. Each one about a chat takes the asker and joins
-participants: permission lives in the statement. PostgreSQL builds the JSON of nested shapes
-(sql/views.sql), msgspec checks it. What needs a lock and then a fresh snapshot, or pinned plans, is
-a function of the same name in sql/functions.sql.
+bounds, limit; the second the index that serves it. Each one that answers a user about a chat takes
+the asker and joins participants: permission lives in the statement. PostgreSQL builds the JSON of
+nested shapes (sql/views.sql), msgspec checks it. What needs a lock and then a fresh snapshot, or
+pinned plans, is a function in sql/functions.sql.
 
 To add an endpoint: its shapes, its statement at the head of its section, a handler whose signature
 says what it takes and answers and whose docstring's first line is its summary, and its line in
-ENDPOINTS; then an example of each new shape in tools/documents.py, `./run documents`, its row in
-tests/api/access_table.py, and its tests beside those of its section.
+ENDPOINTS. Then, in tools/documents.py, an example of each new shape and, for a new path, its tag,
+and `./run documents`. Then its rows in tests/api/access_table.py, how they are aimed in
+access_cast.py, a valid body in tests/support/valid_calls.py, each of its answers in a `try_...` of
+tests/api/test_openapi.py, the arguments of a new statement in tests/invariants/test_plans.py, and
+its tests beside those of its section.
 
-To add a frame of the server: its shape and its struct among ServerFrames, who sends it (a socket by
-`send`, a room by a FrameHint through Rooms.publish), an example in tools/documents.py,
-`./run documents`. To add one of the client: its struct among ClientFrame, its handler in
-FRAME_HANDLERS, and the same.
+To add a column: a new file in sql/ that may run twice; at the end of its view, in its shape and in
+the shape's example; in tests/support/model.py, which knows every field.
+
+To add a frame of the server: the shape of its data, its struct among ServerFrames, and the call
+that sends it (Socket.send to one socket; Rooms.publish of a FrameHint to a chat in every process,
+Rooms.deliver to some sockets of this one); an example of its data in tools/documents.py and
+`./run documents`. A frame that nobody asked for is left out in Line.hears of
+tests/support/people.py. To add one of the client: its struct among ClientFrame, its handler in
+FRAME_HANDLERS, and its example.
 """
 
 import asyncio
@@ -91,7 +100,7 @@ from collections.abc import (
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import UUID
 
 import email_validator
@@ -138,6 +147,7 @@ from plumbing.endpoints import (
 )
 from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
 from plumbing.process import Listener, StartError, Tasks
+from plumbing.text import folded, stream_safe
 from plumbing.websocket import GOING_AWAY, STALLED, Connection, text_frame
 
 VERSION = "0.1.0"
@@ -212,10 +222,9 @@ BODY_BYTES_MAX = 64 * 1024
 FRAME_BYTES_MAX = 64 * 1024
 GROUP_PARTICIPANTS_MAX = 1000
 HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
-NAMED_READERS_MAX = 100  # in larger chats reads are counted only, and not told to everyone
+NAMED_IN_CHAT_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
 EMAIL_CHARS_MAX = 254
-MARKS_MAX = 30  # in a row that count for search (Unicode UAX #15, Stream-Safe Text)
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 
@@ -235,7 +244,7 @@ SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read a
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
-CLOSE_SECONDS = 1  # for all sockets together, at the end
+CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 WORD_CHARS_MAX = 64  # in the index
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
@@ -589,30 +598,6 @@ MESSAGE, CHAT = msgspec.json.Decoder(Message), msgspec.json.Decoder(Chat)
 PARTICIPANT = msgspec.json.Decoder(Participant)
 
 
-def folded(text: str) -> str:
-    """Fold a text so that it compares without regard to case, in any script (Unicode, NFKC).
-
-    The dotted and the dotless i of Turkish are one: whose capital `I` is, the text does not tell.
-    """
-    folded_once = unicodedata.normalize("NFKC", text).casefold()
-    return unicodedata.normalize("NFKC", folded_once).replace("i\u0307", "i").replace("ı", "i")
-
-
-def stream_safe(text: str) -> str:
-    """Drop the marks beyond 30 in a row: no language has them, and to sort a run of marks, as every
-    normalisation does, takes quadratic time.
-    """
-    if text.isascii():
-        return text
-    kept, run = [], 0
-    for c in text:
-        is_mark = unicodedata.combining(unicodedata.normalize("NFKD", c)[0])
-        run = run + 1 if is_mark else 0
-        if run <= MARKS_MAX:
-            kept.append(c)
-    return "".join(kept)
-
-
 def uuid7() -> UUID:
     """Make a UUID that sorts by time (RFC 9562, section 5.7)."""
     milliseconds = time.time_ns() // 1_000_000
@@ -661,6 +646,12 @@ def refused(outcome: str) -> Problem | None:
     if outcome == ReplyNotFound.slug:
         return ReplyNotFound(errors=[FieldError("$.reply_to", "is no message of this chat")])
     return Problem.named[outcome]() if outcome in Problem.named else None
+
+
+def check_outcome(outcome: str) -> None:
+    """Raise the problem that a function of sql/functions.sql names, if any."""
+    if problem := refused(outcome):
+        raise problem
 
 
 # ==== Sessions ====================================================================================
@@ -718,7 +709,7 @@ class Sessions:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
         for key in self._keys:
             with contextlib.suppress(jwt.InvalidTokenError, ValueError):
-                claims = signed_claims(token, key)
+                claims = signed_claims(token, key, "sub", "sid", "typ", "jti", "iat", "exp")
                 is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= time.time()
                 return claims if claims["typ"] == kind and not is_expired else None
         return None
@@ -905,7 +896,7 @@ class Rooms:
 
     def __init__(self, database: Database, sessions: Sessions, bus: Bus, tasks: Tasks) -> None:
         self.database = database
-        self.polled_at = time.monotonic()  # when it was last asked who left and logged out
+        self.polled_at = time.monotonic()  # when Watch last asked who joined and who logged out
         self._sessions = sessions
         self._bus = bus
         self._tasks = tasks
@@ -919,7 +910,7 @@ class Rooms:
         for socket in list(self._sockets):
             self.close(socket, GOING_AWAY)
         if handlers:
-            await asyncio.wait(handlers, timeout=CLOSE_SECONDS)
+            await asyncio.wait(handlers, timeout=CLOSE_ALL_SECONDS)
 
     def all_sockets(self) -> list[Socket]:
         """List every open socket."""
@@ -944,7 +935,8 @@ class Rooms:
     async def join(self, socket: Socket) -> None:
         """Let a socket join the room of its chat, or those of all chats of its user.
 
-        It is live there from now on. Raises ChatNotFound, Unavailable.
+        It is live there from now on, though its handshake is not answered yet and may still be
+        refused: until then what is written waits. Raises ChatNotFound, Unavailable.
         """
         self._sockets.add(socket)
         SOCKETS.set(len(self._sockets))
@@ -973,10 +965,10 @@ class Rooms:
         """
         if time.monotonic() > deadline:
             for chat_id in chat_ids:
-                self.start_over(chat_id)
+                self.close_room(chat_id)
         await asyncio.sleep(VERSION_PAUSE_SECONDS)
 
-    def start_over(self, chat_id: int) -> None:
+    def close_room(self, chat_id: int) -> None:
         """Close every socket of a room that cannot go on: none may stay open and hear nothing."""
         if room := self._rooms.get(chat_id):
             log.error("chat %d: closing its sockets, so that they come back", chat_id)
@@ -992,23 +984,23 @@ class Rooms:
         socket.rooms[chat_id] = room
         self.advance(chat_id, rev, version)
 
-    def add_users(self, chat_id: int, user_ids: Iterable[int]) -> None:
+    def join_users(self, chat_id: int, user_ids: Iterable[int]) -> None:
         """Let the sockets of users who came into a chat join its room, if they follow all chats."""
         for user_id in user_ids:
             for socket in self._of_users.get(user_id, ()):
                 if socket.chat_id is None and chat_id not in socket.rooms:
-                    self._tasks.spawn(self._add_socket(socket, chat_id))
+                    self._tasks.spawn(self._try_join(socket, chat_id))
 
-    async def _add_socket(self, socket: Socket, chat_id: int) -> None:
+    async def _try_join(self, socket: Socket, chat_id: int) -> None:
         try:
-            await self._show_chat(socket, chat_id)
+            await self._join_chat(socket, chat_id)
         except (ChatNotFound, Unavailable):
             pass  # the poll finds it again
         except Exception:
             log.exception("a socket could not join the room of a new chat")
             self.close(socket, GOING_AWAY)
 
-    async def _show_chat(self, socket: Socket, chat_id: int) -> None:
+    async def _join_chat(self, socket: Socket, chat_id: int) -> None:
         """Show a socket a chat that its user came into, unless it joined already; then it is live.
 
         Raises ChatNotFound, Unavailable.
@@ -1024,7 +1016,7 @@ class Rooms:
             elif chat_id not in socket.rooms and socket in self._sockets:
                 socket.send(ChatOut(data=chat))
                 self._join_room(socket, chat_id, chat.last_rev, chat.version)
-                self.replay(socket, chat_id, chat.last_rev)
+                self.start_replay(socket, chat_id, chat.last_rev)
 
     def leave(self, socket: Socket) -> None:
         """Forget a socket; what is on its way to it is dropped."""
@@ -1051,7 +1043,7 @@ class Rooms:
             if room.filling is not None:
                 room.filling.cancel()
 
-    def dismiss(self, socket: Socket, chat_id: int) -> None:
+    def leave_chat(self, socket: Socket, chat_id: int) -> None:
         """Take a chat from a socket whose user is no longer in it."""
         self._leave_room(socket, chat_id)
         if socket.chat_id is None:
@@ -1062,7 +1054,7 @@ class Rooms:
     def close(self, socket: Socket, code: int) -> None:
         """Close a socket: it leaves, and its handler is woken to say why."""
         self.leave(socket)
-        socket.close(code)
+        socket.begin_close(code)
 
     def end_sessions(self, session_ids: Iterable[int]) -> None:
         """End sessions in this process: their tokens count no longer, their sockets are closed."""
@@ -1075,11 +1067,11 @@ class Rooms:
 
     async def sync(self, socket: Socket, chat_id: int, after: int) -> None:
         """Do what a `sync` asks for. Raises ChatNotFound, Unavailable."""
-        await self._show_chat(socket, chat_id)  # where its user came in a moment ago
+        await self._join_chat(socket, chat_id)  # where its user came in a moment ago
         if chat_id in socket.rooms:
-            self.replay(socket, chat_id, after)
+            self.start_replay(socket, chat_id, after)
 
-    def replay(self, socket: Socket, chat_id: int, after: int) -> None:
+    def start_replay(self, socket: Socket, chat_id: int, after: int) -> None:
         """Give a socket every change of a chat after a number, then let it be live there."""
         socket.rooms[chat_id].live.discard(socket)
         socket.replays[chat_id] = Replay(after, after)
@@ -1096,7 +1088,7 @@ class Rooms:
         """Take a socket that reads too slowly out of the live sets, to catch up at its own pace."""
         for chat_id, room in socket.rooms.items():
             if socket in room.live:
-                self.replay(socket, chat_id, room.delivered)
+                self.start_replay(socket, chat_id, room.delivered)
 
     # ---- What goes out
 
@@ -1134,7 +1126,7 @@ class Rooms:
             self._fall_behind(socket)
 
     def broadcast(self, hint: FrameHint) -> None:
-        """Write a frame that has no number and is not repeated to whom it concerns."""
+        """Write a frame without a number, which nobody repeats, to those here whom it concerns."""
         if room := self._rooms.get(hint.chat_id):
             sockets = [socket for socket in room.live if socket.asker.user_id != hint.but
                        and (hint.only is None or socket.asker.user_id in hint.only)]
@@ -1142,21 +1134,21 @@ class Rooms:
 
     def publish(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
         """Act on a hint here, and pass it on to the other processes."""
-        self._hear(hint, changes)
+        self._act_on(hint, changes)
         key: object = object()
         if isinstance(hint, ChatHint) and not hint.joined:
             key = (hint.chat_id, hint.version)  # it only says how far a chat is: the newest counts
-        self._bus.publish(key, ENCODER.encode(hint))
+        self._bus.notify(key, ENCODER.encode(hint))
 
     def hear_others(self, hints: str) -> None:
         """Act on what another process published."""
         for hint in HINTS.decode(hints):
-            self._hear(hint)
+            self._act_on(hint)
 
-    def _hear(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
+    def _act_on(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
         if isinstance(hint, ChatHint):
             self.advance(hint.chat_id, hint.rev, hint.version, changes)
-            self.add_users(hint.chat_id, hint.joined)
+            self.join_users(hint.chat_id, hint.joined)
         elif isinstance(hint, FrameHint):
             self.broadcast(hint)
         else:
@@ -1246,7 +1238,7 @@ async def replay_page(rooms: Rooms, socket: Socket, room: Room, replay: Replay) 
     if socket.replays.get(room.chat_id) is not replay:
         return  # another sync replaced this one, or the socket lost the chat
     if missed is None:
-        rooms.dismiss(socket, room.chat_id)
+        rooms.leave_chat(socket, room.chat_id)
         return
     frames = bytearray()
     for message in map(MESSAGE.decode, missed):
@@ -1269,7 +1261,7 @@ async def fill_gap(rooms: Rooms, room: Room) -> None:
                 await asyncio.sleep(RETRY_SECONDS)
     except Exception:
         log.exception("a room could not read what it misses")
-        rooms.start_over(room.chat_id)
+        rooms.close_room(room.chat_id)
     finally:
         room.filling = None
 
@@ -1282,7 +1274,7 @@ async def read_news(rooms: Rooms, room: Room) -> None:
         SELECT_ROOM, room.chat_id, room.delivered, room.version, since, REPLAY_PAGE)
     if row is None:  # the chat is gone
         for socket in list(room.sockets):
-            rooms.dismiss(socket, room.chat_id)
+            rooms.leave_chat(socket, room.chat_id)
         room.latest = (room.delivered, room.version)
         return
     deliver_snapshot(rooms, room, row)
@@ -1290,20 +1282,25 @@ async def read_news(rooms: Rooms, room: Room) -> None:
         room.latest = (row["last_rev"], row["version"])
 
 
-def deliver_snapshot(rooms: Rooms, room: Room, row: Mapping[str, Any]) -> None:
-    """Write out what was read: first who left or logged out is let go, to get nothing newer."""
-    departed, ended = set(row["departed"]), set(row["ended"])
+def drop_departed(rooms: Rooms, room: Room, departed: set[int], ended: set[int]) -> None:
+    """Close the sockets of sessions that have ended; let those of users who left leave the chat."""
     for socket in [socket for socket in room.sockets if socket.asker.session_id in ended]:
         rooms.close(socket, TOKEN_ENDED)
     for socket in [socket for socket in room.sockets if socket.asker.user_id in departed]:
-        rooms.dismiss(socket, room.chat_id)
+        rooms.leave_chat(socket, room.chat_id)
+
+
+def deliver_snapshot(rooms: Rooms, room: Room, row: Mapping[str, Any]) -> None:
+    """Write out what was read: first who left or logged out is let go, to get nothing newer."""
+    drop_departed(rooms, room, set(row["departed"]), set(row["ended"]))
     frames = []
     if row["version"] > room.version:
         people = [PARTICIPANT.decode(one) for one in row["participants"]]
-        update = ChatUpdate(room.chat_id, row["version"], row["name"], people, sorted(departed))
+        left = sorted(row["departed"])
+        update = ChatUpdate(room.chat_id, row["version"], row["name"], people, left)
         frames.append(encode_frame(ChatUpdatedOut(data=update)))
         room.version = row["version"]
-        rooms.add_users(room.chat_id, [person.user_id for person in people])
+        rooms.join_users(room.chat_id, [person.user_id for person in people])
     messages = [MESSAGE.decode(message) for message in row["messages"]]
     frames += [encode_change(message, room.delivered) for message in messages]
     rooms.deliver(room.live, b"".join(frames))
@@ -1360,14 +1357,14 @@ class Watch:
             for row in await self._database.rows(SELECT_POSITIONS, list(known)):
                 delivered, version = known[row["id"]]
                 if row["last_rev"] < delivered or row["version"] < version:  # restored
-                    self._rooms.start_over(row["id"])
+                    self._rooms.close_room(row["id"])
                 self._rooms.advance(*row)
         if user_ids := self._rooms.user_ids():
             since = asked_at - self._rooms.polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
             self._rooms.end_sessions(row["id"] for row in ended)
             for row in await self._database.rows(SELECT_JOINED, user_ids, since):
-                self._rooms.add_users(row["chat_id"], [row["user_id"]])
+                self._rooms.join_users(row["chat_id"], [row["user_id"]])
         self._rooms.polled_at = asked_at
 
     async def check_sockets(self) -> None:
@@ -1383,8 +1380,9 @@ class Watch:
 
 
 # ==== Writers and upkeep ==========================================================================
-# Each writer commits a group, then tells everybody what became of it. What need not be done at once
-# is done here later: the words of messages are indexed, what was left behind is tidied up.
+# Each writer commits a group, then tells everybody what became of it: it is for what comes by the
+# hundred a second; whatever else changes something is a statement that its handler runs. What need
+# not be done at once is done here later: words are indexed, what was left behind is tidied up.
 
 SELECT_LEAVING = """  -- (none)
     -- users_leaving
@@ -1470,7 +1468,10 @@ PURGE_OLD = """  -- ended_seconds, life_seconds, attempt_seconds, read_seconds, 
 
 
 class ChatItem(Struct):
-    """What changes a chat, on its way to a writer."""
+    """What changes a chat, on its way to a writer.
+
+    Its fields stand in the order of the parameters of the writer's statement.
+    """
     chat_id: int
 
 
@@ -1483,7 +1484,11 @@ class NewPost(ChatItem):
 
 
 class Posted(Struct):
-    """What became of a message: posted now, or (message None) stored before."""
+    """What became of a message.
+
+    `message` is None where it was stored before; `is_new` is true also where that may have been by
+    our own commit, whose answer was lost.
+    """
     is_new: bool
     ack: Ack
     message: Message | None
@@ -1555,7 +1560,7 @@ class PostWriter(ChatWriter[NewPost, Posted]):
             news[post.chat_id] = (last_rev, version)
         for chat_id, position in news.items():
             self._app[ROOMS].publish(ChatHint(chat_id, *position), changes.get(chat_id, ()))
-        self._app[INDEX].waiting.update(changes)
+        self._app[INDEX].note(changes)
         POSTED.inc(sum(map(len, changes.values())))
         return outcomes
 
@@ -1576,7 +1581,7 @@ class ChangeWriter(ChatWriter[NewChange, None]):
             if problem is None}
         for hint in news.values():
             self._app[ROOMS].publish(hint)
-        self._app[INDEX].waiting.update(news)
+        self._app[INDEX].note(news)
         return problems
 
 
@@ -1597,7 +1602,7 @@ class ReadWriter(ChatWriter[NewRead, Read]):
             stand = Read(read.chat_id, row["message_id"], row["seq"], read.user_id, row["read_at"])
             outcomes.append(stand)
             if row["moved"]:
-                large = row["participant_count"] > NAMED_READERS_MAX
+                large = row["participant_count"] > NAMED_IN_CHAT_MAX
                 only = [read.user_id, row["sender_id"]] if large else None
                 frame = ENCODER.encode(ReadOut(data=stand)).decode()
                 self._app[ROOMS].publish(FrameHint(read.chat_id, frame, only))
@@ -1626,9 +1631,13 @@ class SearchIndex:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self.waiting: set[int] = set()  # chats in which something changed
+        self._waiting: set[int] = set()  # chats in which something changed
 
-    async def take_in(self, chat_id: int) -> None:
+    def note(self, chat_ids: Iterable[int]) -> None:
+        """Take note of chats in which something changed: they are indexed soon."""
+        self._waiting.update(chat_ids)
+
+    async def index(self, chat_id: int) -> None:
         """Index what is new in a chat. Raises Unavailable where that takes too long."""
         deadline = time.monotonic() + INDEX_SECONDS
         while rows := await self._database.rows(SELECT_UNINDEXED, chat_id, INDEX_PAGE):
@@ -1644,13 +1653,13 @@ class SearchIndex:
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""
-        for chat_id in list(self.waiting):
+        for chat_id in list(self._waiting):
             began = time.monotonic()
-            self.waiting.discard(chat_id)
+            self._waiting.discard(chat_id)
             try:
-                await self.take_in(chat_id)
+                await self.index(chat_id)
             except Unavailable:
-                self.waiting.add(chat_id)
+                self._waiting.add(chat_id)
             await asyncio.sleep(INDEX_REST * (time.monotonic() - began))
 
 
@@ -1802,7 +1811,7 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
     """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
-    request.app[PASSWORDS].check_room()  # who would not be heard has not tried
+    request.app[PASSWORDS].check_queue()  # who would not be heard has not tried
     if request.app[SETTINGS].rate_limits == "on":
         wait = await request.app[DATABASE].value(COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
         if wait:
@@ -1816,16 +1825,16 @@ async def login(request: web.Request, body: Login) -> Tokens:
     Raises InvalidCredentials, TooManyAttempts.
     """
     database, passwords = request.app[DATABASE], request.app[PASSWORDS]
-    settings, origin = request.app[SETTINGS], f"login from:{address_of(request)}"
+    settings, address_key = request.app[SETTINGS], f"login from:{address_of(request)}"
     try:
         email_key = checked_email(body.email)[1]
     except InvalidInput:
         email_key = ""  # nobody's
-    account = f"login:{email_key}"
+    account_key = f"login:{email_key}"
     # Counted before it is tried, so that guesses at once are counted too; success is forgiven.
-    await count_attempt(request, origin, settings.login_failures_per_address)
+    await count_attempt(request, address_key, settings.login_failures_per_address)
     if email_key:  # else all who mistype theirs would share one allowance
-        await count_attempt(request, account, settings.login_failures_per_account)
+        await count_attempt(request, account_key, settings.login_failures_per_account)
     agent = request.headers.get("User-Agent", "").encode(errors="replace").decode()[:200]
     while True:
         user = await database.row(SELECT_LOGIN, email_key)
@@ -1834,7 +1843,7 @@ async def login(request: web.Request, body: Login) -> Tokens:
             raise InvalidCredentials
         dearer = await passwords.hash(body.password) if passwords.is_cheap(hashed) else None
         session = await database.row(
-            START_SESSION, user["id"], hashed, dearer, agent, account, origin)
+            START_SESSION, user["id"], hashed, dearer, agent, account_key, address_key)
         if session:
             return request.app[SESSIONS].tokens(user["id"], session)
         # The hash is another by now: the password was changed, or another login made it dearer.
@@ -2093,7 +2102,8 @@ async def list_chats(
 async def change_chat(request: web.Request, chat_id: ChatId, body: ChangedChat) -> Chat:
     """Rename a group. Raises ChatNotFound, NotAllowed, PersonalChat."""
     row = await request.app[DATABASE].row(RENAME_CHAT, chat_id, request[ME], body.name)
-    tell_version(request, chat_id, row)
+    check_outcome(row["outcome"])
+    publish_version(request, chat_id, row)
     return await get_chat(request, chat_id)
 
 
@@ -2119,7 +2129,8 @@ async def add_participant(
     """
     row = await request.app[DATABASE].row(
         PUT_PARTICIPANT, chat_id, request[ME], body.user_id, body.role, GROUP_PARTICIPANTS_MAX)
-    tell_version(request, chat_id, row, body.user_id)
+    check_outcome(row["outcome"])
+    publish_version(request, chat_id, row, body.user_id)
     participant = PARTICIPANT.decode(row["participant"])
     if row["outcome"] != "joined":
         return Answer(participant, 200)
@@ -2144,13 +2155,14 @@ async def remove_participant(request: web.Request, chat_id: ChatId, user_id: Use
     Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat.
     """
     row = await request.app[DATABASE].row(REMOVE_PARTICIPANT, chat_id, request[ME], user_id)
-    tell_version(request, chat_id, row)
+    check_outcome(row["outcome"])
+    publish_version(request, chat_id, row)
 
 
-def tell_version(request: web.Request, chat_id: int, row: Mapping[str, Any], *joined: int) -> None:
-    """Let every process know how name or participants changed, or raise why they did not."""
-    if problem := refused(row["outcome"]):
-        raise problem
+def publish_version(
+    request: web.Request, chat_id: int, row: Mapping[str, Any], *joined: int
+) -> None:
+    """Let every process know that name or participants changed."""
     request.app[ROOMS].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
 
 
@@ -2290,7 +2302,7 @@ async def search_messages(
     """Find the messages of a chat that hold all of some words. Raises ChatNotFound."""
     me, database = request[ME], request.app[DATABASE]
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
-        await request.app[INDEX].take_in(chat_id)
+        await request.app[INDEX].index(chat_id)
     bound = INT8_MAX if before is None else before
     rows = await database.rows(SELECT_MESSAGES_FOUND, chat_id, me, bound, words_of(q), limit + 1)
     if not rows:
@@ -2363,16 +2375,16 @@ async def follow(request: web.Request, socket: Socket, after: int | None) -> web
         await rooms.join(socket)
         if socket.chat_id is not None:
             delivered = socket.rooms[socket.chat_id].delivered
-            rooms.replay(socket, socket.chat_id, delivered if after is None else after)
+            rooms.start_replay(socket, socket.chat_id, delivered if after is None else after)
         if not socket.can_prepare(request):
             raise UpgradeRequired
         await socket.open(request)
-        await listen(request, socket)
+        await take_frames(request, socket)
     except ConnectionError:
         return socket.ws  # the peer is gone
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # Connection.begin_close woke us
         if socket.close_code is None:
-            raise  # not by Rooms.close: the server stops
+            raise  # or the server stops
         socket.task.uncancel()
     finally:
         rooms.leave(socket)
@@ -2382,7 +2394,7 @@ async def follow(request: web.Request, socket: Socket, after: int | None) -> web
     return socket.ws
 
 
-async def listen(request: web.Request, socket: Socket) -> None:
+async def take_frames(request: web.Request, socket: Socket) -> None:
     """Take the frames of a socket until it is closed."""
     taken = 0
     async for incoming in socket.ws:
@@ -2483,7 +2495,7 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
     charge(request.app, TooManyMessages, me)
     post = NewPost(chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
 
-    def answer(outcome: Posted | Exception) -> None:
+    def acknowledge(outcome: Posted | Exception) -> None:
         socket.unanswered -= 1
         if socket.answered is not None and not socket.answered.done():
             socket.answered.set_result(None)
@@ -2493,7 +2505,7 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
         elif frame.ref is not None:
             socket.send(AckOut(data=outcome.ack, ref=frame.ref))
 
-    request.app[POSTS].put(post, answer)
+    request.app[POSTS].put(post, acknowledge)  # which is called later, never before this returns
     socket.unanswered += 1
 
 
@@ -2510,7 +2522,7 @@ async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> 
     membership = await request.app[DATABASE].row(SELECT_MEMBERSHIP, chat_id, me)
     if membership is None:
         raise ChatNotFound
-    if membership["participant_count"] <= NAMED_READERS_MAX:
+    if membership["participant_count"] <= NAMED_IN_CHAT_MAX:
         text = ENCODER.encode(TypingOut(data=Typing(chat_id, me))).decode()
         request.app[ROOMS].publish(FrameHint(chat_id, text, but=me))
 
@@ -2537,6 +2549,7 @@ async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None
     socket.send(AuthOut(data=Expiry(datetime.fromtimestamp(asker.expires_at, UTC))))
 
 
+# All but `message`, which take_frame hands on itself: it waits for nobody.
 FRAME_HANDLERS: Mapping[type[Body], Callable[..., Awaitable[None]]] = {
     ReadIn: take_read, TypingIn: take_typing, SyncIn: take_sync, AuthIn: take_auth}
 
@@ -2672,11 +2685,11 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[ROOMS] = Rooms(app[DATABASE], app[SESSIONS], app[BUS], app[TASKS])
     app[INDEX] = SearchIndex(app[DATABASE])
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
-    app.middlewares.extend([
+    app.middlewares.extend([  # the first is outermost
         process.log_access(address_of), guard.guard_browsers(app[ORIGINS]),
         answer_problems(observe_request)])
     app.cleanup_ctx.append(run_tasks)
-    app.on_shutdown.append(close_sockets)
+    app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
     for endpoint in ENDPOINTS:
         name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, PATH_PROBLEMS)
         for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
@@ -2705,9 +2718,10 @@ async def close_sockets(app: web.Application) -> None:
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    task = cast("asyncio.Task[None]", asyncio.current_task())
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel if task else int)
+        loop.add_signal_handler(number, task.cancel)
     is_worker, has_workers = PARENT in os.environ, settings.workers > 1
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(

@@ -2,6 +2,7 @@
 
 A file imports only those above it in this list, and none imports the application:
 
+    text         text that compares without regard to case
     process      a port, signals, children, logs, and a word for a bad start
     embedded     the embedded PostgreSQL
     database     any PostgreSQL: connections, commits in groups, the schema

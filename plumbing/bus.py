@@ -43,7 +43,7 @@ class Bus:
         self._sending: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
 
-    def publish(self, key: Hashable, hint: bytes) -> None:
+    def notify(self, key: Hashable, hint: bytes) -> None:
         """Tell the other processes, soon: JSON, of which the newest of a key replaces the older.
 
         Never raises, never waits.

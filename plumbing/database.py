@@ -7,7 +7,6 @@ Every wait is bounded. Whatever the reason for which PostgreSQL does not answer,
 import abc
 import asyncio
 import contextlib
-import functools
 import hashlib
 import logging
 import os
@@ -15,6 +14,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -218,6 +218,16 @@ def is_held(error: Exception) -> bool:
     return isinstance(error.__cause__, asyncpg.LockNotAvailableError)
 
 
+@dataclass(slots=True)
+class Written(Generic[Item, Outcome]):
+    """A group that was committed, or why it was not; empty where its parts were written alone."""
+
+    group: list[Entry[Item, Outcome]]
+    rows: list[Any] = field(default_factory=list)
+    again: bool = False  # whether the items may have been committed before
+    error: Exception | None = None
+
+
 class GroupWriter(abc.ABC, Generic[Item, Outcome]):
     """Commits in groups: of what piled up while another commit ran.
 
@@ -286,30 +296,30 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         """Write group after group. One is published while the next is already with PostgreSQL, so
         that neither side waits for the other.
         """
-        settle: Callable[[], None] | None = None
+        written: Written[Item, Outcome] | None = None
         size = 0
         try:
-            while self._pending or settle is not None:
+            while self._pending or written is not None:
                 writing = None
                 if self._pending:
                     # Behind another group half of both: else a few that came early are one group,
                     # all others the next, and each side waits while the other works.
-                    share = (size + len(self._pending) + 1) // 2 if settle else GROUP_ITEMS_MAX
+                    share = (size + len(self._pending) + 1) // 2 if written else GROUP_ITEMS_MAX
                     size = min(len(self._pending), share, GROUP_ITEMS_MAX)
                     group = [self._pending.popleft() for _ in range(size)]
                     writing = asyncio.create_task(self._write(group))
                     await asyncio.sleep(0)  # now it is on its way
-                if settle is not None:
-                    settle()
-                settle = await writing if writing is not None else None
+                if written is not None:
+                    self._publish_group(written)
+                written = await writing if writing is not None else None
         finally:
             self._running = None
 
-    async def _write(self, group: list[Entry[Item, Outcome]]) -> Callable[[], None]:
-        """Commit a group, and return what is left to do: to publish it and answer its items.
+    async def _write(self, group: list[Entry[Item, Outcome]]) -> "Written[Item, Outcome]":
+        """Commit a group; it is left to publish it. Never raises.
 
         A group that failed is divided: by lock, so that who waits for one that somebody else holds
-        delays nobody, and what is of one lock item by item, in order. Never raises.
+        delays nobody, and what is of one lock item by item, in order. Its parts are published here.
         """
         try:
             rows, again = await self._persist([item for item, _, _ in group], group[0][2])
@@ -324,23 +334,26 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
                 for entry in group:
                     await self._write_part([entry])
             else:
-                return functools.partial(_answer, group, [error] * len(group))
-            return lambda: None
-        return functools.partial(self._publish_group, group, rows, again)
+                return Written(group, error=error)
+            return Written([])
+        return Written(group, rows, again)
 
     async def _write_part(self, part: list[Entry[Item, Outcome]]) -> None:
-        (await self._write(part))()
+        self._publish_group(await self._write(part))
 
-    def _publish_group(
-        self, group: list[Entry[Item, Outcome]], rows: list[Any], again: bool
-    ) -> None:
+    def _publish_group(self, written: "Written[Item, Outcome]") -> None:
+        """Publish a group that was written, then answer each of its items."""
+        items = [item for item, _, _ in written.group]
         outcomes: Sequence[Outcome | Exception]
-        try:
-            outcomes = self.publish([item for item, _, _ in group], rows, again)
-        except Exception as error:
-            log.exception("what was committed could not be published")
-            outcomes = [error] * len(group)
-        _answer(group, outcomes)
+        if written.error is not None:
+            outcomes = [written.error] * len(items)
+        else:
+            try:
+                outcomes = self.publish(items, written.rows, written.again)
+            except Exception as error:
+                log.exception("what was committed could not be published")
+                outcomes = [error] * len(items)
+        _answer(written.group, outcomes)
 
     async def _persist(self, items: list[Item], deadline: float) -> tuple[list[Any], bool]:
         """Commit, and again while the connection is lost, as long as the first of them waits.

@@ -103,7 +103,7 @@ class Unauthorized(Problem, status=401, title="Sign in: a valid access token is 
 class NotFound(Problem, status=404, title="There is nothing here"): ...
 class MethodNotAllowed(Problem, status=405, title="This method is not allowed here"): ...
 class RequestTimeout(Problem, status=408, title="The body took too long to arrive"): ...
-class BodyTooLarge(Problem, status=413, title="The body is larger than 64 KiB"): ...
+class BodyTooLarge(Problem, status=413, title="The body is too large"): ...
 class InvalidInput(Problem, status=422, title="Some of the input is not valid"): ...
 class UpgradeRequired(Problem, status=426, title="Only websockets can connect here"): ...
 class InternalError(Problem, status=500, title="Something went wrong on the server"): ...
@@ -265,7 +265,7 @@ def bind(
     """
     signature = Signature.of(endpoint)
 
-    async def answer(request: web.Request) -> web.StreamResponse:
+    async def handle(request: web.Request) -> web.StreamResponse:
         if not endpoint.public:
             await authenticate(request)
         arguments = {
@@ -280,7 +280,7 @@ def bind(
                 arguments["body"] = decode_json(signature.body, body)
         return respond(endpoint, await endpoint.handler(request, **arguments))
 
-    return answer
+    return handle
 
 
 def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
@@ -337,7 +337,7 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
     """
 
     @web.middleware
-    async def answer(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def answer_problem(request: web.Request, handler: Handler) -> web.StreamResponse:
         began = time.perf_counter()
         try:
             answer = await handler(request)
@@ -355,7 +355,7 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
             observe_request(operation, answer.status, time.perf_counter() - began)
         return answer
 
-    return answer
+    return answer_problem
 
 
 def refuse_unreadable(
@@ -370,4 +370,5 @@ def refuse_unreadable(
     return answer
 
 
+# aiohttp calls this for a request that it cannot parse.
 web.RequestHandler.handle_error = refuse_unreadable  # type: ignore[assignment]

@@ -35,7 +35,7 @@ PREFLIGHT_SECONDS = 600  # for which a browser remembers what it was allowed
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 # ---- Addresses
 
@@ -179,13 +179,13 @@ class Passwords:
     def _digest(password: str) -> bytes:
         return base64.b64encode(hashlib.sha256(password.encode()).digest())
 
-    def check_room(self) -> None:
+    def check_queue(self) -> None:
         """Raise Busy if so many wait already."""
         if self._waiting >= PASSWORD_QUEUE_MAX:
             raise Busy("Too many passwords are being checked.")
 
-    async def _run(self, function: Callable[..., Answer], *args: bytes) -> Answer:
-        self.check_room()
+    async def _run(self, function: Callable[..., Result], *args: bytes) -> Result:
+        self.check_queue()
         self._waiting += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
@@ -201,13 +201,13 @@ class Passwords:
 
 
 @functools.lru_cache(TOKENS_REMEMBERED_MAX)  # it takes as long as a small answer
-def signed_claims(token: str, key: str) -> dict[str, Any]:
+def signed_claims(token: str, key: str, *required: str) -> dict[str, Any]:
     """Answer what a token (JWT, RFC 7519) says that was signed with a key, expired or not.
 
     Raises jwt.InvalidTokenError, ValueError.
     """
     claims: dict[str, Any] = jwt.decode(token, key, ["HS256"], {
-        "require": ["sub", "sid", "typ", "jti", "iat", "exp"],
+        "require": list(required),
         "verify_exp": False,  # by whoever asks
         "verify_iat": False,  # PostgreSQL's clock may be ahead of ours
     })

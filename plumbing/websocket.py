@@ -11,6 +11,7 @@ import typing
 from typing import Any
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 PING, PONG = 0x89, 0x8A  # first bytes of whole frames (RFC 6455, section 5.2)
 TEXT = 0x81
@@ -48,6 +49,7 @@ class Connection:
         self.heard_at = self._took_at = self._pinged_at = time.monotonic()
         self._written = self._taken = 0  # bytes in all; taken: at the last check
         self._transport: asyncio.Transport | None = None
+        self._writer: AbstractStreamWriter | None = None
         self._early: list[bytes] = []  # frames that wait for the handshake to be answered
 
     def can_prepare(self, request: web.Request) -> bool:
@@ -56,13 +58,17 @@ class Connection:
 
     async def open(self, request: web.Request) -> None:
         """Answer the handshake, then write what was to be written before."""
-        # Waits until most of what was written is taken; raises ConnectionError.
-        self.drain = (await self.ws.prepare(request)).drain
+        self._writer = await self.ws.prepare(request)
         self._transport = request.transport
         self.heard_at = self._took_at = time.monotonic()
         self.write(b"".join(self._early))
         self._early.clear()
         self.opened.set_result(None)
+
+    async def drain(self) -> None:
+        """Wait until most of what was written is taken. Raises ConnectionError."""
+        if self._writer is not None:
+            await self._writer.drain()
 
     def write(self, frames: bytes) -> None:
         """Write whole frames, at once and without waiting; none after the close began."""
@@ -98,7 +104,7 @@ class Connection:
             self.write(bytes((PING, 0)))
         return None
 
-    def close(self, code: int) -> None:
+    def begin_close(self, code: int) -> None:
         """Begin to close: nothing more goes out, and the handler is woken to `finish`.
 
         The handler finishes, because aiohttp drops TCP at once where another task closes.

@@ -1,6 +1,6 @@
 -- Projections that several statements share, as they are now. Applied after the migrations whenever
--- this file or functions.sql has changed; a change of a view's columns needs a migration that drops
--- the view first.
+-- this file or functions.sql has changed; a change of a view's columns, but for one added at the
+-- end, needs a migration that drops the view first.
 
 -- One row is one Message of the contract. read_by is told in chats of up to 100; who joined later
 -- than the message is not among its readers. Where no step of a reader covers it (the chat was

@@ -146,7 +146,7 @@ def hints(
 ) -> str:
     """Once with the hints of the first server, once with all of them lost."""
     if request.param == "without hints":
-        monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
+        monkeypatch.setattr(app[messenger.BUS], "notify", lambda key, hint: None)
     return str(request.param)
 
 

@@ -233,7 +233,7 @@ async def test_changes_are_heard_at_another_server_with_every_hint_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without hints the poll finds an edit and a deletion, in order, within 2 s."""
-    monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
+    monkeypatch.setattr(app[messenger.BUS], "notify", lambda key, hint: None)
     chat = await alice.opens(bob)
     first, second = await alice.says(chat, "one"), await alice.says(chat, "two")
     line = await (await elsewhere.takes(bob)).listens_live(chat)

@@ -170,10 +170,10 @@ async def test_indexers_that_race_leave_no_stale_word(
 
     for first in ("old", "older"):  # the first words of the chat, and later ones
         database.rows = stops_before_writing  # type: ignore[method-assign]
-        racing = asyncio.create_task(slow.take_in(chat))
+        racing = asyncio.create_task(slow.index(chat))
         await held.wait()
         await edits(alice, sent, f"new {first}er")
-        await fast.take_in(chat)
+        await fast.index(chat)
         go_on.set()
         await racing
         assert await finds(bob, chat, first) == []

@@ -173,7 +173,7 @@ async def test_3_who_comes_back_with_their_number_ends_up_with_everything(
     """Whoever stays or reconnects, however often, to either server, with every hint lost, gets all
     changes, and on one socket the numbers only rise."""
     for each in (app, elsewhere.app):
-        monkeypatch.setattr(each[messenger.BUS], "publish", lambda key, hint: None)
+        monkeypatch.setattr(each[messenger.BUS], "notify", lambda key, hint: None)
     chat = await alice.opens(bob)
     there, far = await elsewhere.takes(alice), await elsewhere.takes(bob)
     dice, end, made = random.Random(7), [10**9], [0]
@@ -284,7 +284,7 @@ async def test_5_the_removed_hear_nothing_later_and_can_do_nothing(
     """Once a removal was answered, the removed user's requests about the chat are 404, their frames
     are refused and they hear nothing posted later, at every server, even with all hints lost."""
     for each in (app, elsewhere.app):
-        monkeypatch.setattr(each[messenger.BUS], "publish", lambda key, hint: None)
+        monkeypatch.setattr(each[messenger.BUS], "notify", lambda key, hint: None)
     chat = await alice.founds(bob, carol)
     sent, public = await carol.says(chat, "mine"), await alice.says(chat, "public")
     there, bob_there = await elsewhere.takes(carol), await elsewhere.takes(bob)
@@ -424,7 +424,7 @@ async def test_8_one_stalled_reader_costs_others_nothing(
 ) -> None:
     """While one socket is not read the others hear every message at once and the memory for it is
     bounded; when it is read again it gets everything."""
-    monkeypatch.setattr(messenger, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr("plumbing.websocket.CLOSE_SECONDS", 0.2)
     chat = await alice.opens(bob)
     stalled, transport = await stalls(server, raw, bob, chat)
     lines = [await bob.listens_live(chat), await alice.listens_live(chat)]

@@ -254,7 +254,7 @@ async def test_message_is_heard_at_another_server_with_every_hint_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without hints the poll finds what was posted, whole and in order, within 2 s."""
-    monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
+    monkeypatch.setattr(app[messenger.BUS], "notify", lambda key, hint: None)
     chat = await alice.opens(bob)
     line = await (await elsewhere.takes(bob)).listens_live(chat)
     for _ in range(5):
@@ -270,7 +270,7 @@ async def test_coming_back_to_a_server_that_lags_gets_no_lower_number(
 ) -> None:
     """Whoever heard a message at one server is not given a lower number by another that lags
     behind."""
-    monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
+    monkeypatch.setattr(app[messenger.BUS], "notify", lambda key, hint: None)
     chat = await alice.opens(bob)
     there = await elsewhere.takes(bob)
     await there.listens_live(chat)  # so that the other server knows the chat, at number 0

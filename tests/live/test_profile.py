@@ -138,7 +138,7 @@ async def test_new_password_ends_every_other_session(
 ) -> None:
     """A new password ends the tokens and sockets of every other session, at other servers too, even
     with every hint lost; the session that changed it goes on."""
-    monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
+    monkeypatch.setattr(app[messenger.BUS], "notify", lambda key, hint: None)
     chat = await alice.opens(bob)
     other, bobs = await again(alice), await bob.listens_live(chat)
     there = await elsewhere.takes(other)

@@ -184,7 +184,7 @@ async def test_reader_that_takes_nothing_is_dropped(
 ) -> None:
     """A socket that takes no byte for STALLED_SECONDS is dropped; one that takes some is kept."""
     monkeypatch.setattr(websocket, "STALLED_SECONDS", 2)
-    monkeypatch.setattr(messenger, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(websocket, "CLOSE_SECONDS", 0.5)
     chat = await alice.opens(bob)
     _stalled, transport = await stalls(server, raw, bob, chat)
     slow, slow_transport = await stalls(server, raw, bob, chat)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -22,10 +23,14 @@ MIGRATE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import messenger
-from plumbing import database
-database.migrate(sys.argv[2], messenger.SQL)
+try:
+    from postgres import migrate  # where it was in the last release
+except ModuleNotFoundError:
+    from plumbing.database import migrate
+migrate(sys.argv[2], messenger.SQL)
 """
 SERVE_SECONDS = 20
+LAST_RELEASE = "9da4898"  # a commit whose servers may still serve while this one's start
 
 # All that a schema consists of, in words of PostgreSQL's own.
 SELECT_SCHEMA = """
@@ -80,10 +85,10 @@ async def schema(database_url: str) -> list[Any]:
     return right
 
 
-async def migrates(url: str) -> asyncio.subprocess.Process:
-    """Start a process that migrates."""
+async def migrates(url: str, folder: Path = ROOT) -> asyncio.subprocess.Process:
+    """Start a process that migrates, with the files of a folder."""
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", MIGRATE, str(ROOT), url,
+        sys.executable, "-c", MIGRATE, str(folder), url,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )
 
@@ -233,3 +238,44 @@ async def test_failed_migration_leaves_no_lock(empty_url: str, schema: list[Any]
     await asked(empty_url, "drop view chats")
     await asyncio.to_thread(database.migrate, empty_url, messenger.SQL)
     assert await asked(empty_url, SELECT_SCHEMA) == schema
+
+
+SELECT_FUNCTIONS = """
+    select oid::regprocedure || ' of ' || pg_get_function_arguments(oid) || ' to '
+        || pg_get_function_result(oid)
+    from pg_proc where pronamespace = 'public'::regnamespace order by 1
+"""
+SELECT_COMMENT = "select obj_description('message_view'::regclass)"
+SELECT_BODIES = "select md5(prosrc) from pg_proc where proname !~ 'yoyo' order by oid"
+
+
+@pytest.fixture
+def last_release(tmp_path: Path) -> Path:
+    """The files of the last release."""
+    packed = subprocess.run(
+        ["git", "-C", str(ROOT), "archive", LAST_RELEASE, "messenger.py", "edge.py", "postgres.py",
+         "sql"], capture_output=True, check=False)  # fmt: skip
+    if packed.returncode:
+        pytest.skip("the history does not reach to the last release")
+    subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=packed.stdout, check=True)
+    return tmp_path
+
+
+async def test_last_release_goes_on_beside_this_one(empty_url: str, last_release: Path) -> None:
+    """A database that is upgraded keeps what servers of the last release call, as they call it; one
+    that starts again leaves the functions of this release in place."""
+
+    async def migrates_of_last_release() -> None:
+        process = await migrates(empty_url, last_release)
+        assert await process.communicate() == (b"", b"")
+        assert process.returncode == 0
+
+    await migrates_of_last_release()
+    before = await asked(empty_url, SELECT_FUNCTIONS)
+    comment = await asked(empty_url, SELECT_COMMENT)
+    await asyncio.to_thread(postgres.migrate, empty_url, messenger.SQL)
+    assert set(before) <= set(await asked(empty_url, SELECT_FUNCTIONS))
+    assert comment == await asked(empty_url, SELECT_COMMENT) != [None]
+    bodies = await asked(empty_url, SELECT_BODIES)
+    await migrates_of_last_release()
+    assert await asked(empty_url, SELECT_BODIES) == bodies

@@ -38,7 +38,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import messenger
 from plumbing import bus
-bus.Bus.publish = lambda self, key, hint: None
+bus.Bus.notify = lambda self, key, hint: None
 sys.exit(messenger.main())
 """
 
@@ -276,7 +276,7 @@ async def test_revocation_reaches_another_server_with_every_hint_lost(
     people: MakePerson, elsewhere: Elsewhere, app: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without any hint a poll finds each revocation, before it delivers what was posted later."""
-    monkeypatch.setattr(app[messenger.BUS], "publish", lambda key, hint: None)
+    monkeypatch.setattr(app[messenger.BUS], "notify", lambda key, hint: None)
     stage = await Stage(people, ear_at(elsewhere.takes)).begin()
     judge(await asyncio.gather(*map(stage.plays, range(6, 12))))
 

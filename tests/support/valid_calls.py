@@ -77,6 +77,8 @@ async def make_valid_calls(alice: Person, bob: Person, carol: Person) -> ValidCa
         "read_message": {"message_id": message},
     }
     ids = {"chat_id": chat, "user_id": bob.id, "message_id": message, "session_id": session}
+    takers = {each.handler.__name__ for each in messenger.ENDPOINTS if of_body(each) is not None}
+    assert bodies.keys() == takers, "each endpoint that takes a body has a valid one here"
     return ValidCalls(alice, alice.client, ids, bodies)
 
 

@@ -85,11 +85,11 @@ sys.path.insert(0, os.environ["TORTURE_TREE"])
 import messenger
 from plumbing import bus, process
 messenger.__file__ = os.path.abspath(__file__)  # by which the parent starts its workers
-publish = bus.Bus.publish
+publish = bus.Bus.notify
 def publish_unless_mute(self, key, hint):
     if not os.path.exists(os.environ["TORTURE_MUTE"]):
         publish(self, key, hint)
-bus.Bus.publish = publish_unless_mute
+bus.Bus.notify = publish_unless_mute
 if messenger.PARENT not in os.environ:
     process.die_with(int(os.environ["TORTURE_PID"]))
 sys.exit(messenger.main())
