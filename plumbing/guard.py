@@ -25,7 +25,7 @@ from aiohttp import web
 from plumbing.process import Handler, StartError
 
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
-ROUNDING_SECONDS = 1e-6  # more than sums of times are off
+ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
 PASSWORD_THREADS = 2
 PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
@@ -124,7 +124,9 @@ class Rate:
         self._keys_max = KEYS_MIN
 
     def charge(self, key: Hashable) -> float:
-        """Count one more; answer 0, or after how many seconds it is allowed: then it is not."""
+        """Count one more and answer 0; or do not, and answer in how many seconds it would be
+        allowed.
+        """
         now = time.monotonic()
         full_at = max(now, self._full_at.get(key, now))
         if full_at - now > self._most + ROUNDING_SECONDS:
@@ -145,7 +147,7 @@ def _let_others_go_first() -> None:
 
 
 class Busy(Exception):
-    """More is asked for at once than is let wait."""
+    """More is waiting than may wait."""
 
 
 class Passwords:
@@ -159,7 +161,7 @@ class Passwords:
         self._waiting = 0
         self._threads = ThreadPoolExecutor(
             PASSWORD_THREADS, "bcrypt", initializer=_let_others_go_first)
-        # Verified against for an unknown address, so that it takes as long as a known one.
+        # Verified against for an unknown email, so that it takes as long as a known one.
         self.nobodys = f"$2b${cost:02d}${'.' * 53}"
 
     async def hash(self, password: str) -> str:
@@ -202,7 +204,7 @@ class Passwords:
 
 @functools.lru_cache(TOKENS_REMEMBERED_MAX)  # it takes as long as a small answer
 def signed_claims(token: str, key: str, *required: str) -> dict[str, Any]:
-    """Answer what a token (JWT, RFC 7519) says that was signed with a key, expired or not.
+    """Answer the claims of a token (JWT, RFC 7519) signed with a key, expired or not.
 
     Raises jwt.InvalidTokenError, ValueError.
     """
@@ -255,7 +257,7 @@ def read_origins(text: str) -> frozenset[str]:
 
 
 def is_foreign(request: web.Request, origins: frozenset[str]) -> bool:
-    """Tell whether a page of a site sent this that is neither ours nor one of those allowed."""
+    """Tell whether a page of a site that is neither ours nor allowed sent this."""
     origin = request.headers.get("Origin", "").lower()
     host = request.host.lower()
     return origin not in ("", f"http://{host}", f"https://{host}", *origins)

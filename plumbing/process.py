@@ -2,7 +2,7 @@
 
 A port is taken before anything else is started. A child ends with the process that started it,
 however that ends, and is started again if it ends before. The log holds nothing that a client sent:
-of an exception its kind and place, of what a library logs only where in it that was written.
+of an exception its kind and place, of a library's record only its place.
 """
 
 import asyncio
@@ -49,7 +49,7 @@ def require_parser() -> None:
 
 
 def listen_on(host: str, port: int, shared: bool = False) -> socket.socket:
-    """Listen before anything else is started; workers share their port. Raises StartError."""
+    """Listen on a port, which workers share. Raises StartError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=BACKLOG, reuse_port=shared)
@@ -60,7 +60,7 @@ def listen_on(host: str, port: int, shared: bool = False) -> socket.socket:
 
 def hold_port(host: str, port: int) -> socket.socket:
     """Take a port for workers to listen on, without listening. Raises StartError."""
-    with listen_on(host, port) as free:  # nobody else does, whom sharing would let in unseen
+    with listen_on(host, port) as free:  # fails where somebody listens, which sharing would hide
         held = socket.socket(free.family, socket.SOCK_STREAM)
         address = free.getsockname()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

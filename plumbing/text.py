@@ -8,7 +8,7 @@ MARKS_MAX = 30  # in a row (Unicode UAX #15, Stream-Safe Text)
 def folded(text: str) -> str:
     """Fold a text so that it compares without regard to case, in any script (Unicode, NFKC).
 
-    The dotted and the dotless i of Turkish are one: whose capital `I` is, the text does not tell.
+    Turkish's dotted and dotless i become one: a text does not tell which of them its `I` is.
     """
     folded_once = unicodedata.normalize("NFKC", text).casefold()
     return unicodedata.normalize("NFKC", folded_once).replace("i\u0307", "i").replace("ı", "i")

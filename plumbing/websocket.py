@@ -114,7 +114,7 @@ class Connection:
             self.task.cancel()
 
     async def finish(self) -> None:
-        """Say why and end the connection: once the peer has answered, or does not."""
+        """Send the close, then end the connection once the peer answered or time is up."""
         try:
             await self.ws.close(code=self.close_code or GOING_AWAY, drain=False)
         finally:

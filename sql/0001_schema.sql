@@ -5,7 +5,7 @@
 
 create table if not exists users (
     id            bigint generated always as identity primary key,
-    -- null once the account is deleted: the address and the name are free again
+    -- null once the account is deleted: the email and the name are free again
     email         text,
     email_key     text collate "C",
     username      text,
@@ -32,7 +32,7 @@ create table if not exists sessions (
 create index if not exists sessions_of_user on sessions (user_id) where ended_at is null;
 create index if not exists sessions_ended on sessions (ended_at) where ended_at is not null;
 
--- What is counted to slow down guessing: 'login:<email key>' and the like, one row each try.
+-- What is counted to slow down guessing: 'login:<email key>' and the like, one row each attempt.
 create table if not exists attempts (
     key text collate "C" not null,
     at  timestamptz      not null default now()
@@ -41,7 +41,7 @@ create index if not exists attempts_by_key on attempts (key, at);
 create index if not exists attempts_by_age on attempts (at);
 
 -- A chat's row is its lock: whoever changes the chat, its participants or its messages takes it
--- first. Room on each page keeps the update of every post in place (HOT).
+-- first. Free space on each page keeps the update of every post in place (HOT).
 create table if not exists chats (
     id                bigint generated always as identity primary key,
     is_group          boolean     not null,

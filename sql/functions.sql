@@ -1,6 +1,6 @@
--- What needs a lock and then a fresh snapshot, or pinned plans, as it is now, and what these or
--- several statements share; every other statement is written out where it is used. Applied after
--- views.sql whenever one of the two files has changed.
+-- The functions as they are now: what needs a lock and then a fresh snapshot or pinned plans, and
+-- what several statements share. Every other statement is written out where it is used. Applied
+-- after views.sql whenever one of the two files has changed.
 --
 -- A function that the last release calls keeps its parameters and its answer. Those that only the
 -- last release calls are no longer here; a database that has them keeps them until the next.
@@ -28,7 +28,7 @@ returns setof message_view language sql stable as $$
     order by rev limit at_most
 $$;
 
--- Words as message_words has them.
+-- Words in the form that message_words has.
 create or replace function search_keys(chat bigint, stretch bigint, words text[])
 returns text[] language sql immutable as $$
     select array(select chat || ':' || stretch || ':' || word from unnest(words) as word)
@@ -66,7 +66,7 @@ $$;
 
 -- Takes in the words of the messages between two numbers, each message's joined by spaces. Where
 -- another was faster it does nothing: the words may be older than what that one has seen. What a
--- crash takes back is taken in again, so the posts' flush to disk is not joined.
+-- crash loses is indexed again, so this does not wait for the posts' flush.
 create or replace function index_words(
     chat bigint, since bigint, upto bigint, seqs bigint[], words text[])
 returns void language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
@@ -327,7 +327,7 @@ begin
 end
 $$;
 
--- Keeps users from being deleted until the transaction ends, and answers the ids of nobody's.
+-- Keeps users from being deleted until the transaction ends, and answers the ids that are nobody's.
 create or replace function hold_users(ids bigint[]) returns bigint[]
 language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
 begin
@@ -341,7 +341,7 @@ end
 $$;
 
 -- Opens the personal chat of two users, once: the same chat for both, whoever asks, however often.
--- Answers its id and whether it is new, or the id of nobody's.
+-- Answers its id and whether it is new, or the ids that are nobody's.
 create or replace function open_personal_chat(me bigint, other bigint)
 returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
 language plpgsql volatile as $$
@@ -367,7 +367,7 @@ begin
 end
 $$;
 
--- Creates a group of its owner and the members. Answers its id, or the ids of nobody's.
+-- Creates a group of its owner and the members. Answers its id, or the ids that are nobody's.
 create or replace function create_group(owner bigint, name text, member_ids bigint[])
 returns table (chat_id bigint, is_new boolean, unknown_ids bigint[])
 language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
@@ -394,7 +394,7 @@ end
 $$;
 
 -- Locks a chat, then answers how it is, the role of a user in it (null: none), and why that user
--- cannot administer it as a group (null: maybe they can).
+-- cannot administer it as a group (null: their role decides).
 create or replace function lock_chat(
     chat bigint, me bigint, out name text, out last_seq bigint, out last_rev bigint,
     out version bigint, out participant_count int, out my_role text, out refusal text)
@@ -569,7 +569,8 @@ begin
 end
 $$;
 
--- Signs a user out everywhere and keeps them out, or lets them in again. Answers the ended sessions.
+-- Signs a user out everywhere and keeps them out, or lets them in again. Answers the ended
+-- sessions.
 create or replace function disable_user(target bigint, disabled boolean) returns bigint[]
 language plpgsql volatile as $$
 begin
@@ -579,8 +580,8 @@ begin
 end
 $$;
 
--- Gives a user another password, forgives the tries at the old one and signs them out everywhere.
--- Answers the ended sessions.
+-- Gives a user another password, forgives the attempts at the old one and signs them out
+-- everywhere. Answers the ended sessions.
 create or replace function reset_password(target bigint, new_hash text) returns bigint[]
 language plpgsql volatile as $$
 begin
@@ -620,7 +621,7 @@ begin
 end
 $$;
 
--- Deletes an account: address and name are free again, its messages become nobody's. It leaves its
+-- Deletes an account: email and name are free again, its messages become nobody's. It leaves its
 -- chats afterwards (leave_next_chat). Answers the ended sessions.
 create or replace function delete_user(me bigint) returns bigint[]
 language plpgsql volatile as $$
@@ -678,7 +679,7 @@ begin
 end
 $$;
 
--- Takes a session to its next generation, or answers that again to who lost the answer: within the
+-- Takes a session to its next generation, or answers it again to a client that lost it: within the
 -- grace, and while nobody went on from there. Else no row.
 create or replace function rotate_session(
     session_id bigint, me bigint, known_generation bigint, grace_seconds float8)
@@ -699,8 +700,8 @@ begin
 end
 $$;
 
--- Counts a try at something, unless the allowed number within the window is used up: then answers
--- in how many seconds the next one is allowed. Two at once are counted one after the other.
+-- Counts an attempt at something, unless the allowed number within the window is used up: then
+-- answers in how many seconds the next one is allowed. Two at once are counted one after the other.
 create or replace function count_attempt(attempt text, window_seconds float8, allowed int)
 returns int language plpgsql volatile as $$
 declare

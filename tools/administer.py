@@ -1,6 +1,6 @@
 """What an administrator does by hand: `messenger.py user COMMAND`.
 
-    messenger.py user list                      every account: id, state, address, username
+    messenger.py user list                      every account: id, state, email, username
     messenger.py user create EMAIL USERNAME     make one, and print its first password
     messenger.py user disable EMAIL             sign it out everywhere, and keep it out
     messenger.py user enable EMAIL              let it in again

@@ -273,7 +273,7 @@ async def test_last_release_goes_on_beside_this_one(empty_url: str, last_release
     await migrates_of_last_release()
     before = await asked(empty_url, SELECT_FUNCTIONS)
     comment = await asked(empty_url, SELECT_COMMENT)
-    await asyncio.to_thread(postgres.migrate, empty_url, messenger.SQL)
+    await asyncio.to_thread(database.migrate, empty_url, messenger.SQL)
     assert set(before) <= set(await asked(empty_url, SELECT_FUNCTIONS))
     assert comment == await asked(empty_url, SELECT_COMMENT) != [None]
     bodies = await asked(empty_url, SELECT_BODIES)
