@@ -1,13 +1,12 @@
 """Reads the source of the product: functions, their measures, SQL constants, and SQL in pieces."""
 
 import ast
-import io
 import re
-import tokenize
 from pathlib import Path
 
 import messenger
 from tools import administer
+from tools.code_lines import SQL
 
 ROOT = Path(messenger.__file__).parent
 PRODUCT = sorted(
@@ -19,11 +18,6 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 BLOCKS = (
     ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar,
     ast.Match,
-)
-SQL = re.compile(
-    r"(--.*\n\s*)*(select\s|insert into\s|update\s+\w+\s+set\s|delete from\s|with\s+\w+\s+as\s*\("
-    r"|(create|alter|drop)\s+\w+\s|(listen|notify)\s+\w)",
-    re.IGNORECASE,
 )
 RUNS_SQL = {
     "rows", "row", "value", "execute", "executemany", "fetch", "fetchrow", "fetchval", "prepare",
@@ -47,25 +41,6 @@ def lines_of_code(function: Function, lines: list[str]) -> int:
         for number in range(function.lineno, function.end_lineno + 1)
         if number not in skipped and re.match(r"\s*[^\s#]", lines[number - 1])
     )
-
-
-def count_code_lines(source: str) -> int:
-    """How many lines of a file hold code: no blank line, comment, docstring or text of SQL does."""
-    layout = {
-        tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-        tokenize.ENDMARKER,
-    }
-    counted: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in layout:
-            counted |= set(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | Function):
-            if ast.get_docstring(node) is not None:
-                counted -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-        elif isinstance(node, ast.Assign) and SQL.match((text_of(node.value) or "").strip()):
-            counted -= set(range(node.lineno + 1, (node.end_lineno or 0) + 1))
-    return len(counted)
 
 
 def nesting(node: ast.AST, is_elif: bool = False) -> int:
