@@ -68,6 +68,7 @@ FRAME_HANDLERS, and the same.
 """
 
 import asyncio
+import bisect
 import contextlib
 import hashlib
 import logging
@@ -79,6 +80,7 @@ import signal
 import sys
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -90,6 +92,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from uuid import UUID
@@ -585,6 +588,7 @@ CLOSE_CODES = {
     FLOODING: "went on after `too-many-messages`, `too-many-frames` or `too-much-typing`",
 }
 
+SEQ = itemgetter("seq")
 MESSAGE, CHAT = msgspec.json.Decoder(Message), msgspec.json.Decoder(Chat)
 PARTICIPANT = msgspec.json.Decoder(Participant)
 
@@ -2157,38 +2161,75 @@ def tell_version(request: web.Request, chat_id: int, row: Mapping[str, Any], *jo
 # ==== Handlers: messages ==========================================================================
 
 SELECT_MESSAGE = """  -- chat_id, asker_id, message_id
-    -- messages_id
-    select row_to_json(m) from participants p
-    join message_view m on m.chat_id = p.chat_id and m.id = $3
+    -- messages_id, participants_pkey, participants_by_ordinal, users_pkey, reads_pkey
+    -- Answers like SELECT_MESSAGES_BEFORE.
+    with page as materialized (
+        select m.id, m.chat_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to,
+               m.created_at, m.edited_at, m.deleted_at
+        from messages m where m.chat_id = $1 and m.id = $3
+    ), readers as materialized (
+        select b.newest, r.*, array(
+            select s.id from (select distinct sender_id as id from page) s
+            cross join lateral (
+                select from users u where u.id = s.id and u.deleted_at is not null offset 0) u
+        ) as gone
+        from (select min(seq) as oldest, max(seq) as newest from page) b
+        cross join lateral page_readers(chat => $1, oldest => b.oldest, newest => b.newest) r
+    )
+    select c.last_seq, m.*, r.*
+    from participants p join chats c on c.id = p.chat_id
+    left join page m on true left join readers r on r.newest = m.seq
     where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MESSAGES_BEFORE = """  -- chat_id, asker_id, before, limit
-    -- messages_pkey
-    -- Oldest first, each beside the newest number of the chat. An empty page is one row without a
-    -- message; a stranger gets no row.
-    select c.last_seq, row_to_json(m) as message
+    -- messages_pkey, participants_pkey, participants_by_ordinal, users_pkey, reads_pkey
+    -- Rows of messages, each beside the newest number of the chat; the newest of them also beside
+    -- who read the page, and which of its senders deleted their accounts. An empty page is one row
+    -- without a message; a stranger gets no row. `offset 0`: of a few users each is looked up.
+    with page as materialized (
+        select m.id, m.chat_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to,
+               m.created_at, m.edited_at, m.deleted_at
+        from messages m where m.chat_id = $1 and m.seq < $3 order by m.seq desc limit $4
+    ), readers as materialized (
+        select b.newest, r.*, array(
+            select s.id from (select distinct sender_id as id from page) s
+            cross join lateral (
+                select from users u where u.id = s.id and u.deleted_at is not null offset 0) u
+        ) as gone
+        from (select min(seq) as oldest, max(seq) as newest from page) b
+        cross join lateral page_readers(chat => $1, oldest => b.oldest, newest => b.newest) r
+    )
+    select c.last_seq, m.*, r.*
     from participants p join chats c on c.id = p.chat_id
-    left join lateral (
-        select v.* from message_view v where v.chat_id = p.chat_id and v.seq < $3
-        order by v.seq desc limit $4
-    ) m on true
-    where p.chat_id = $1 and p.user_id = $2 order by m.seq"""
+    left join page m on true left join readers r on r.newest = m.seq
+    where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MESSAGES_AFTER = """  -- chat_id, asker_id, after, limit
-    -- messages_pkey
+    -- messages_pkey, participants_pkey, participants_by_ordinal, users_pkey, reads_pkey
     -- Answers like SELECT_MESSAGES_BEFORE.
-    select c.last_seq, row_to_json(m) as message
+    with page as materialized (
+        select m.id, m.chat_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to,
+               m.created_at, m.edited_at, m.deleted_at
+        from messages m where m.chat_id = $1 and m.seq > $3 order by m.seq limit $4
+    ), readers as materialized (
+        select b.newest, r.*, array(
+            select s.id from (select distinct sender_id as id from page) s
+            cross join lateral (
+                select from users u where u.id = s.id and u.deleted_at is not null offset 0) u
+        ) as gone
+        from (select min(seq) as oldest, max(seq) as newest from page) b
+        cross join lateral page_readers(chat => $1, oldest => b.oldest, newest => b.newest) r
+    )
+    select c.last_seq, m.*, r.*
     from participants p join chats c on c.id = p.chat_id
-    left join lateral (
-        select v.* from message_view v where v.chat_id = p.chat_id and v.seq > $3
-        order by v.seq limit $4
-    ) m on true
-    where p.chat_id = $1 and p.user_id = $2 order by m.seq"""
+    left join page m on true left join readers r on r.newest = m.seq
+    where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
     -- message_words_search, messages_pkey
-    -- Answers like SELECT_MESSAGES_BEFORE, but newest first. `offset 0` has each found message
-    -- looked up; without it the planner may read the whole chat.
+    -- Newest first, each beside the newest number of the chat. Nothing found is one row without a
+    -- message; a stranger gets no row. `offset 0` has each found message looked up; without it the
+    -- planner may read the whole chat.
     select c.last_seq, row_to_json(m) as message
     from participants p join chats c on c.id = p.chat_id
     left join lateral (
@@ -2200,6 +2241,48 @@ SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
             select * from message_view w where w.chat_id = p.chat_id and w.seq = f.seq offset 0) v
     ) m on true
     where p.chat_id = $1 and p.user_id = $2 order by m.seq desc"""
+
+
+def messages_of(rows: list[Any]) -> list[Message]:
+    """Put a page of messages together, oldest first, from the rows of its statement."""
+    rows = sorted(rows, key=SEQ)
+    messages = [Message(*row[1:11]) for row in rows]
+    newest = rows[-1]
+    if newest["user_ids"]:
+        add_readers(messages, newest)
+    if newest["gone"]:
+        for message in messages:
+            message.sender_id = None if message.sender_id in newest["gone"] else message.sender_id
+    return messages
+
+
+def add_readers(messages: list[Message], row: Mapping[str, Any]) -> None:
+    """Name and count who read each message of a page, oldest first.
+
+    The row tells by arrays, as page_readers does, at which numbers each reader stopped, and when.
+    """
+    seqs = [message.seq for message in messages]
+    names = ("user_ids", "usernames", "joined_seqs", "read_seqs", "read_ats")
+    reached: dict[int, int] = {}  # by each reader: how many of the messages
+    spans = []
+    for user_id, name, joined, seq, at in sorted(zip(*(row[each] for each in names), strict=True)):
+        start = reached.get(user_id) or bisect.bisect_right(seqs, joined)
+        reached[user_id] = end = bisect.bisect_right(seqs, seq)
+        spans.append((at, user_id, start, end, name))
+    for (start, end), number in Counter(span[2:4] for span in spans).items():
+        for message in messages[start:end]:
+            message.read_count += number
+    senders = {message.sender_id for message in messages}
+    for at, user_id, start, end, name in sorted(spans):
+        read = messages[start:end]
+        if user_id in senders:  # of their own messages nobody is a reader
+            for message in read:
+                message.read_count -= message.sender_id == user_id
+            read = [message for message in read if message.sender_id != user_id]
+        if name is not None:
+            reader = Reader(user_id, name, at)
+            for message in read:
+                message.read_by.append(reader)
 
 
 async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) -> Answer[Message]:
@@ -2220,11 +2303,12 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
 async def get_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> Message:
     """Get a message as it is now. Raises ChatNotFound, MessageNotFound."""
     me, database = request[ME], request.app[DATABASE]
-    message = await database.value(SELECT_MESSAGE, chat_id, me, message_id)
-    if message is None:
-        in_chat = await database.row(SELECT_MEMBERSHIP, chat_id, me)
-        raise MessageNotFound if in_chat else ChatNotFound
-    return MESSAGE.decode(message)
+    rows = await database.rows(SELECT_MESSAGE, chat_id, me, message_id)
+    if not rows:
+        raise ChatNotFound
+    if rows[0]["id"] is None:
+        raise MessageNotFound
+    return messages_of(rows)[0]
 
 
 async def change_message(
@@ -2272,7 +2356,7 @@ async def list_messages(
     if not rows:
         raise ChatNotFound
     last_seq = rows[0]["last_seq"]
-    messages = [MESSAGE.decode(row["message"]) for row in rows if row["message"]]
+    messages = messages_of(rows) if rows[0]["id"] is not None else []
     # Beyond an empty page lies what is on the other side of its bound.
     oldest = messages[0].seq if messages else min(before or (after or 0) + 1, last_seq + 1)
     newest = messages[-1].seq if messages else oldest - 1
