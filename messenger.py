@@ -80,7 +80,7 @@ import signal
 import sys
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -589,8 +589,7 @@ CLOSE_CODES = {
 }
 
 SEQ = itemgetter("seq")
-MESSAGE, CHAT = msgspec.json.Decoder(Message), msgspec.json.Decoder(Chat)
-PARTICIPANT = msgspec.json.Decoder(Participant)
+MESSAGE, PARTICIPANT = msgspec.json.Decoder(Message), msgspec.json.Decoder(Participant)
 
 
 def folded(text: str) -> str:
@@ -814,14 +813,87 @@ async def authenticate(request: web.Request) -> None:
 # truth. The dictionaries of Rooms are touched only in its methods.
 
 SELECT_CHAT = """  -- chat_id, asker_id
-    -- participants_pkey
-    select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2"""
+    -- participants_pkey, chats_pkey, participants_by_ordinal, users_pkey, messages_pkey
+    -- A chat is beside its newest message; of several chats one is beside the participants of all.
+    with page as materialized (
+        select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
+               c.last_seq, c.active_at, me.last_read_seq
+        from participants me join chats c on c.id = me.chat_id
+        where me.chat_id = $1 and me.user_id = $2
+    ), people as materialized (
+        select min(p.chat_id) as beside, array_agg(p.chat_id) as chat_ids,
+               array_agg(p.user_id) as user_ids, array_agg(p.username) as usernames,
+               array_agg(p.role) as roles, array_agg(p.last_read_seq) as read_seqs,
+               array_agg(p.read_at) as read_ats
+        from (
+            select c.id as chat_id, p.user_id, p.username, p.role, p.last_read_seq, p.read_at
+            from page c cross join lateral chat_people(
+                chat => c.id, size => c.participant_count, newest => c.last_seq) p
+            order by c.id, p.ordinal
+        ) p
+    )
+    select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
+           case when c.last_seq > c.last_read_seq then (
+               select count(*) from (
+                   select from messages o
+                   where o.chat_id = c.id and o.seq > c.last_read_seq
+                     and o.sender_id <> $2 and o.deleted_at is null
+                   limit 100) unread) else 0 end as unread_count,
+           m.id as message_id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
+           m.created_at, m.edited_at, m.deleted_at,
+           m.sender_id as sent_by, case when c.participant_count > 100 then (
+               select count(*) from participants r
+               where r.chat_id = m.chat_id and r.user_id <> m.sender_id
+                 and r.joined_seq < m.seq and r.last_read_seq >= m.seq) end as read_count,
+           p.*
+    from page c
+    left join messages m on m.chat_id = c.id and m.seq = c.last_seq
+    left join users u on u.id = m.sender_id and u.deleted_at is null
+    left join people p on p.beside = c.id"""
 
 SELECT_FOLLOWED = """  -- chat_id, asker_id
     -- participants_of_user, chats_pkey
     -- All chats of the asker, or (where it is not null) the one.
     select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
     where p.user_id = $2 and p.chat_id = coalesce($1, p.chat_id)"""
+
+
+def chats_of(rows: list[Any]) -> list[Chat]:
+    """Put chats together, in the order of their rows, from those of their statement."""
+    people: defaultdict[int, list[Participant]] = defaultdict(list)
+    readers: defaultdict[int, list[tuple[datetime, int, str | None]]] = defaultdict(list)
+    names = ("chat_ids", "user_ids", "usernames", "roles", "read_seqs", "read_ats")
+    for row in [row for row in rows if row["chat_ids"]]:
+        told = zip(*(row[name] for name in names), strict=True)
+        for chat_id, user_id, username, role, read_seq, read_at in told:
+            if username is not None:
+                people[chat_id].append(Participant(user_id, username, role, read_seq))
+            if read_at is not None:
+                readers[chat_id].append((read_at, user_id, username))
+    made = []
+    for row in rows:
+        chat_id, name, is_group, created_at, count, last_rev, version, unread = row[:8]
+        newest = None
+        if row["message_id"] is not None:
+            newest = newest_of(row, count, readers[chat_id])
+        made.append(Chat(
+            chat_id, name, is_group, created_at, people[chat_id], count, newest, last_rev, version,
+            unread))
+    return made
+
+
+def newest_of(
+    row: Any, participants: int, readers: list[tuple[datetime, int, str | None]]
+) -> Message:
+    """Put the newest message of a chat together, of which each reader's watermark tells all."""
+    message = Message(*row[8:18])
+    if participants > NAMED_READERS_MAX:
+        message.read_count = row["read_count"]
+        return message
+    others = sorted(reader for reader in readers if reader[1] != row["sent_by"])
+    message.read_by = [Reader(user_id, name, at) for at, user_id, name in others if name]
+    message.read_count = len(others)
+    return message
 
 
 class ChatHint(Struct, array_like=True, tag="chat"):
@@ -1019,10 +1091,10 @@ class Rooms:
         """
         deadline = time.monotonic() + VERSION_SECONDS
         while chat_id not in socket.rooms and socket in self._sockets:
-            row = await self.database.value(SELECT_CHAT, chat_id, socket.asker.user_id)
-            if row is None:
+            rows = await self.database.rows(SELECT_CHAT, chat_id, socket.asker.user_id)
+            if not rows:
                 raise ChatNotFound
-            chat = CHAT.decode(row)
+            chat = chats_of(rows)[0]
             if self._knows_newer(chat_id, chat.version):
                 await self._wait_for_version([chat_id], deadline)  # the user may be out again
             elif chat_id not in socket.rooms and socket in self._sockets:
@@ -1991,17 +2063,49 @@ async def list_users(
 # ==== Handlers: chats =============================================================================
 
 SELECT_CHATS_BEFORE = """  -- asker_id, before, before_id, limit
-    -- participants_of_user, chats_pkey
+    -- participants_of_user, chats_pkey, participants_by_ordinal, users_pkey, messages_pkey
     -- The most recently active first, before a place: microseconds since the epoch and a chat's id.
     -- All chats of the asker are read and sorted: every post would have to write an index by
-    -- activity.
-    select (extract(epoch from c.active_at) * 1000000)::bigint as place, c.id,
-           row_to_json(c) as chat
-    from chat_view c
-    where c.reader_id = $1
-      and (c.active_at, c.id)
-          < ('epoch'::timestamptz + $2::bigint * interval '1 microsecond', $3::bigint)
-    order by c.active_at desc, c.id desc limit $4"""
+    -- activity. Answers like SELECT_CHAT.
+    with page as materialized (
+        select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
+               c.last_seq, c.active_at, me.last_read_seq
+        from participants me join chats c on c.id = me.chat_id
+        where me.user_id = $1
+          and (c.active_at, c.id)
+              < ('epoch'::timestamptz + $2::bigint * interval '1 microsecond', $3::bigint)
+        order by c.active_at desc, c.id desc limit $4
+    ), people as materialized (
+        select min(p.chat_id) as beside, array_agg(p.chat_id) as chat_ids,
+               array_agg(p.user_id) as user_ids, array_agg(p.username) as usernames,
+               array_agg(p.role) as roles, array_agg(p.last_read_seq) as read_seqs,
+               array_agg(p.read_at) as read_ats
+        from (
+            select c.id as chat_id, p.user_id, p.username, p.role, p.last_read_seq, p.read_at
+            from page c cross join lateral chat_people(
+                chat => c.id, size => c.participant_count, newest => c.last_seq) p
+            order by c.id, p.ordinal
+        ) p
+    )
+    select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
+           case when c.last_seq > c.last_read_seq then (
+               select count(*) from (
+                   select from messages o
+                   where o.chat_id = c.id and o.seq > c.last_read_seq
+                     and o.sender_id <> $1 and o.deleted_at is null
+                   limit 100) unread) else 0 end as unread_count,
+           m.id as message_id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
+           m.created_at, m.edited_at, m.deleted_at,
+           m.sender_id as sent_by, case when c.participant_count > 100 then (
+               select count(*) from participants r
+               where r.chat_id = m.chat_id and r.user_id <> m.sender_id
+                 and r.joined_seq < m.seq and r.last_read_seq >= m.seq) end as read_count,
+           (extract(epoch from c.active_at) * 1000000)::bigint as place, p.*
+    from page c
+    left join messages m on m.chat_id = c.id and m.seq = c.last_seq
+    left join users u on u.id = m.sender_id and u.deleted_at is null
+    left join people p on p.beside = c.id
+    order by c.active_at desc, c.id desc"""
 
 CREATE_GROUP = """  -- asker_id, name, user_ids
     -- users_pkey; locks the users
@@ -2071,10 +2175,10 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
 
 async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
     """Get a chat. Raises ChatNotFound."""
-    chat = await request.app[DATABASE].value(SELECT_CHAT, chat_id, request[ME])
-    if chat is None:
+    rows = await request.app[DATABASE].rows(SELECT_CHAT, chat_id, request[ME])
+    if not rows:
         raise ChatNotFound
-    return CHAT.decode(chat)
+    return chats_of(rows)[0]
 
 
 async def list_chats(
@@ -2089,8 +2193,11 @@ async def list_chats(
         raise invalid("$.cursor", "is not a cursor of this list")
     rows = await request.app[DATABASE].rows(
         SELECT_CHATS_BEFORE, request[ME], int(match[1]), int(match[2]), limit + 1)
-    chats = [CHAT.decode(row["chat"]) for row in rows[:limit]]
-    more = {"cursor": "{place}.{id}".format(**rows[limit - 1])} if len(rows) > limit else None
+    chats = chats_of(rows)[:limit]
+    more = None
+    if len(rows) > limit:
+        last = rows[limit - 1]
+        more = {"cursor": f"{last['place']}.{last['id']}"}
     return page(request, chats, next=more)
 
 

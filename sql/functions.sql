@@ -64,6 +64,26 @@ language sql stable as $$
     where c.id = chat
 $$;
 
+-- The first 100 participants of a chat of so many, oldest first, and of each when they read its
+-- newest message (null: they did not). Who deleted the account but has not left yet has no name:
+-- such a reader still counts, where all are here. The planner puts it into the statement that
+-- calls it.
+create or replace function chat_people(chat bigint, size int, newest bigint)
+returns table (
+    user_id bigint, username text, role text, last_read_seq bigint, read_at timestamptz,
+    ordinal bigint)
+language sql stable as $$
+    select p.user_id, u.username, p.role, p.last_read_seq,
+           case when p.joined_seq < newest and p.last_read_seq >= newest then p.last_read_at end,
+           p.ordinal
+    from participants p
+    -- offset 0: each is looked up; else the planner may read all users
+    cross join lateral (
+        select u.username from users u
+        where u.id = p.user_id and (size <= 100 or u.deleted_at is null) offset 0) u
+    where p.chat_id = chat order by p.ordinal limit 100
+$$;
+
 -- Words as message_words has them.
 create or replace function search_keys(chat bigint, stretch bigint, words text[])
 returns text[] language sql immutable as $$
