@@ -77,6 +77,7 @@ FRAME_HANDLERS, and its example.
 """
 
 import asyncio
+import bisect
 import contextlib
 import hashlib
 import logging
@@ -88,6 +89,7 @@ import signal
 import sys
 import time
 import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -99,6 +101,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import UUID
@@ -594,8 +597,8 @@ CLOSE_CODES = {
     FLOODING: "went on after `too-many-messages`, `too-many-frames` or `too-much-typing`",
 }
 
-MESSAGE, CHAT = msgspec.json.Decoder(Message), msgspec.json.Decoder(Chat)
-PARTICIPANT = msgspec.json.Decoder(Participant)
+SEQ = itemgetter("seq")
+MESSAGE, PARTICIPANT = msgspec.json.Decoder(Message), msgspec.json.Decoder(Participant)
 
 
 def uuid7() -> UUID:
@@ -801,14 +804,87 @@ async def authenticate(request: web.Request) -> None:
 # truth. The dictionaries of Rooms are touched only in its methods.
 
 SELECT_CHAT = """  -- chat_id, asker_id
-    -- participants_pkey
-    select row_to_json(c) from chat_view c where c.id = $1 and c.reader_id = $2"""
+    -- participants_pkey, chats_pkey, participants_by_ordinal, users_pkey, messages_pkey
+    -- A chat is beside its newest message; of several chats one is beside the participants of all.
+    with page as materialized (
+        select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
+               c.last_seq, c.active_at, me.last_read_seq
+        from participants me join chats c on c.id = me.chat_id
+        where me.chat_id = $1 and me.user_id = $2
+    ), people as materialized (
+        select min(p.chat_id) as beside, array_agg(p.chat_id) as chat_ids,
+               array_agg(p.user_id) as user_ids, array_agg(p.username) as usernames,
+               array_agg(p.role) as roles, array_agg(p.last_read_seq) as read_seqs,
+               array_agg(p.read_at) as read_ats
+        from (
+            select c.id as chat_id, p.user_id, p.username, p.role, p.last_read_seq, p.read_at
+            from page c cross join lateral chat_people(
+                chat => c.id, size => c.participant_count, newest => c.last_seq) p
+            order by c.id, p.ordinal
+        ) p
+    )
+    select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
+           case when c.last_seq > c.last_read_seq then (
+               select count(*) from (
+                   select from messages o
+                   where o.chat_id = c.id and o.seq > c.last_read_seq
+                     and o.sender_id <> $2 and o.deleted_at is null
+                   limit 100) unread) else 0 end as unread_count,
+           m.id as message_id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
+           m.created_at, m.edited_at, m.deleted_at,
+           m.sender_id as sent_by, case when c.participant_count > 100 then (
+               select count(*) from participants r
+               where r.chat_id = m.chat_id and r.user_id <> m.sender_id
+                 and r.joined_seq < m.seq and r.last_read_seq >= m.seq) end as read_count,
+           p.*
+    from page c
+    left join messages m on m.chat_id = c.id and m.seq = c.last_seq
+    left join users u on u.id = m.sender_id and u.deleted_at is null
+    left join people p on p.beside = c.id"""
 
 SELECT_FOLLOWED = """  -- chat_id, asker_id
     -- participants_of_user, chats_pkey
     -- All chats of the asker, or (where it is not null) the one.
     select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
     where p.user_id = $2 and p.chat_id = coalesce($1, p.chat_id)"""
+
+
+def chats_of(rows: list[Any]) -> list[Chat]:
+    """Put chats together, in the order of their rows, from those of their statement."""
+    people: defaultdict[int, list[Participant]] = defaultdict(list)
+    readers: defaultdict[int, list[tuple[datetime, int, str | None]]] = defaultdict(list)
+    names = ("chat_ids", "user_ids", "usernames", "roles", "read_seqs", "read_ats")
+    for row in [row for row in rows if row["chat_ids"]]:
+        told = zip(*(row[name] for name in names), strict=True)
+        for chat_id, user_id, username, role, read_seq, read_at in told:
+            if username is not None:
+                people[chat_id].append(Participant(user_id, username, role, read_seq))
+            if read_at is not None:
+                readers[chat_id].append((read_at, user_id, username))
+    made = []
+    for row in rows:
+        chat_id, name, is_group, created_at, count, last_rev, version, unread = row[:8]
+        newest = None
+        if row["message_id"] is not None:
+            newest = newest_of(row, count, readers[chat_id])
+        made.append(Chat(
+            chat_id, name, is_group, created_at, people[chat_id], count, newest, last_rev, version,
+            unread))
+    return made
+
+
+def newest_of(
+    row: Any, participants: int, readers: list[tuple[datetime, int, str | None]]
+) -> Message:
+    """Put the newest message of a chat together, of which each reader's watermark tells all."""
+    message = Message(*row[8:18])
+    if participants > NAMED_IN_CHAT_MAX:
+        message.read_count = row["read_count"]
+        return message
+    others = sorted(reader for reader in readers if reader[1] != row["sent_by"])
+    message.read_by = [Reader(user_id, name, at) for at, user_id, name in others if name]
+    message.read_count = len(others)
+    return message
 
 
 class ChatHint(Struct, array_like=True, tag="chat"):
@@ -1007,10 +1083,10 @@ class Rooms:
         """
         deadline = time.monotonic() + VERSION_SECONDS
         while chat_id not in socket.rooms and socket in self._sockets:
-            row = await self.database.value(SELECT_CHAT, chat_id, socket.asker.user_id)
-            if row is None:
+            rows = await self.database.rows(SELECT_CHAT, chat_id, socket.asker.user_id)
+            if not rows:
                 raise ChatNotFound
-            chat = CHAT.decode(row)
+            chat = chats_of(rows)[0]
             if self._knows_newer(chat_id, chat.version):
                 await self._wait_for_version([chat_id], deadline)  # the user may be out again
             elif chat_id not in socket.rooms and socket in self._sockets:
@@ -2000,17 +2076,49 @@ async def list_users(
 # ==== Handlers: chats =============================================================================
 
 SELECT_CHATS_BEFORE = """  -- asker_id, before, before_id, limit
-    -- participants_of_user, chats_pkey
+    -- participants_of_user, chats_pkey, participants_by_ordinal, users_pkey, messages_pkey
     -- The most recently active first, before a place: microseconds since the epoch and a chat's id.
     -- All chats of the asker are read and sorted: an index by activity would cost each post a
-    -- write.
-    select (extract(epoch from c.active_at) * 1000000)::bigint as place, c.id,
-           row_to_json(c) as chat
-    from chat_view c
-    where c.reader_id = $1
-      and (c.active_at, c.id)
-          < ('epoch'::timestamptz + $2::bigint * interval '1 microsecond', $3::bigint)
-    order by c.active_at desc, c.id desc limit $4"""
+    -- write. Answers like SELECT_CHAT.
+    with page as materialized (
+        select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
+               c.last_seq, c.active_at, me.last_read_seq
+        from participants me join chats c on c.id = me.chat_id
+        where me.user_id = $1
+          and (c.active_at, c.id)
+              < ('epoch'::timestamptz + $2::bigint * interval '1 microsecond', $3::bigint)
+        order by c.active_at desc, c.id desc limit $4
+    ), people as materialized (
+        select min(p.chat_id) as beside, array_agg(p.chat_id) as chat_ids,
+               array_agg(p.user_id) as user_ids, array_agg(p.username) as usernames,
+               array_agg(p.role) as roles, array_agg(p.last_read_seq) as read_seqs,
+               array_agg(p.read_at) as read_ats
+        from (
+            select c.id as chat_id, p.user_id, p.username, p.role, p.last_read_seq, p.read_at
+            from page c cross join lateral chat_people(
+                chat => c.id, size => c.participant_count, newest => c.last_seq) p
+            order by c.id, p.ordinal
+        ) p
+    )
+    select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
+           case when c.last_seq > c.last_read_seq then (
+               select count(*) from (
+                   select from messages o
+                   where o.chat_id = c.id and o.seq > c.last_read_seq
+                     and o.sender_id <> $1 and o.deleted_at is null
+                   limit 100) unread) else 0 end as unread_count,
+           m.id as message_id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
+           m.created_at, m.edited_at, m.deleted_at,
+           m.sender_id as sent_by, case when c.participant_count > 100 then (
+               select count(*) from participants r
+               where r.chat_id = m.chat_id and r.user_id <> m.sender_id
+                 and r.joined_seq < m.seq and r.last_read_seq >= m.seq) end as read_count,
+           (extract(epoch from c.active_at) * 1000000)::bigint as place, p.*
+    from page c
+    left join messages m on m.chat_id = c.id and m.seq = c.last_seq
+    left join users u on u.id = m.sender_id and u.deleted_at is null
+    left join people p on p.beside = c.id
+    order by c.active_at desc, c.id desc"""
 
 CREATE_GROUP = """  -- asker_id, name, user_ids
     -- users_pkey; locks the users
@@ -2081,10 +2189,10 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
 
 async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
     """Get a chat. Raises ChatNotFound."""
-    chat = await request.app[DATABASE].value(SELECT_CHAT, chat_id, request[ME])
-    if chat is None:
+    rows = await request.app[DATABASE].rows(SELECT_CHAT, chat_id, request[ME])
+    if not rows:
         raise ChatNotFound
-    return CHAT.decode(chat)
+    return chats_of(rows)[0]
 
 
 async def list_chats(
@@ -2099,8 +2207,11 @@ async def list_chats(
         raise invalid("$.cursor", "is not a cursor of this list")
     rows = await request.app[DATABASE].rows(
         SELECT_CHATS_BEFORE, request[ME], int(match[1]), int(match[2]), limit + 1)
-    chats = [CHAT.decode(row["chat"]) for row in rows[:limit]]
-    more = {"cursor": "{place}.{id}".format(**rows[limit - 1])} if len(rows) > limit else None
+    chats = chats_of(rows)[:limit]
+    more = None
+    if len(rows) > limit:
+        last = rows[limit - 1]
+        more = {"cursor": f"{last['place']}.{last['id']}"}
     return page(request, chats, next=more)
 
 
@@ -2174,38 +2285,75 @@ def publish_version(
 # ==== Handlers: messages ==========================================================================
 
 SELECT_MESSAGE = """  -- chat_id, asker_id, message_id
-    -- messages_id
-    select row_to_json(m) from participants p
-    join message_view m on m.chat_id = p.chat_id and m.id = $3
+    -- messages_id, participants_pkey, participants_by_ordinal, users_pkey, reads_pkey
+    -- Answers like SELECT_MESSAGES_BEFORE.
+    with page as materialized (
+        select m.id, m.chat_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to,
+               m.created_at, m.edited_at, m.deleted_at
+        from messages m where m.chat_id = $1 and m.id = $3
+    ), readers as materialized (
+        select b.newest, r.*, array(
+            select s.id from (select distinct sender_id as id from page) s
+            cross join lateral (
+                select from users u where u.id = s.id and u.deleted_at is not null offset 0) u
+        ) as gone
+        from (select min(seq) as oldest, max(seq) as newest from page) b
+        cross join lateral page_readers(chat => $1, oldest => b.oldest, newest => b.newest) r
+    )
+    select c.last_seq, m.*, r.*
+    from participants p join chats c on c.id = p.chat_id
+    left join page m on true left join readers r on r.newest = m.seq
     where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MESSAGES_BEFORE = """  -- chat_id, asker_id, before, limit
-    -- messages_pkey
-    -- Oldest first, each beside the newest number of the chat. An empty page is one row without a
-    -- message; a stranger gets no row.
-    select c.last_seq, row_to_json(m) as message
+    -- messages_pkey, participants_pkey, participants_by_ordinal, users_pkey, reads_pkey
+    -- Rows of messages, each beside the newest number of the chat; the newest of them also beside
+    -- who read the page, and which of its senders deleted their accounts. An empty page is one row
+    -- without a message; a stranger gets no row. `offset 0`: of a few users each is looked up.
+    with page as materialized (
+        select m.id, m.chat_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to,
+               m.created_at, m.edited_at, m.deleted_at
+        from messages m where m.chat_id = $1 and m.seq < $3 order by m.seq desc limit $4
+    ), readers as materialized (
+        select b.newest, r.*, array(
+            select s.id from (select distinct sender_id as id from page) s
+            cross join lateral (
+                select from users u where u.id = s.id and u.deleted_at is not null offset 0) u
+        ) as gone
+        from (select min(seq) as oldest, max(seq) as newest from page) b
+        cross join lateral page_readers(chat => $1, oldest => b.oldest, newest => b.newest) r
+    )
+    select c.last_seq, m.*, r.*
     from participants p join chats c on c.id = p.chat_id
-    left join lateral (
-        select v.* from message_view v where v.chat_id = p.chat_id and v.seq < $3
-        order by v.seq desc limit $4
-    ) m on true
-    where p.chat_id = $1 and p.user_id = $2 order by m.seq"""
+    left join page m on true left join readers r on r.newest = m.seq
+    where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MESSAGES_AFTER = """  -- chat_id, asker_id, after, limit
-    -- messages_pkey
+    -- messages_pkey, participants_pkey, participants_by_ordinal, users_pkey, reads_pkey
     -- Answers like SELECT_MESSAGES_BEFORE.
-    select c.last_seq, row_to_json(m) as message
+    with page as materialized (
+        select m.id, m.chat_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to,
+               m.created_at, m.edited_at, m.deleted_at
+        from messages m where m.chat_id = $1 and m.seq > $3 order by m.seq limit $4
+    ), readers as materialized (
+        select b.newest, r.*, array(
+            select s.id from (select distinct sender_id as id from page) s
+            cross join lateral (
+                select from users u where u.id = s.id and u.deleted_at is not null offset 0) u
+        ) as gone
+        from (select min(seq) as oldest, max(seq) as newest from page) b
+        cross join lateral page_readers(chat => $1, oldest => b.oldest, newest => b.newest) r
+    )
+    select c.last_seq, m.*, r.*
     from participants p join chats c on c.id = p.chat_id
-    left join lateral (
-        select v.* from message_view v where v.chat_id = p.chat_id and v.seq > $3
-        order by v.seq limit $4
-    ) m on true
-    where p.chat_id = $1 and p.user_id = $2 order by m.seq"""
+    left join page m on true left join readers r on r.newest = m.seq
+    where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
     -- message_words_search, messages_pkey
-    -- Answers like SELECT_MESSAGES_BEFORE, but newest first. `offset 0` has each found message
-    -- looked up; without it the planner may read the whole chat.
+    -- Newest first, each beside the newest number of the chat. Nothing found is one row without a
+    -- message; a stranger gets no row. `offset 0` has each found message looked up; without it the
+    -- planner may read the whole chat.
     select c.last_seq, row_to_json(m) as message
     from participants p join chats c on c.id = p.chat_id
     left join lateral (
@@ -2217,6 +2365,48 @@ SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
             select * from message_view w where w.chat_id = p.chat_id and w.seq = f.seq offset 0) v
     ) m on true
     where p.chat_id = $1 and p.user_id = $2 order by m.seq desc"""
+
+
+def messages_of(rows: list[Any]) -> list[Message]:
+    """Put a page of messages together, oldest first, from the rows of its statement."""
+    rows = sorted(rows, key=SEQ)
+    messages = [Message(*row[1:11]) for row in rows]
+    newest = rows[-1]
+    if newest["user_ids"]:
+        add_readers(messages, newest)
+    if newest["gone"]:
+        for message in messages:
+            message.sender_id = None if message.sender_id in newest["gone"] else message.sender_id
+    return messages
+
+
+def add_readers(messages: list[Message], row: Mapping[str, Any]) -> None:
+    """Name and count who read each message of a page, oldest first.
+
+    The row tells by arrays, as page_readers does, at which numbers each reader stopped, and when.
+    """
+    seqs = [message.seq for message in messages]
+    names = ("user_ids", "usernames", "joined_seqs", "read_seqs", "read_ats")
+    reached: dict[int, int] = {}  # by each reader: how many of the messages
+    spans = []
+    for user_id, name, joined, seq, at in sorted(zip(*(row[each] for each in names), strict=True)):
+        start = reached.get(user_id) or bisect.bisect_right(seqs, joined)
+        reached[user_id] = end = bisect.bisect_right(seqs, seq)
+        spans.append((at, user_id, start, end, name))
+    for (start, end), number in Counter(span[2:4] for span in spans).items():
+        for message in messages[start:end]:
+            message.read_count += number
+    senders = {message.sender_id for message in messages}
+    for at, user_id, start, end, name in sorted(spans):
+        read = messages[start:end]
+        if user_id in senders:  # of their own messages nobody is a reader
+            for message in read:
+                message.read_count -= message.sender_id == user_id
+            read = [message for message in read if message.sender_id != user_id]
+        if name is not None:
+            reader = Reader(user_id, name, at)
+            for message in read:
+                message.read_by.append(reader)
 
 
 async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) -> Answer[Message]:
@@ -2237,11 +2427,12 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
 async def get_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> Message:
     """Get a message as it is now. Raises ChatNotFound, MessageNotFound."""
     me, database = request[ME], request.app[DATABASE]
-    message = await database.value(SELECT_MESSAGE, chat_id, me, message_id)
-    if message is None:
-        in_chat = await database.row(SELECT_MEMBERSHIP, chat_id, me)
-        raise MessageNotFound if in_chat else ChatNotFound
-    return MESSAGE.decode(message)
+    rows = await database.rows(SELECT_MESSAGE, chat_id, me, message_id)
+    if not rows:
+        raise ChatNotFound
+    if rows[0]["id"] is None:
+        raise MessageNotFound
+    return messages_of(rows)[0]
 
 
 async def change_message(
@@ -2289,7 +2480,7 @@ async def list_messages(
     if not rows:
         raise ChatNotFound
     last_seq = rows[0]["last_seq"]
-    messages = [MESSAGE.decode(row["message"]) for row in rows if row["message"]]
+    messages = messages_of(rows) if rows[0]["id"] is not None else []
     # An empty page's neighbours lie on either side of its bound.
     oldest = messages[0].seq if messages else min(before or (after or 0) + 1, last_seq + 1)
     newest = messages[-1].seq if messages else oldest - 1

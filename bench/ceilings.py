@@ -13,7 +13,17 @@ import asyncpg
 import msgspec
 import uvloop
 from aiohttp import WSMsgType, web
-from rig import SERVER_CORE, TEXT, Figures, database, messenger, percentile, pin, websocket
+from rig import (
+    SERVER_CORE,
+    TEXT,
+    Figures,
+    cpu_milliseconds,
+    database,
+    messenger,
+    percentile,
+    pin,
+    websocket,
+)
 
 LATE_SECONDS = 0.2
 SESSION = {"jit": "off", "timezone": "UTC"}
@@ -80,6 +90,32 @@ def call_select(
         passed = time.perf_counter() - began
         await pool.close()
         return {"rate": len(delays) / passed, "p50": percentile(delays, 50)}
+
+    return uvloop.run(call())
+
+
+def call_plain(
+    dsn: str, query: str, arguments: Sequence[object], count: int, seconds: float
+) -> Figures:
+    """Run a plain SELECT of so many rows: milliseconds of processor time that each takes its
+    backend, and its fetch.
+    """
+    async def repeat(connection: Any, until: float) -> int:
+        done = 0
+        while time.perf_counter() < until:
+            assert len(await connection.fetch(query, *arguments)) == count
+            done += 1
+        return done
+
+    async def call() -> Figures:
+        connection = await asyncpg.connect(dsn, server_settings=SESSION)
+        pids = [connection.get_server_pid()]
+        await repeat(connection, time.perf_counter() + seconds / 8)
+        before = cpu_milliseconds(pids), time.thread_time()
+        done = await repeat(connection, time.perf_counter() + seconds)
+        backend, own = cpu_milliseconds(pids) - before[0], time.thread_time() - before[1]
+        await connection.close()
+        return {"postgresql": backend / done, "fetch": own * 1000 / done}
 
     return uvloop.run(call())
 
@@ -165,6 +201,25 @@ def serve_writes(port: Any, delivery: bytes, ack: bytes, group: int) -> None:
         server = await loop.create_server(lambda: Listener(room), "127.0.0.1", 0, backlog=1024)
         port.send(server.sockets[0].getsockname()[1])
         await server.serve_forever()
+
+    uvloop.run(serve())
+
+
+def serve_nothing(port: Any) -> None:
+    """Serve an empty answer of a bare aiohttp, until killed."""
+    pin(SERVER_CORE)
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def serve() -> None:
+        app = web.Application()
+        app.router.add_get("/", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port.send((runner.addresses[0][1], os.getpid()))
+        await asyncio.Event().wait()
 
     uvloop.run(serve())
 

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -166,7 +166,9 @@ class Server:
         return [Person(row["user_id"], sessions.tokens(row["user_id"], row).access_token)
                 for row in rows]
 
-    async def groups(self, members: Sequence[Sequence[Person]]) -> list[int]:
+    async def groups(
+        self, members: Sequence[Sequence[Person]], analyze: bool = True
+    ) -> list[int]:
         """Make a group of each of some lists of people, who have been in it for a while."""
         chats = []
         async with self.sql.transaction():
@@ -178,7 +180,8 @@ class Server:
             "update participants set joined_at = now() - interval '1 day' where chat_id = any ($1)",
             chats,
         )
-        await self.sql.execute("vacuum analyze chats, participants")
+        if analyze:
+            await self.sql.execute("vacuum analyze chats, participants")
         return chats
 
     async def fill(self, chats: Sequence[int], count: int, sender: Person) -> None:
@@ -208,6 +211,12 @@ def cpu_seconds(pid: int) -> float:
     """Answer the processor time that a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
+
+
+def cpu_milliseconds(pids: Iterable[int]) -> float:
+    """Answer the processor time that processes have used, to the nanosecond, by their threads."""
+    files = [file for pid in pids for file in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    return sum(int(file.read_text().split()[0]) for file in files) / 1e6
 
 
 def resident_bytes(pid: int) -> int:

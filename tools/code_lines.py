@@ -19,8 +19,8 @@ LAYOUT = {
     tokenize.ENDMARKER,
 }
 SQL = re.compile(
-    r"(--.*\n\s*)*(select\s|insert into\s|update\s+\w+\s+set\s|delete from\s|with\s+\w+\s+as\s*"
-    r"|(create|alter|drop)\s+\w+\s|(listen|notify)\s+\w)",
+    r"(--.*\n\s*)*(select\s|insert into\s|update\s+\w+\s+set\s|delete from\s"
+    r"|with\s+\w+\s+as\s+(materialized\s*)?\(|(create|alter|drop)\s+\w+\s|(listen|notify)\s+\w)",
     re.IGNORECASE,
 )
 
