@@ -1,5 +1,6 @@
 -- What needs a lock and then a fresh snapshot, or pinned plans, as it is now; every other statement
--- is written out where it is used. Applied after views.sql whenever one of the two has changed.
+-- is written out where it is used. Applied after views.sql whenever this file has changed or a
+-- migration is new.
 --
 -- A function that the last release calls keeps its parameters and its answer. Those that only the
 -- last release calls are no longer here; a database that has them keeps them until the next.
