@@ -389,9 +389,10 @@ def _answer(group: list[Entry[Item, Outcome]], outcomes: Sequence[Outcome | Exce
 def migrate(url: str, folder: Path) -> None:
     """Apply the numbered migrations of a folder; processes that start together wait for each other.
 
-    views.sql and functions.sql are applied after them, in one transaction, where one of the two has
-    changed or a migration was new. What was applied stands in the table schema_files, which a
-    migration makes. Raises StartError for a database that will not do, psycopg.Error.
+    views.sql and functions.sql are applied after them, each where it has changed or a migration was
+    new. What was applied stands in the table schema_files, which a migration makes; who is killed
+    before it is noted applies it again. Raises StartError for a database that will not do,
+    psycopg.Error.
     """
     os.environ.setdefault("LOGNAME", "messenger")  # yoyo asks, and not every user has a name
     with psycopg.connect(url, autocommit=True, connect_timeout=5) as connection:
@@ -407,18 +408,17 @@ def migrate(url: str, folder: Path) -> None:
             files = yoyo.read_migrations(str(folder))
             new = backend.to_apply(files.filter(lambda file: file.id[0].isdigit()))
             backend.apply_migrations_only(new)
-        texts = [(name, (folder / name).read_bytes()) for name in ("views.sql", "functions.sql")]
-        digests = {name: hashlib.sha256(text).hexdigest() for name, text in texts}
-        applied = connection.execute("select name, digest from schema_files")
-        if dict(applied.fetchall()) == digests and not new:
-            return  # to apply them again would block the servers that are running
-        with connection.transaction():
-            for name, text in texts:
-                connection.execute(text)
-                connection.execute(
-                    "insert into schema_files (name, digest) values (%s, %s)"
-                    " on conflict (name) do update set digest = excluded.digest",
-                    (name, digests[name]))
+        noted = connection.execute("select name, digest from schema_files").fetchall()
+        applied: dict[str, str] = dict(noted)
+        for name in ("views.sql", "functions.sql"):
+            text = (folder / name).read_bytes()
+            digest = hashlib.sha256(text).hexdigest()
+            if applied.get(name) == digest and not new:
+                continue  # to apply it again would block the servers that are running
+            connection.execute(text)
+            connection.execute(
+                "insert into schema_files (name, digest) values (%s, %s)"
+                " on conflict (name) do update set digest = excluded.digest", (name, digest))
 
 
 async def migrate_when_up(url: str, folder: Path) -> None:

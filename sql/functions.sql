@@ -1,6 +1,6 @@
 -- The functions as they are now: what needs a lock and then a fresh snapshot or pinned plans, and
 -- what several statements share. Every other statement is written out where it is used. Applied
--- after views.sql whenever one of the two files has changed.
+-- after views.sql whenever this file has changed or a migration is new.
 --
 -- A function that the last release calls keeps its parameters and its answer. Those that only the
 -- last release calls are no longer here; a database that has them keeps them until the next.

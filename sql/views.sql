@@ -1,10 +1,15 @@
 -- Projections that several statements share, as they are now. Applied after the migrations whenever
--- this file or functions.sql has changed; a change of a view's columns, but for one added at the
--- end, needs a migration that drops the view first.
+-- this file has changed or a migration is new; a change of a view's columns, but for one added at
+-- the end, needs a migration that drops the view first.
+--
+-- Each is replaced in a transaction of its own. That locks it, while the servers that are running
+-- read chat_view and within it the other two: one transaction would hold message_view and wait for
+-- chat_view, a reader the other way round.
 
 -- One row is one Message of the contract. read_by is told in chats of up to 100; who joined later
 -- than the message is not among its readers. Where no step of a reader covers it (the chat was
 -- larger then, or the row is old and gone), the next step tells until when they passed it.
+begin;
 create or replace view message_view as
 select m.id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
        m.created_at, m.edited_at, m.deleted_at,
@@ -28,14 +33,18 @@ select m.id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
 from messages m
 join chats c on c.id = m.chat_id
 left join users u on u.id = m.sender_id and u.deleted_at is null;
+commit;
 
 -- One row is one Participant, with the order of joining.
+begin;
 create or replace view participant_view as
 select p.chat_id, p.user_id, u.username, p.role, p.last_read_seq, p.ordinal, p.version
 from participants p
 join users u on u.id = p.user_id and u.deleted_at is null;
+commit;
 
 -- One row is one Chat as one of its participants (reader_id) sees it.
+begin;
 create or replace view chat_view as
 select c.id, c.name, c.is_group, c.created_at,
        (select coalesce(json_agg(first), '[]') from (
@@ -54,4 +63,5 @@ select c.id, c.name, c.is_group, c.created_at,
        me.user_id as reader_id, c.active_at
 from participants me
 join chats c on c.id = me.chat_id;
+commit;
 

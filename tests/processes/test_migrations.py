@@ -164,10 +164,15 @@ async def test_kill_in_the_middle_needs_no_hand(
     assert await asked(empty_url, SELECT_SCHEMA) == schema
 
 
+BEFORE_EACH_START = {"as they were": "select 1", "changed": "delete from schema_files"}
+
+
+@pytest.mark.parametrize("texts", BEFORE_EACH_START)
 async def test_restart_beside_a_serving_one_disturbs_nobody(
-    database_url: str, alice: Person, bob: Person
+    database_url: str, alice: Person, bob: Person, texts: str
 ) -> None:
-    """While servers start on a database, the requests of another server on it go on."""
+    """While servers start on a database, with the views and functions that it has or with others,
+    the requests of another server on it go on."""
     chat = await alice.opens(bob)
     stop = asyncio.Event()
 
@@ -179,11 +184,12 @@ async def test_restart_beside_a_serving_one_disturbs_nobody(
         asyncio.create_task(asks(ask))
         for ask in (
             lambda: alice.says(chat, "hello"),
-            lambda: bob.gets("/chats"),
+            *[lambda: bob.gets("/chats")] * 4,  # it reads each of the views
             lambda: bob.gets(f"/chats/{chat}/messages"),
         )
     ]
     for _ in range(10):
+        await asked(database_url, BEFORE_EACH_START[texts])
         await asyncio.to_thread(database.migrate, database_url, messenger.SQL)
     stop.set()
     await asyncio.gather(*asking)

@@ -46,7 +46,7 @@ import uvloop
 
 from support.mutations import MUTATIONS, Mutation, mutated
 from support.servers import ROOT, processes_in
-from torture.clients import ASK_SECONDS, LIVE, Chat, Device, Run, Seat, hang_up
+from torture.clients import ASK_SECONDS, LIVE, Chat, Device, Run, Seat
 from torture.server import BACK_SECONDS, WORKERS, Server, Tally, kill
 
 START_SECONDS = 30.0
@@ -233,8 +233,7 @@ class Faults:
         """Let half of the devices come back, to any worker; wait until all are live."""
         await self._worker()
         for device in self.random.sample(self.run.devices, len(self.run.devices) // 2):
-            if device.ws is not None:
-                self.run.spawn(hang_up(device.ws))
+            self.run.spawn(device.hang_up())
         await asyncio.sleep(0.5)
         if not await self.run.until(self.run.is_settled, BACK_SECONDS):
             self.tally.blame("missed", "somebody is not live, though all is quiet")
@@ -261,7 +260,7 @@ class Faults:
 STORED = """
     select chat_id, seq, rev, id::text, sender_id, text, created_at,
            deleted_at is not null as is_deleted
-    from messages order by chat_id, seq"""
+    from messages where chat_id = any ($1) order by chat_id, seq"""
 
 
 class Check:
@@ -280,8 +279,9 @@ class Check:
 
     async def everything(self) -> None:
         """Everything else, once everybody is back."""
-        rows = await self.server.sql(STORED)
-        numbers = await self.server.sql("select id, last_rev from chats")
+        chats = [chat.id for chat in self.run.chats]
+        rows = await self.server.sql(STORED, chats)
+        numbers = await self.server.sql("select id, last_rev from chats where id = any ($1)", chats)
         turns = await self.server.sql("select * from torture.turns order by at")
         await self._arrived({row["id"]: row["last_rev"] for row in numbers})
         self._answered(rows)

@@ -1,7 +1,7 @@
 """The clients of the checker: they post, edit, delete, read and follow, and do not give up.
 
 What they are told they hold against the contract at once; what they were answered, and what they
-have in the end, is for the check at the end (torture.py).
+have in the end, is for the check at the end (__main__.py).
 
     Who is there     users, chats, a user's seat in a chat, messages
     Sockets          a device: what it has of each chat, by the contract's rules, and its socket
@@ -176,6 +176,8 @@ class Device:
         self.books = {chat.id: Book() for chat in chats}
         self.follows_all = follows_all
         self.ws: aiohttp.ClientWebSocketResponse | None = None
+        self.url = ""  # of the server that it is connected to
+        self._hung_up: aiohttp.ClientWebSocketResponse | None = None  # by this side
         self._answers: dict[int, asyncio.Future[tuple[int, Data]]] = {}
 
     async def stay(self) -> None:
@@ -191,16 +193,23 @@ class Device:
             [(chat_id, book)] = self.books.items()
             path, seat = f"/ws/{chat_id}?after={book.number}", self.user.seats[chat_id]
             turn = seat.turn
+        self.url, began, status = self.run.server.url, time.monotonic(), 0
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 ws = await self.run.http.ws_connect(
-                    self.run.server.url + path, headers=self.user.headers,
+                    self.url + path, headers=self.user.headers,
                     timeout=aiohttp.ClientWSTimeout(ws_close=1.0))
+            status = 200
         except aiohttp.WSServerHandshakeError as error:
-            return self.run.judge(seat, turn, error.status, f"the handshake of {path}")
+            status = error.status
+            return self.run.judge(seat, turn, status, f"the handshake of {path}")
+        finally:
+            self.run.noting(self.url, began, status, f"the handshake of {path}")
         self.run.judge(seat, turn, 200, f"the handshake of {path}")
         try:
             await self._listen(ws)
+            if ws is not self._hung_up and (ws.close_code or 0) < 4000:  # else about the user
+                self.run.noting(self.url, began, 0, f"{path}, closed with {ws.close_code}")
         finally:
             self.ws = None
             for ref in self._answers:
@@ -225,6 +234,13 @@ class Device:
         if self.ws is not None:
             await self.ws.send_str(msgspec.json.encode(frame).decode())
 
+    async def hang_up(self) -> None:
+        """Close the socket, however the other side takes it."""
+        if self.ws is not None:
+            self._hung_up = self.ws
+            with contextlib.suppress(aiohttp.ClientError, OSError):
+                await self.ws.close()
+
     async def sync(self, chat_id: int, after: int) -> None:
         """Ask for everything after a number."""
         self.books[chat_id].begins(after, by_frame=True)
@@ -232,14 +248,19 @@ class Device:
 
     async def posts(self, message: Message) -> tuple[int, Data]:
         """Post a message; answer 200 and the acknowledgement, an error's status, 0 for neither."""
-        ref = next(self.run.numbers)
+        ref, is_open, began = next(self.run.numbers), self.ws is not None, time.monotonic()
         frame = {"type": "message", "chat_id": message.seat.chat.id, "ref": ref}
         answer = self._answers[ref] = asyncio.get_running_loop().create_future()
         try:
-            async with asyncio.timeout(ASK_SECONDS if self.ws is not None else 0):
+            async with asyncio.timeout(ASK_SECONDS if is_open else 0):
                 await self._send(frame | {"id": message.id, "text": message.text})
-                return await answer
-        except (aiohttp.ClientError, OSError, TimeoutError):
+                status, data = await answer
+            if status:  # else the socket ended, which is noted where it is seen
+                self.run.noting(self.url, began, status, "a post by frame")
+            return status, data
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if is_open and isinstance(error, TimeoutError):
+                self.run.noting(self.url, began, 0, "a post by frame")
             return 0, NOTHING
         finally:
             del self._answers[ref]
@@ -300,6 +321,7 @@ class Device:
     async def _take_refusal(self, chat_id: int, status: int) -> None:
         """A sync was refused: the user is out, or the database away."""
         self.books[chat_id].pauses(AWAY)
+        self.run.noting(self.url, time.monotonic(), status, "a sync")
         if status == 503:
             await asyncio.sleep(0.1)
             await self.sync(chat_id, self.books[chat_id].number)
@@ -332,6 +354,8 @@ class Run:
         self.open = asyncio.Event()  # cleared for a moment of quiet
         self.busy = 0  # members who are being removed and put back
         self.watching: Callable[[float], None] = lambda _began: None  # acknowledgements
+        # Every answer: the server's URL, when it was asked, the status (0: none came), and what.
+        self.noting: Callable[[str, float, int, str], None] = lambda *_answer: None
         self.tasks: set[asyncio.Task[None]] = set()
         self.staying: set[asyncio.Task[None]] = set()  # of these the devices'
         self.http: aiohttp.ClientSession
@@ -347,14 +371,17 @@ class Run:
         self, user: User, method: str, path: str, body: Any = None, seconds: float = ASK_SECONDS
     ) -> tuple[int, Any]:
         """Send a request; answer its status, 0 if there came none, and what came."""
+        url, began = self.server.url, time.monotonic()
         try:
             async with self.http.request(
-                method, f"{self.server.url}/api/v1{path}", headers=user.headers, json=body,
+                method, f"{url}/api/v1{path}", headers=user.headers, json=body,
                 timeout=aiohttp.ClientTimeout(seconds),
             ) as answer:
                 text = await answer.read()
         except (aiohttp.ClientError, OSError, TimeoutError):
+            self.noting(url, began, 0, f"{method} {path}")
             return 0, NOTHING
+        self.noting(url, began, answer.status, f"{method} {path}")
         if answer.status not in (200, 201, 204, 404, 503):
             self.tally.blame("wrong", f"{method} {path}: {answer.status} {text.decode()}")
         return answer.status, DATA.decode(text) if text else NOTHING
@@ -559,7 +586,7 @@ class Run:
             device = self.random.choice(self.devices)
             chat_id, book = self.random.choice(list(device.books.items()))
             if device.ws is not None and self.random.random() < 0.5:
-                self.spawn(hang_up(device.ws))
+                self.spawn(device.hang_up())
             elif book.state == LIVE:
                 after = max(0, book.number - self.random.randrange(400))
                 with contextlib.suppress(aiohttp.ClientError, OSError):
@@ -658,9 +685,3 @@ class Run:
         """Tell whether nobody waits for anything and every device is live wherever it may be."""
         return not self.unanswered and not self.unchanged and not self.busy and all(
             book.state == LIVE for device in self.devices for book in device.books.values())
-
-
-async def hang_up(ws: aiohttp.ClientWebSocketResponse) -> None:
-    """Close a socket, however the other side takes it."""
-    with contextlib.suppress(aiohttp.ClientError, OSError):
-        await ws.close()
