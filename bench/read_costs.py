@@ -22,10 +22,6 @@ MESSAGES = 10_000
 CHATS, UNREAD = 120, 40
 FRESH_CHATS, MESSAGES_EACH = 200, 100
 
-SELECT_PAGE = """
-    select id, seq, rev, sender_id, text, reply_to, created_at, edited_at, deleted_at
-    from messages where chat_id = $1 and seq < $2 order by seq desc limit $3"""
-LOOK_UP = "select id, name, last_rev, last_seq, active_at from chats where id = any ($1)"
 BACKENDS = "select pid from pg_stat_activity where application_name = 'messenger'"
 
 
@@ -72,8 +68,10 @@ async def rows(bench: Bench) -> list[Row]:
         await server.settle()
         with serving(ceilings.serve_nothing) as (port, pid):
             found = await bench.alternate("read costs", **{
-                "page": partial(plain, bench, server, SELECT_PAGE, unread, MESSAGES + 1, PAGE),
-                "look-ups": partial(plain, bench, server, LOOK_UP, lists[lister.id][:PAGE]),
+                "page": partial(
+                    plain, bench, server, ceilings.PLAIN_PAGE, unread, MESSAGES + 1, PAGE),
+                "look-ups": partial(
+                    plain, bench, server, ceilings.PLAIN_LOOK_UPS, lists[lister.id][:PAGE]),
                 "empty": partial(answering, bench, port, pid),
                 "read": partial(page_of, bench, server, read, crowd[1]),
                 "unread": partial(page_of, bench, server, unread, crowd[1]),

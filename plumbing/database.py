@@ -35,6 +35,13 @@ GROUP_ITEMS_MAX = 512  # in one commit
 PENDING_MAX = 20_000  # items that wait for a commit
 POSTGRESQL_VERSION_MIN = 150_000  # as PostgreSQL counts them: 15.0
 
+# Each statement is planned once, and through its indexes: a plan that was made while a table was
+# small would scan it for as long as the connection lives. A function may set otherwise for itself.
+PLANS = {
+    "plan_cache_mode": "force_generic_plan", "enable_seqscan": "off", "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
+
 log = logging.getLogger("messenger.database")
 
 
@@ -109,6 +116,7 @@ class Database:
                     "default_transaction_isolation": "read committed", "synchronous_commit": "on",
                     "statement_timeout": str(int(WAIT_SECONDS * 1000)),
                     "lock_timeout": str(int(WAIT_SECONDS * 500)),
+                    **PLANS,
                 },
             )
         except Exception as error:

@@ -21,6 +21,7 @@ import psycopg
 import pytest
 
 import messenger
+from plumbing import database
 from support.databases import with_database
 from support.source import statements
 
@@ -225,10 +226,16 @@ async def complaints(sql: asyncpg.Connection, text: str, given: tuple[Any, ...])
 
 
 async def all_complaints(sql: asyncpg.Connection) -> set[str]:
-    """What is wrong with any statement, planned for what it is asked or for anything."""
+    """What is wrong with any statement: planned for what it is asked, for anything, and as the
+    server has it planned.
+    """
     found = set()
-    for mode in ("force_custom_plan", "force_generic_plan"):
-        await sql.execute(f"set plan_cache_mode = {mode}")
+    for settings in (
+        {"plan_cache_mode": "force_custom_plan"}, {"plan_cache_mode": "force_generic_plan"},
+        database.PLANS,
+    ):
+        for name, value in settings.items():
+            await sql.execute(f"set {name} = {value}")
         await sql.execute("discard plans")
         for name, text, given in await asked(sql):
             transaction = sql.transaction()
