@@ -383,9 +383,10 @@ def test_documents_are_made_by_their_tool(started):
     assert (done.returncode, done.stdout) == (3, "made\n")
 
 
-@pytest.mark.parametrize("failing", ["ruff", "mypy", "none"])
+@pytest.mark.parametrize("failing", ["ruff", "mypy", "tools/code_lines", "none"])
 def test_check_fails_when_one_of_its_tools_does(started, failing):
-    """./run check succeeds only where both ruff and mypy do."""
-    for tool in ("ruff", "mypy"):
+    """./run check succeeds only where ruff, mypy and the count of lines of code do."""
+    (started.folder / "tools").mkdir()
+    for tool in ("ruff", "mypy", "tools/code_lines"):
         (started.folder / f"{tool}.py").write_text(f"import sys; sys.exit({tool == failing})\n")
     assert (started.run("check").returncode == 0) == (failing == "none")
