@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 import messenger
+import plumbing
 from plumbing.endpoints import Problem
 from support.mutations import MUTATIONS
 from support.source import (
@@ -283,6 +284,22 @@ def test_every_planted_bug_finds_its_place() -> None:
     for mutation in MUTATIONS:
         for name, old, _ in mutation.changes:
             assert (ROOT / name).read_text().count(old) == 1, (mutation.name, name)
+
+
+def test_plumbing_imports_only_what_is_below() -> None:
+    """A file of plumbing/ imports only those above it in the package's list, and none imports the
+    application; the list names every file."""
+    names = re.findall(r"^    (\w+) {2,}\S", plumbing.__doc__ or "", re.MULTILINE)
+    files = {path.stem for path in (ROOT / "plumbing").glob("*.py")} - {"__init__"}
+    assert set(names) == files
+    for number, name in enumerate(names):
+        imported = {
+            module
+            for node in ast.walk(ast.parse((ROOT / f"plumbing/{name}.py").read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for module in [getattr(node, "module", None), *(each.name for each in node.names)]}
+        assert not imported & {"messenger", *names[number + 1 :]}
+        assert not imported & {f"plumbing.{each}" for each in names[number:]}, name
 
 
 def test_modules_of_tests_stand_alone() -> None:

@@ -260,7 +260,7 @@ def last_release(tmp_path: Path) -> Path:
     """The files of the last release."""
     packed = subprocess.run(
         ["git", "-C", str(ROOT), "archive", LAST_RELEASE, "messenger.py", "edge.py", "postgres.py",
-         "sql"], capture_output=True, check=False)  # fmt: skip
+         "sql"], capture_output=True, check=False)
     if packed.returncode:
         pytest.skip("the history does not reach to the last release")
     subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=packed.stdout, check=True)
