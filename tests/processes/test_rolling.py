@@ -178,8 +178,11 @@ class Talk:
 
         using = [meanwhile(lambda: self.uses(person))] + [
             meanwhile(lambda: person.gets("/chats")) for _ in range(READERS)]
-        took, *_ = await asyncio.gather(restarting, *using)
-        return took
+        try:
+            await asyncio.gather(*using)
+        finally:
+            await asyncio.wait([restarting])  # nobody else would stop what it starts
+        return await restarting
 
     async def uses(self, person: Person) -> None:
         """Use what there is, each of which must succeed."""
