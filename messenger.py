@@ -53,9 +53,11 @@ never goes back; no input makes a 5xx; a reader who stalls delays nobody.
 
 A statement is a constant: its first line names the parameters, always in the order chat, asker,
 bounds, limit; the second the index that serves it. Each one that answers a user about a chat takes
-the asker and joins participants: permission lives in the statement. PostgreSQL builds the JSON of
-nested shapes (sql/views.sql), msgspec checks it. What needs a lock and then a fresh snapshot, or
-pinned plans, is a function in sql/functions.sql.
+the asker and joins participants: permission lives in the statement. Pages and lists are
+read as plain rows and put together here (messages_of, chats_of); for what a search or a catch-up
+finds, which may lie anywhere in a chat, PostgreSQL builds the JSON (message_view in sql/views.sql),
+and msgspec checks it. What needs a lock and then a fresh snapshot, or pinned plans, is a function
+in sql/functions.sql.
 
 To add an endpoint: its shapes, its statement at the head of its section, a handler whose signature
 says what it takes and answers and whose docstring's first line is its summary, and its line in
