@@ -49,9 +49,9 @@ async def test_login_with_a_long_email_is_refused_unread(
 async def test_words_of_many_marks_take_no_time(marks: str) -> None:
     """A text is searched for its words as fast when it consists of marks."""
     began = time.process_time()
-    for _ in range(40):
+    for _ in range(200):
         messenger.words_of("a" + marks)
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 1.5  # of the processor; it took 2.7 to 8.6 s
     assert messenger.words_of("re\u0301sume\u0301 " + "n\u0303" * 40) == messenger.words_of(
         "résumé " + "ñ" * 40)
 
