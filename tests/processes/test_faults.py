@@ -20,7 +20,7 @@ import messenger
 from plumbing.process import StartError
 from support.people import HEAR_SECONDS, Person, new_id
 from support.raw import RawLine
-from support.servers import ROOT, START_SECONDS, STOP_SECONDS, Server, environment, processes_in
+from support.servers import ROOT, STOP_SECONDS, Server, environment, processes_in, refused
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -302,26 +302,6 @@ async def test_stop_while_postgres_is_away_leaves_nothing(running: Server, peopl
 
 
 # ---- Started wrongly
-
-
-async def refused(tmp_path: Path, command: tuple[str, ...] = (), **settings: Any) -> str:
-    """Start a server that cannot; answer its one line."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, *(command or (str(ROOT / "messenger.py"),)),
-        cwd=tmp_path, env=environment(**settings),
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(START_SECONDS):
-            stdout, stderr = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode not in (0, None)
-    assert stdout == b""
-    [line] = stderr.decode().splitlines()
-    return line
 
 
 KEY = "k" * 32

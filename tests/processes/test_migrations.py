@@ -17,7 +17,7 @@ import messenger
 from plumbing import database
 from support.databases import on_cluster, until_waiting, with_database
 from support.people import Person
-from support.servers import ROOT, SECRET_KEY
+from support.servers import ROOT, SECRET_KEY, refused
 
 MIGRATE = """
 import sys
@@ -212,24 +212,7 @@ async def test_database_that_is_not_utf8_is_refused_in_one_line(
     ascii_url: str, tmp_path: Path
 ) -> None:
     """A database of another encoding is left alone, and the server says why it does not start."""
-    environment = {
-        "PATH": os.environ["PATH"], "PORT": "0", "DATABASE_URL": ascii_url,
-        "SECRET_KEY": SECRET_KEY,
-    }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, str(ROOT / "messenger.py"), cwd=tmp_path, env=environment,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        async with asyncio.timeout(SERVE_SECONDS):
-            stdout, stderr = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    assert process.returncode not in (0, None)
-    [line] = stderr.decode().splitlines()
-    assert stdout == b""
+    line = await refused(tmp_path, DATABASE_URL=ascii_url, SECRET_KEY=SECRET_KEY)
     assert "UTF8" in line
     assert "SQL_ASCII" in line
     assert await asked(ascii_url, "select relname from pg_class where relname = 'users'") == []

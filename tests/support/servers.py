@@ -111,6 +111,26 @@ class Server:
         await self.ends()
 
 
+async def refused(tmp_path: Path, command: tuple[str, ...] = (), **settings: Any) -> str:
+    """Start a server that cannot; answer its one line."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *(command or (str(ROOT / "messenger.py"),)),
+        cwd=tmp_path, env=environment(**settings),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            stdout, stderr = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode not in (0, None)
+    assert stdout == b""
+    [line] = stderr.decode().splitlines()
+    return line
+
+
 @contextlib.contextmanager
 def nothing_left_in(folder: Path) -> Iterator[None]:
     """See that whatever was started in a folder has ended, and if not, end it now."""
