@@ -107,6 +107,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 import email_validator
 import jwt
@@ -1214,6 +1215,8 @@ class Rooms:
     def publish(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
         """Act on a hint here, and pass it on to the other processes."""
         self._act_on(hint, changes)
+        if self._bus.is_alone():
+            return
         key: object = object()
         if isinstance(hint, ChatHint) and not hint.joined:
             key = (hint.chat_id, hint.version)  # it only says how far a chat is: the newest counts
@@ -1477,6 +1480,23 @@ POST_MESSAGES = """  -- chat_ids, sender_ids, message_ids, texts, reply_tos
     select * from post_messages(
         chat_ids => $1, sender_ids => $2, ids => $3, texts => $4, reply_tos => $5)"""
 
+POST_MESSAGE = """  -- chat_id, sender_id, message_id, text, reply_to
+    -- chats_pkey, participants_pkey, messages_id; locks the chat
+    select * from post_message(
+        chat => $1, sender => $2, message => $3, body => $4, reply => $5)"""
+
+SELECT_FREE_CHATS = """  -- chat_ids
+    -- chats_pkey
+    -- Those of some chats that nobody holds; as a statement of its own it lets them go at once.
+    select id from chats where id = any ($1) order by id for no key update skip locked"""
+
+SELECT_FREE_PARTICIPANTS = """  -- chat_ids, user_ids
+    -- participants_pkey
+    -- As SELECT_FREE_CHATS, of participants.
+    select p.chat_id, p.user_id from unnest($1::bigint[], $2::bigint[]) as w (chat_id, user_id)
+    join participants p on p.chat_id = w.chat_id and p.user_id = w.user_id
+    order by p.chat_id, p.user_id for no key update of p skip locked"""
+
 CHANGE_MESSAGES = """  -- chat_ids, user_ids, message_ids, texts
     -- chats_pkey, participants_pkey, messages_id; locks the chats
     -- A text of null deletes the message.
@@ -1605,9 +1625,13 @@ class ChatWriter(GroupWriter[ItemT, Outcome]):
         columns = zip(*rows, strict=True)
         return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns))
 
-    def lock_of(self, item: ItemT) -> int:
-        """Tell which chat an item changes: its row is locked."""
+    def lock_of(self, item: ItemT) -> Hashable:
+        """Tell which row an item changes: its chat's."""
         return item.chat_id
+
+    async def free(self, locks: list[Any]) -> set[Any]:
+        """Answer those chats of some that nobody holds right now."""
+        return {row["id"] for row in await self._app[DATABASE].rows(SELECT_FREE_CHATS, locks)}
 
 
 class PostWriter(ChatWriter[NewPost, Posted]):
@@ -1615,8 +1639,14 @@ class PostWriter(ChatWriter[NewPost, Posted]):
 
     STATEMENT = POST_MESSAGES
 
+    async def commit(self, items: list[NewPost]) -> list[Any]:
+        """Commit a group; a lone message costs half without arrays."""
+        if len(items) > 1:
+            return await super().commit(items)
+        return await self._app[DATABASE].rows(POST_MESSAGE, *msgspec.structs.astuple(items[0]))
+
     def publish(
-        self, posts: list[NewPost], rows: list[Any], again: bool
+        self, posts: list[NewPost], rows: Sequence[Any], again: list[bool]
     ) -> list[Posted | Exception]:
         """Let everybody know of a group of messages.
 
@@ -1626,7 +1656,8 @@ class PostWriter(ChatWriter[NewPost, Posted]):
         outcomes: list[Posted | Exception] = []
         news: dict[int, tuple[int, int]] = {}
         changes: dict[int, list[Message]] = {}
-        for post, (outcome, seq, created_at, last_rev, version) in zip(posts, rows, strict=True):
+        for post, row, was_sent in zip(posts, rows, again, strict=True):
+            outcome, seq, created_at, last_rev, version = row
             if problem := refused(outcome):
                 outcomes.append(problem)
                 continue
@@ -1636,7 +1667,7 @@ class PostWriter(ChatWriter[NewPost, Posted]):
                     post.id, post.chat_id, seq, seq, post.sender_id, post.text, post.reply_to,
                     created_at)
                 changes.setdefault(post.chat_id, []).append(message)
-            outcomes.append(Posted(again or message is not None, ack, message))
+            outcomes.append(Posted(was_sent or message is not None, ack, message))
             news[post.chat_id] = (last_rev, version)
         for chat_id, position in news.items():
             self._app[ROOMS].publish(ChatHint(chat_id, *position), changes.get(chat_id, ()))
@@ -1651,7 +1682,7 @@ class ChangeWriter(ChatWriter[NewChange, None]):
     STATEMENT = CHANGE_MESSAGES
 
     def publish(
-        self, changes: list[NewChange], rows: list[Any], again: bool
+        self, changes: list[NewChange], rows: Sequence[Any], again: list[bool]
     ) -> list[Exception | None]:
         """Let everybody know of a group of edits and deletions: the rooms read them."""
         problems: list[Exception | None] = [refused(row["outcome"]) for row in rows]
@@ -1670,8 +1701,17 @@ class ReadWriter(ChatWriter[NewRead, Read]):
 
     STATEMENT = READ_MESSAGES
 
+    def lock_of(self, item: NewRead) -> Hashable:
+        """Tell which row an item changes: its reader's."""
+        return item.chat_id, item.user_id
+
+    async def free(self, locks: list[Any]) -> set[Any]:
+        """Answer those readers of some that nobody holds right now."""
+        columns = map(list, zip(*locks, strict=True))
+        return set(map(tuple, await self._app[DATABASE].rows(SELECT_FREE_PARTICIPANTS, *columns)))
+
     def publish(
-        self, reads: list[NewRead], rows: list[Any], again: bool
+        self, reads: list[NewRead], rows: Sequence[Any], again: list[bool]
     ) -> list[Read | Exception]:
         """Tell everybody which readers of a group moved."""
         outcomes: list[Read | Exception] = []
@@ -2156,6 +2196,10 @@ REMOVE_PARTICIPANT = """  -- chat_id, asker_id, user_id
     select * from remove_participant(chat => $1, me => $2, target => $3)"""
 
 
+# Who may change a chat next; an entry lives as long as somebody has or awaits the turn.
+TURNS = web.AppKey("turns", WeakValueDictionary[int, asyncio.Lock])
+
+
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     """Create a group, or open the personal chat with another user, which is always the same one.
 
@@ -2219,9 +2263,7 @@ async def list_chats(
 
 async def change_chat(request: web.Request, chat_id: ChatId, body: ChangedChat) -> Chat:
     """Rename a group. Raises ChatNotFound, NotAllowed, PersonalChat."""
-    row = await request.app[DATABASE].row(RENAME_CHAT, chat_id, request[ME], body.name)
-    check_outcome(row["outcome"])
-    publish_version(request, chat_id, row)
+    await alter_chat(request, RENAME_CHAT, chat_id, body.name)
     return await get_chat(request, chat_id)
 
 
@@ -2245,10 +2287,9 @@ async def add_participant(
     Who was in before answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
     """
-    row = await request.app[DATABASE].row(
-        PUT_PARTICIPANT, chat_id, request[ME], body.user_id, body.role, GROUP_PARTICIPANTS_MAX)
-    check_outcome(row["outcome"])
-    publish_version(request, chat_id, row, body.user_id)
+    row = await alter_chat(
+        request, PUT_PARTICIPANT, chat_id, body.user_id, body.role, GROUP_PARTICIPANTS_MAX,
+        joined=[body.user_id])
     participant = PARTICIPANT.decode(row["participant"])
     if row["outcome"] != "joined":
         return Answer(participant, 200)
@@ -2272,16 +2313,22 @@ async def remove_participant(request: web.Request, chat_id: ChatId, user_id: Use
 
     Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat.
     """
-    row = await request.app[DATABASE].row(REMOVE_PARTICIPANT, chat_id, request[ME], user_id)
+    await alter_chat(request, REMOVE_PARTICIPANT, chat_id, user_id)
+
+
+async def alter_chat(
+    request: web.Request, statement: str, chat_id: int, *arguments: Any, joined: Sequence[int] = ()
+) -> Mapping[str, Any]:
+    """Change name or participants of a chat, let every process know, and answer the row.
+
+    Raises the problem that the row names. One at a time changes a chat: where somebody else holds
+    it, who waits for it takes one connection to PostgreSQL, and not all of them.
+    """
+    async with request.app[TURNS].setdefault(chat_id, asyncio.Lock()):
+        row = await request.app[DATABASE].row(statement, chat_id, request[ME], *arguments)
     check_outcome(row["outcome"])
-    publish_version(request, chat_id, row)
-
-
-def publish_version(
-    request: web.Request, chat_id: int, row: Mapping[str, Any], *joined: int
-) -> None:
-    """Let every process know that name or participants changed."""
     request.app[ROOMS].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
+    return cast("Mapping[str, Any]", row)
 
 
 # ==== Handlers: messages ==========================================================================
@@ -2882,6 +2929,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[SESSIONS] = Sessions(settings, secret_key, app[DATABASE])
     app[ROOMS] = Rooms(app[DATABASE], app[SESSIONS], app[BUS], app[TASKS])
     app[INDEX] = SearchIndex(app[DATABASE])
+    app[TURNS] = WeakValueDictionary()
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
     app.middlewares.extend([  # the first is outermost
         process.log_access(address_of), guard.guard_browsers(app[ORIGINS]),

@@ -4,12 +4,14 @@ They run on the server's core, in Python on uvloop and asyncpg as the server doe
 """
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
+import msgspec
 import uvloop
 from aiohttp import WSMsgType, web
 from rig import (
@@ -41,6 +43,16 @@ PLAIN_LIST = """
 PLAIN_LOOK_UPS = """
     select id, name, is_group, created_at, participant_count, last_rev, version
     from chats where id = any ($1)"""
+
+# What posting is held against: the same rows and a commit, without a lock, a check or a number.
+INSERT_ONE = """
+    insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
+    values ($1, $2, $2, $3, $4, $5, clock_timestamp())"""
+INSERT_MANY = """
+    insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
+    select chat_id, seq, seq, id, sender_id, text, clock_timestamp()
+    from unnest($1::bigint[], $2::bigint[], $3::uuid[], $4::bigint[], $5::text[])
+         as i (chat_id, seq, id, sender_id, text)"""
 
 
 async def as_it_is(_connection: Any) -> None:
@@ -74,6 +86,44 @@ def call_posts(
             delays.append((now - before) * 1000)
         await connection.close()
         return {"rate": place / (now - began), "p50": percentile(delays, 50)}
+
+    return uvloop.run(call())
+
+
+def call_inserts(
+    dsn: str, chats: Sequence[int], senders: Sequence[int], group: int, seconds: float
+) -> Figures:
+    """Insert messages by a plain statement, a group at a time, over the chats in turn; also
+    answers the processor time that each statement took its backend.
+    """
+    async def call() -> Figures:
+        connection = await asyncpg.connect(dsn, server_settings=SESSION)
+        pids = [connection.get_server_pid()]
+        delays: list[float] = []
+        place = 0
+        numbers = itertools.count(time.time_ns())  # which no message of ours comes to
+        began = now = time.perf_counter()
+        used = cpu_milliseconds(pids)
+        while now < began + seconds:
+            items = range(place, place + group)
+            place += group
+            columns: list[list[Any]] = [
+                [chats[item % len(chats)] for item in items],
+                [next(numbers) for _ in items],
+                [messenger.uuid7() for _ in items],
+                [senders[item % len(senders)] for item in items],
+                [TEXT] * group,
+            ]
+            if group == 1:
+                await connection.fetch(INSERT_ONE, *(column[0] for column in columns))
+            else:
+                await connection.fetch(INSERT_MANY, *columns)
+            before, now = now, time.perf_counter()
+            delays.append((now - before) * 1000)
+        used = cpu_milliseconds(pids) - used
+        await connection.close()
+        return {"rate": place / (now - began), "p50": percentile(delays, 50),
+                "postgresql": used / len(delays)}
 
     return uvloop.run(call())
 
@@ -224,6 +274,39 @@ def serve_nothing(port: Any) -> None:
     async def serve() -> None:
         app = web.Application()
         app.router.add_get("/", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port.send((runner.addresses[0][1], os.getpid()))
+        await asyncio.Event().wait()
+
+    uvloop.run(serve())
+
+
+def serve_inserts(port: Any, dsn: str, chat: int, sender: int) -> None:
+    """Serve a websocket of aiohttp that puts each text by a plain INSERT and acknowledges it, until
+    killed.
+    """
+    pin(SERVER_CORE)
+    ack = '{"type":"ack","data":{}}'
+
+    async def serve() -> None:
+        connection = await asyncpg.connect(dsn, server_settings=SESSION)
+        numbers = itertools.count(time.time_ns())
+
+        async def follow(request: web.Request) -> web.WebSocketResponse:
+            ws = web.WebSocketResponse(compress=False)
+            await ws.prepare(request)
+            async for message in ws:
+                if message.type is WSMsgType.TEXT:
+                    text = msgspec.json.decode(message.data)["text"]
+                    await connection.fetch(
+                        INSERT_ONE, chat, next(numbers), messenger.uuid7(), sender, text)
+                    await ws.send_str(ack)
+            return ws
+
+        app = web.Application()
+        app.router.add_get("/ws", follow)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

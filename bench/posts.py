@@ -1,21 +1,31 @@
 """Posting: `./run bench posts [--rounds N] [--quick]`.
 
 One sender, 64 senders in 64 chats or in one, one socket that pipelines; beside each the posting
-function called alone. The senders use sockets of their chats, as clients do: who sends also gets
-every message of the chat.
+function called alone, and a plain INSERT of the same rows and its commit, which is no function of
+ours: one by one, or 64 in one statement. The senders use sockets of their chats, as clients do: who
+sends also gets every message of the chat.
+
+Of a lone message the processor time is counted too, of the server and of PostgreSQL each: beside an
+empty answer of a bare aiohttp, and the plain INSERT. By then the server has been alone for a while,
+and notifies nobody.
 """
 
+import asyncio
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from ceilings import call_posts
-from clients import Sender, keep_open, open_all, post_for, post_frame
-from rig import TEXT, Bench, Figures, Measurement, Person, Row, Server, run
+import ceilings
+from clients import Sender, close_all, keep_open, open_all, post_for, post_frame
+from fan_out import serving
+from read_costs import BACKENDS, answering
+from rig import TEXT, Bench, Figures, Measurement, Person, Row, Server, cpu_milliseconds, run
 
 SENDERS = 64
 PIPELINED = 256  # under way at once, on one socket
+ALONE_SECONDS = 11  # after which a server that is alone does not notify
 ONE_BY_ONE = Path(__file__).parent / "one_by_one.py"
 
 
@@ -45,15 +55,37 @@ def posting(
 
 
 def calling(
-    bench: Bench, server: Server, chats: Sequence[int], people: Sequence[Person], group: int
+    bench: Bench, server: Server, function: Callable[..., Figures], chats: Sequence[int],
+    people: Sequence[Person], group: int,
 ) -> Measurement:
-    """Make the measurement of a ceiling: the posting function alone."""
+    """Make the measurement of a ceiling: the posting function, or a plain INSERT, alone."""
     ids = [person.id for person in people]
+    return partial(bench.ceiling, function, server.dsn, chats, ids, group, bench.seconds)
 
-    async def measure() -> Figures:
-        return await bench.ceiling(call_posts, server.dsn, chats, ids, group, bench.seconds)
 
-    return measure
+async def behind_bare_socket(bench: Bench, port: int) -> Figures:
+    """Measure one sender at a bare socket of aiohttp in front of the plain INSERT."""
+    again = itertools.repeat(post_frame(TEXT))
+    senders = await open_all(port, [partial(Sender, "/ws", "", again)])
+    with bench.only(None):
+        figures = await post_for(senders, bench.seconds)
+    close_all(senders)
+    return figures
+
+
+async def costing(bench: Bench, server: Server, sender: Sender) -> Figures:
+    """Measure what a lone message costs both sides: from its frame to its acknowledgement."""
+    keep_open([sender])
+    with bench.only(server):
+        await post_for([sender], bench.seconds / 8)
+        pids = [row["pid"] for row in await server.sql.fetch(BACKENDS)]
+        before = cpu_milliseconds(server.pids), cpu_milliseconds(pids)
+        await post_for([sender], bench.seconds)
+        after = cpu_milliseconds(server.pids), cpu_milliseconds(pids)
+    return {
+        "server": (after[0] - before[0]) / sender.answered,
+        "postgresql": (after[1] - before[1]) / sender.answered,
+    }
 
 
 async def people_apart(server: Server) -> tuple[list[Person], list[int], list[int]]:
@@ -67,6 +99,7 @@ async def rows(bench: Bench) -> list[Row]:
     """Measure, and answer the rows."""
     bench.tell("posts: preparing")
     async with Server(bench) as server, Server(bench, ONE_BY_ONE) as lone:
+        served_at = time.monotonic()
         people, chats, same_chats = await people_apart(server)
         crowd, same_crowd, single = await server.groups([people, people, people[:2]])
         lone_people, lone_chats, _ = await people_apart(lone)
@@ -76,22 +109,32 @@ async def rows(bench: Bench) -> list[Row]:
         together = await open_senders(server, [crowd], people)
         [alone] = await open_senders(server, [single], people[:1])
         lone_apart = await open_senders(lone, lone_chats, lone_people)
-        found = await bench.alternate(
-            "posts",
-            one=posting(bench, server, [alone]),
-            one_ceiling=calling(bench, server, same_chats[:1], people[:1], 1),
-            apart=posting(bench, server, apart),
-            apart_ceiling=calling(bench, server, same_chats, people, SENDERS),
-            one_by_one=posting(bench, lone, lone_apart),
-            together=posting(bench, server, together),
-            pipelined=posting(bench, server, [alone], PIPELINED),
-            together_ceiling=calling(bench, server, [same_crowd], people, SENDERS),
-        )
-    return rows_of(found)
+        bare = (ceilings.serve_inserts, server.dsn, same_chats[0], people[0].id)
+        call, insert = ceilings.call_posts, ceilings.call_inserts
+        await asyncio.sleep(served_at + ALONE_SECONDS - time.monotonic())
+        with serving(*bare) as (bare_port, _), serving(ceilings.serve_nothing) as (port, pid):
+            found = await bench.alternate(
+                "posts",
+                one=posting(bench, server, [alone]),
+                one_bare=partial(behind_bare_socket, bench, bare_port),
+                one_ceiling=calling(bench, server, call, same_chats[:1], people[:1], 1),
+                one_insert=calling(bench, server, insert, same_chats[:1], people[:1], 1),
+                cost=partial(costing, bench, server, alone),
+                empty=partial(answering, bench, port, pid),
+                apart=posting(bench, server, apart),
+                apart_ceiling=calling(bench, server, call, same_chats, people, SENDERS),
+                apart_insert=calling(bench, server, insert, same_chats, people, SENDERS),
+                one_by_one=posting(bench, lone, lone_apart),
+                together=posting(bench, server, together),
+                pipelined=posting(bench, server, [alone], PIPELINED),
+                together_ceiling=calling(bench, server, call, [same_crowd], people, SENDERS),
+                together_insert=calling(bench, server, insert, [same_crowd], people, SENDERS),
+            )
+    return [*rows_of(found), *insert_rows(found)]
 
 
 def rows_of(found: dict[str, Figures]) -> list[Row]:
-    """Put the figures into rows."""
+    """Hold the figures against the posting function alone."""
     one, ceiling = found["one"], found["one_ceiling"]
     rows = [
         Row(
@@ -122,6 +165,43 @@ def rows_of(found: dict[str, Figures]) -> list[Row]:
             apart["rate"] / lone["rate"], "x groups of one", at_least=5, figures=apart,
         ),
     )
+    return rows
+
+
+def insert_rows(found: dict[str, Figures]) -> list[Row]:
+    """Hold the figures against plain INSERTs of the same rows."""
+    one, bare, insert, cost = (found[key] for key in ("one", "one_bare", "one_insert", "cost"))
+    empty = found["empty"]["server"]
+    rows = [
+        Row(
+            "one sender awaiting each answer, p50, against a bare socket",
+            f"{one['p50']:.2f} ms", f"{bare['p50']:.2f} ms", one["p50"] / bare["p50"],
+            "x a bare socket before a plain insert", at_most=1.7, figures=one,
+        ),
+        Row(
+            "a lone message over a socket: processor time of PostgreSQL",
+            f"{cost['postgresql']:.2f} ms", f"{insert['postgresql']:.2f} ms",
+            cost["postgresql"] / insert["postgresql"], "x a plain insert", at_most=2.5,
+            figures=cost,
+        ),
+        Row(
+            "a lone message over a socket: processor time of the server",
+            f"{cost['server']:.2f} ms", f"{empty:.2f} ms", cost["server"] / empty,
+            "x an empty answer", at_most=2.5, figures=cost,
+        ),
+    ]
+    for work, key, limit in (
+        ("64 senders in 64 chats, against plain inserts of 64", "apart", "apart_insert"),
+        ("64 senders in one chat, against plain inserts of 64", "together", "together_insert"),
+        ("one socket pipelining, against plain inserts of 64", "pipelined", "together_insert"),
+    ):
+        mine, best = found[key], found[limit]
+        rows.append(
+            Row(
+                work, f"{mine['rate']:,.0f}/s", f"{best['rate']:,.0f}/s",
+                mine["rate"] / best["rate"], "of plain inserts", figures=mine,
+            )
+        )
     return rows
 
 

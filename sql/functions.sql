@@ -140,8 +140,8 @@ begin
 end
 $$;
 
--- Posts one message, by the same rules as post_messages, which calls this for a lone one: without
--- arrays each step is a look-up by key, and costs half.
+-- Posts one message, by the same rules as post_messages: without arrays each step is a look-up by
+-- key, and costs half.
 create or replace function post_message(
     chat bigint, sender bigint, message uuid, body text, reply uuid)
 returns table (outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint)
@@ -205,12 +205,6 @@ declare
     kept     int[];
     item     int;
 begin
-    if cardinality(ids) = 1 then
-        return query select * from post_message(
-            chat => chat_ids[1], sender => sender_ids[1], message => ids[1], body => texts[1],
-            reply => reply_tos[1]);
-        return;
-    end if;
     perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
     at := clock_timestamp();
 

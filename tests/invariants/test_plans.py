@@ -141,8 +141,10 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "POST_MESSAGES": [
             ([BIG, 2, 4], [READER] * 3, [uuid4() for _ in range(3)], ["text"] * 3,
              [stored, None, ID]),
-            ([BIG], [READER], [uuid4()], ["text"], [None]),
         ],
+        "POST_MESSAGE": [(BIG, READER, uuid4(), "text", None), (2, READER, uuid4(), "text", ID)],
+        "SELECT_FREE_CHATS": [([BIG, 2, 3],)],
+        "SELECT_FREE_PARTICIPANTS": [([BIG, 2, 3], [READER, READER, JOINER])],
         "CHANGE_MESSAGES": [([BIG], [FAR + 1], [stored], ["text"]), ([BIG], [1], [stored], [None])],
         "READ_MESSAGES": [([BIG, 2], [READER, READER], [stored, ID])],
         "SELECT_MESSAGES_BEFORE": [(BIG, READER, NEWEST, PAGE), (BIG, READER, FAR, PAGE)],

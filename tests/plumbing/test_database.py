@@ -2,8 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import UUID
 
 import asyncpg
+import pytest
 from aiohttp import web
 
 import messenger
@@ -56,32 +59,131 @@ async def test_bad_item_fails_alone(
     assert await alice.history(chat) == ["one", "two", "three"]
 
 
+async def posts_in_turn(app: web.Application, chat: int, sender: Person, end: float) -> list[Any]:
+    """Post one message after the other until a time by the loop's clock; answer the outcomes."""
+    outcomes: list[Any] = []
+    while asyncio.get_running_loop().time() < end:
+        outcomes += await written(app, post(chat, sender))
+        await asyncio.sleep(0.02)
+    return outcomes
+
+
 async def test_chat_whose_row_is_held_delays_no_other(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
-    """While somebody holds a chat's lock, posts to other chats are committed."""
-    held, free = await alice.opens(bob), await alice.founds(bob)
-    line = await bob.listens_live(held)
-    stuck = post(held, alice, "later")
+    """While somebody holds a chat's row for seconds, what is posted there is refused in time; every
+    post to the other chats is committed, most of them at once; then the chat goes on by itself."""
+    held, *others = [await alice.founds(bob) for _ in range(4)]
+    loop = asyncio.get_running_loop()
     async with sql.transaction():
         await sql.execute("select 1 from chats where id = $1 for update", held)
-        first, *others = await written(app, stuck, *[post(free, alice) for _ in range(3)])
-        assert numbers_of(others) == [1, 2, 3]
-    assert isinstance(first, database.Unavailable)
-    assert numbers_of(await written(app, stuck, post(held, alice))) == [1, 2]
-    assert (await line.hears("message"))["data"]["text"] == "later"
+        end = loop.time() + 4
+        refused, *posted = await asyncio.gather(
+            *[posts_in_turn(app, chat, alice, end) for chat in (held, *others)])
+    assert set(numbers_of(refused)) == {database.Unavailable}
+    for outcomes in posted:
+        assert numbers_of(outcomes) == list(range(1, len(outcomes) + 1))
+        assert len(outcomes) >= 30, "it waited for the chat that is held again and again"
+    first, *others = numbers_of(await written(app, *[post(held, alice) for _ in range(3)]))
+    assert others == [first + 1, first + 2]  # what was refused may have been committed after all
 
 
-async def test_held_chat_with_many_waiting_delays_no_other(
+async def test_posts_to_a_held_chat_keep_their_order(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
-    """However many posts wait for a chat whose lock is held, a post to another is soon
-    committed."""
-    held, free = await alice.opens(bob), await alice.founds(bob)
+    """What waits for a held chat is posted in its order once the chat is free, before what came
+    later; it is written out in that order too."""
+    held, other = await alice.founds(bob), await alice.founds(bob)
+    line = await bob.listens_live(held)
+    texts = [str(number) for number in range(60)]
     async with sql.transaction():
         await sql.execute("select 1 from chats where id = $1 for update", held)
-        outcomes = await written(app, *[post(held, alice) for _ in range(40)], post(free, alice))
-        assert numbers_of(outcomes) == [database.Unavailable] * 40 + [1]
+        first = asyncio.create_task(
+            written(app, post(other, alice), *[post(held, alice, text) for text in texts[:20]]))
+        await asyncio.sleep(1.1)  # now they wait aside
+        second = asyncio.create_task(
+            written(app, *[post(held, alice, text) for text in texts[20:40]]))
+        await asyncio.sleep(0.1)
+    third = asyncio.create_task(written(app, *[post(held, alice, text) for text in texts[40:]]))
+    assert numbers_of(await first) == [1, *range(1, 21)]
+    assert numbers_of(await second + await third) == list(range(21, 61))
+    assert [(await line.hears("message"))["data"]["text"] for _ in texts] == texts
+
+
+async def test_many_held_chats_delay_no_other(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """Somebody holds more chats than the server has connections: the other chat goes on, and once
+    they are free so does each of them."""
+    *held, other = [await alice.founds(bob) for _ in range(database.CONNECTIONS_MAX + 5)]
+    loop = asyncio.get_running_loop()
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = any ($1) for update", held)
+        end = loop.time() + 3
+        *refused, posted = await asyncio.gather(
+            *[posts_in_turn(app, chat, alice, end) for chat in (*held, other)])
+    assert {database.Unavailable} == {outcome for each in refused for outcome in numbers_of(each)}
+    assert numbers_of(posted) == list(range(1, len(posted) + 1))
+    assert len(posted) >= 15, "it waited for one chat after the other"
+    outcomes = await written(app, *[post(chat, alice) for chat in held])
+    assert set(map(type, outcomes)) == {messenger.Posted}
+
+
+async def test_held_reader_delays_no_other(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """While somebody holds one reader's row, the steps of other readers are committed."""
+    chat = await alice.founds(bob)
+    ids = [(await alice.says(chat, str(number)))["id"] for number in range(3)]
+    reads = app[messenger.READS]
+    stuck = messenger.NewRead(chat, bob.id, UUID(ids[0]))
+    async with sql.transaction():
+        await sql.execute(
+            "select 1 from participants where chat_id = $1 and user_id = $2 for update",
+            chat, bob.id)
+        waits = asyncio.create_task(reads.submit(stuck))
+        for number in ids:
+            moved = await reads.submit(messenger.NewRead(chat, alice.id, UUID(number)))
+            assert str(moved.message_id) == number
+        with pytest.raises(database.Unavailable):
+            await waits
+    assert (await reads.submit(stuck)).seq == 1
+
+
+async def test_writer_that_ends_answers_what_waits_for_a_held_chat(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """When the server stops, what waits aside is still committed, or refused; none is left."""
+    held, other = await alice.founds(bob), await alice.founds(bob)
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        late = asyncio.create_task(written(app, post(held, alice)))
+        waits = asyncio.create_task(written(app, post(other, alice), post(held, alice, "aside")))
+        await asyncio.sleep(1.2)
+        ends = asyncio.create_task(app[messenger.POSTS].finish())
+        await asyncio.sleep(0.1)
+        assert not ends.done()
+    async with asyncio.timeout(5):
+        await ends
+    assert numbers_of(await waits) == [1, 2]
+    assert numbers_of(await late) == [1]
+
+
+async def test_held_chat_leaves_connections_for_others(
+    sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """However many rename a chat that somebody holds, one connection waits for it."""
+    held = await alice.founds(bob)
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        renames = [asyncio.create_task(alice.asks("PATCH", f"/chats/{held}", {"name": "new"}))
+                   for _ in range(3 * database.CONNECTIONS_MAX)]
+        await asyncio.sleep(0.5)
+        waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+        assert await sql.fetchval(waiting) == 1
+        await bob.gets("/chats")
+    answers = await asyncio.gather(*renames)
+    assert {answer.status for answer in answers} <= {200, 503}
 
 
 async def test_many_senders_are_committed_in_groups(

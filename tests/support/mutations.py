@@ -57,7 +57,7 @@ STORED_LAST = """    left join lateral (
         order by x.seq desc limit 1) m on true
     order by i.item;"""
 IN_GROUPS = (  # a lone message goes the way of a group, where the bug is
-    FUNCTIONS, "    if cardinality(ids) = 1 then\n", "    if false then\n")
+    "messenger.py", "        if len(items) > 1:\n", "        if items:\n")
 SEQUENCES = """
 do $$ begin
     for number in 1 .. 9 loop
@@ -90,7 +90,7 @@ MUTATIONS = (
         (FUNCTIONS, "set last_rev = c.last_rev + 1 where",
          "set last_rev = greatest(c.last_rev, nextval('numbers_' || c.id)) where"))),
     Mutation("an answer before the commit", ("lost",), ("worker killed", *CRASH), (
-        ("messenger.py", COMMITS, ANSWERS_EARLY),)),
+        IN_GROUPS, ("messenger.py", COMMITS, ANSWERS_EARLY))),
     Mutation("no holes filled", ("missed",), ("listeners cut",), (
         ("messenger.py", "version <= room.version and len(fresh) == rev - room.delivered:",
          "version <= room.version:"),)),
