@@ -238,6 +238,7 @@ TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
 SESSIONS_REMEMBERED_MAX = 10_000
+SESSION_SECRET_BYTES = 8
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
 IDLE_SECONDS = 30  # of a connection between two requests, and how long a request's headers may take
@@ -664,9 +665,15 @@ def check_outcome(outcome: str) -> None:
 # Tokens are JWTs (RFC 7519) that name a session; a session is one login, and a refresh token is
 # good for one generation of it (RFC 9700, section 4.14). Who asks too often is asked to wait.
 
-SELECT_SESSION = """  -- session_id, user_id
+SELECT_SESSION = """  -- session_id, user_id, secret
     -- sessions_pkey
-    select true from sessions where id = $1 and user_id = $2 and ended_at is null"""
+    select generation, is_used from sessions
+    where id = $1 and user_id = $2 and secret = $3 and ended_at is null"""
+
+USE_SESSION = """  -- session_id, generation
+    -- sessions_pkey
+    update sessions set is_used = true, last_used_at = now()
+    where id = $1 and generation <= $2 and not is_used"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -692,19 +699,22 @@ class Sessions:
         self._database = database
         self._access_seconds = settings.access_token_expire_minutes * 60
         self._refresh_seconds = settings.refresh_token_expire_days * 86_400
-        self._alive: dict[int, float] = {}  # session id: until when it is believed, monotonic
-        self._ended: set[int] = set()  # ended lately: a look-up under way may still say alive
+        # By session: its secret and generation, and until when it is believed alive (monotonic).
+        self._alive: dict[int, tuple[str, int, float]] = {}
+        self._ended: dict[int, float] = {}  # by session: when it ended; a look-up may be under way
 
     def tokens(self, user_id: int, session: Mapping[str, Any]) -> Tokens:
         """Make the pair of tokens of a session's generation; its refresh token is always the same.
 
-        `session` is a row with `id`, `generation` and `rotated_at`.
+        `session` is a row with `id`, `generation`, `rotated_at` and `secret`.
         """
-        def sign(since: int, seconds: int, **claims: Any) -> str:
-            claims |= {"sub": str(user_id), "sid": session["id"], "iat": since}
-            return sign_claims(claims | {"exp": since + seconds}, self._key)
-
         generation, rotated = session["generation"], int(session["rotated_at"].timestamp())
+
+        def sign(since: int, seconds: int, **claims: Any) -> str:
+            claims |= {"sub": str(user_id), "sid": session["id"], "key": session["secret"]}
+            claims |= {"gen": generation, "iat": since, "exp": since + seconds}
+            return sign_claims(claims, self._key)
+
         return Tokens(
             sign(int(time.time()), self._access_seconds, typ="access", jti=secrets.token_hex(8)),
             sign(rotated, self._refresh_seconds, typ="refresh", jti=str(generation)),
@@ -726,15 +736,30 @@ class Sessions:
         if claims is None:
             raise Unauthorized
         asker = Asker(int(claims["sub"]), claims["sid"], claims["exp"])
-        if self._alive.get(asker.session_id, 0) < time.monotonic():
-            until = time.monotonic() + SESSION_TRUST_SECONDS
-            alive = await self._database.row(SELECT_SESSION, asker.session_id, asker.user_id)
-            if not alive or asker.session_id in self._ended:
+        secret, generation = claims.get("key", ""), claims.get("gen", 0)
+        known = self._alive.get(asker.session_id, ("", 0, 0.0))
+        if known[:2] != (secret, generation) or known[2] < time.monotonic():
+            asked_at = time.monotonic()
+            await self._look_up(asker, secret, generation)
+            if self._ended.get(asker.session_id, 0) > asked_at:
                 raise Unauthorized
             if len(self._alive) > SESSIONS_REMEMBERED_MAX:
                 self._alive.clear()
-            self._alive[asker.session_id] = until
+            until = asked_at + SESSION_TRUST_SECONDS
+            self._alive[asker.session_id] = secret, generation, until
         return asker
+
+    async def _look_up(self, asker: Asker, secret: str, generation: int) -> None:
+        """Ask whether a session is alive, and note that a token of its generation was used.
+
+        Raises Unauthorized, Unavailable.
+        """
+        session = await self._database.row(
+            SELECT_SESSION, asker.session_id, asker.user_id, secret)
+        if session is None:
+            raise Unauthorized
+        if generation >= session["generation"] and not session["is_used"]:
+            await self._database.rows(USE_SESSION, asker.session_id, generation)
 
     def end(self, session_ids: Iterable[int]) -> None:
         """Believe no longer that these sessions are alive."""
@@ -742,7 +767,7 @@ class Sessions:
             self._ended.clear()
         for session_id in session_ids:
             self._alive.pop(session_id, None)
-            self._ended.add(session_id)
+            self._ended[session_id] = time.monotonic()
 
 # What the application holds, by key.
 SETTINGS = web.AppKey("settings", Settings)
@@ -1852,7 +1877,8 @@ COUNT_ATTEMPT = """  -- key, window_seconds, allowed
     -- attempts_by_key; locks the key
     select count_attempt(attempt => $1, window_seconds => $2, allowed => $3)"""
 
-START_SESSION = """  -- user_id, verified_hash, dearer_hash, user_agent, account_key, address_key
+START_SESSION = """
+    -- user_id, verified_hash, dearer_hash, user_agent, account_key, address_key, secret
     -- users_pkey, attempts_by_key
     -- No row where the verified password is no longer the account's. A login forgives all attempts
     -- at the account, but only one of its address: two logins at once never forgive the same one.
@@ -1867,13 +1893,15 @@ START_SESSION = """  -- user_id, verified_hash, dearer_hash, user_agent, account
         where u.id = $1 and u.password_hash = $2 and not u.is_disabled
         returning u.id
     )
-    insert into sessions as s (user_id, user_agent) select woken.id, $4::text from woken
-    returning s.id, s.generation, s.rotated_at"""
+    insert into sessions as s (user_id, user_agent, secret)
+    select woken.id, $4::text, $7::text from woken
+    returning s.id, s.generation, s.rotated_at, s.secret"""
 
-ROTATE_SESSION = """  -- session_id, user_id, known_generation, grace_seconds
+REFRESH_SESSION = """  -- session_id, user_id, secret, known_generation, grace_seconds
     -- sessions_pkey; locks the session
-    select * from rotate_session(
-        session_id => $1, me => $2, known_generation => $3, grace_seconds => $4)"""
+    select * from refresh_session(
+        session_id => $1, me => $2, my_secret => $3, known_generation => $4,
+        grace_seconds => $5)"""
 
 SELECT_SESSIONS = """  -- user_id, life_seconds, after, limit
     -- sessions_of_user
@@ -1882,9 +1910,11 @@ SELECT_SESSIONS = """  -- user_id, life_seconds, after, limit
       and s.rotated_at > now() - make_interval(secs => $2) and s.id > $3
     order by s.id limit $4"""
 
-END_SESSION = """  -- session_id, user_id
+END_SESSION = """  -- session_id, user_id, secret
     -- sessions_pkey
-    update sessions set ended_at = now() where id = $1 and user_id = $2 and ended_at is null
+    -- Whatever its secret is, where that is null.
+    update sessions set ended_at = now()
+    where id = $1 and user_id = $2 and secret = coalesce($3, secret) and ended_at is null
     returning id"""
 
 
@@ -1964,7 +1994,8 @@ async def login(request: web.Request, body: Login) -> Tokens:
             raise InvalidCredentials
         dearer = await passwords.hash(body.password) if passwords.is_cheap(hashed) else None
         session = await database.row(
-            START_SESSION, user["id"], hashed, dearer, agent, account_key, address_key)
+            START_SESSION, user["id"], hashed, dearer, agent, account_key, address_key,
+            secrets.token_urlsafe(SESSION_SECRET_BYTES))
         if session:
             return request.app[SESSIONS].tokens(user["id"], session)
         # The hash is another by now: the password was changed, or another login made it dearer.
@@ -1973,16 +2004,18 @@ async def login(request: web.Request, body: Login) -> Tokens:
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
     """Get new tokens for a refresh token, given as Bearer or in the body; the old one ends.
 
-    Only a client that lost the answer may repeat it, within 30 s and before the new one was used;
-    any other use of an old refresh token ends the session. Raises InvalidToken.
+    Only a client that lost the answer may repeat it: within 30 s as long as nobody refreshed with
+    the new one, later as long as neither new token was used. Any other use of an old refresh token
+    ends the session. Raises InvalidToken.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
     claims = sessions.read(given or bearer_token(request), "refresh")
     if claims is None:
         raise InvalidToken
-    holder = claims["sid"], int(claims["sub"])
-    session = await database.row(ROTATE_SESSION, *holder, int(claims["jti"]), REFRESH_GRACE_SECONDS)
+    holder = claims["sid"], int(claims["sub"]), claims.get("key", "")
+    session = await database.row(
+        REFRESH_SESSION, *holder, int(claims["jti"]), REFRESH_GRACE_SECONDS)
     if session is None:
         await end_session(request, *holder)
         raise InvalidToken
@@ -2012,9 +2045,13 @@ async def logout(request: web.Request) -> None:
     await end_session(request, request[ASKER].session_id, request[ME])
 
 
-async def end_session(request: web.Request, session_id: int, user_id: int) -> bool:
-    """End a user's session here at once, and everywhere soon; tells whether there was one."""
-    ended = await request.app[DATABASE].rows(END_SESSION, session_id, user_id)
+async def end_session(
+    request: web.Request, session_id: int, user_id: int, secret: str | None = None
+) -> bool:
+    """End a user's session here at once, and everywhere soon; tells whether there was one, and
+    with this secret where one is given.
+    """
+    ended = await request.app[DATABASE].rows(END_SESSION, session_id, user_id, secret)
     if ended:
         request.app[ROOMS].publish(SessionHint(session_id))
     return bool(ended)

@@ -157,7 +157,7 @@ class Server:
                          from generate_series(1, $1) g) named returning id
                )
                insert into sessions (user_id) select id from fresh order by id
-               returning id, user_id, generation, rotated_at""",
+               returning id, user_id, generation, rotated_at, secret""",
             count,
         )
         await self.sql.execute("analyze users, sessions")

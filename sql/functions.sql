@@ -140,11 +140,23 @@ begin
 end
 $$;
 
--- Posts one message, by the same rules as post_messages: without arrays each step is a look-up by
+-- The mark of a number of a chat; null where the chat has not come to it.
+create or replace function mark_at(chat bigint, number bigint) returns text
+language sql stable as $$
+    select coalesce(
+        (select m.mark from messages m where m.chat_id = chat and m.seq = number),
+        (select r.mark from revisions r where r.chat_id = chat and r.rev = number),
+        '0')
+    from chats c where c.id = chat and c.last_rev >= number
+$$;
+
+-- Posts one message, by the same rules as post_group: without arrays each step is a look-up by
 -- key, and costs half.
 create or replace function post_message(
-    chat bigint, sender bigint, message uuid, body text, reply uuid)
-returns table (outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint)
+    chat bigint, sender bigint, message uuid, body text, reply uuid, mark text)
+returns table (
+    outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint,
+    last_mark text, mark_before text)
 language plpgsql volatile
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
 set plan_cache_mode = force_generic_plan
@@ -154,7 +166,7 @@ declare
     c      record;  -- the chat, locked
     stored record;  -- the asker's membership, the message of this id, the message replied to
 begin
-    select x.is_group, x.participant_count, x.last_rev, x.version, x.active_at into c
+    select x.is_group, x.participant_count, x.last_rev, x.last_mark, x.version, x.active_at into c
     from chats x where x.id = chat for no key update;
 
     select p.user_id, m.seq, m.sender_id, m.created_at, r.seq as reply_seq into stored
@@ -164,6 +176,8 @@ begin
     where p.chat_id = chat and p.user_id = sender;
 
     last_rev := c.last_rev;
+    last_mark := c.last_mark;
+    mark_before := c.last_mark;
     version := c.version;
     seq := stored.seq;
     created_at := stored.created_at;
@@ -176,13 +190,14 @@ begin
         else 'posted' end;
     if outcome = 'posted' then
         last_rev := c.last_rev + 1;
+        last_mark := post_message.mark;
         seq := last_rev;
         created_at := greatest(clock_timestamp(), c.active_at);
-        insert into messages (chat_id, seq, rev, id, sender_id, text, reply_to, created_at)
+        insert into messages (chat_id, seq, rev, id, sender_id, text, reply_to, created_at, mark)
         values (chat, post_message.seq, post_message.seq, message, sender, body, reply,
-                post_message.created_at);
+                post_message.created_at, post_message.mark);
         update chats x set last_rev = post_message.seq, last_seq = post_message.seq,
-                           active_at = post_message.created_at
+                           last_mark = post_message.mark, active_at = post_message.created_at
         where x.id = chat;
     end if;
     return next;
@@ -190,10 +205,13 @@ end
 $$;
 
 -- Posts a group of messages, given as arrays, and answers one row an item, in order: its outcome
--- (posted, stored before, or why not), its number, and where its chat stands.
-create or replace function post_messages(
-    chat_ids bigint[], sender_ids bigint[], ids uuid[], texts text[], reply_tos uuid[])
-returns table (outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint)
+-- (posted, stored before, or why not), its number, where its chat stands, and the mark of the number
+-- at which it stood before.
+create or replace function post_group(
+    chat_ids bigint[], sender_ids bigint[], ids uuid[], texts text[], reply_tos uuid[], mark text)
+returns table (
+    outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint,
+    last_mark text, mark_before text)
 language plpgsql volatile
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
 set plan_cache_mode = force_generic_plan
@@ -201,11 +219,15 @@ as $$
 #variable_conflict use_column
 declare
     at       timestamptz;
+    locked   bigint[];  -- the chats ...
+    marks    text[];    -- ... and where each stood
     accepted int[];  -- the items to post: places in the arrays
     kept     int[];
     item     int;
 begin
-    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
+    select array_agg(c.id), array_agg(c.last_mark) into locked, marks
+    from (select x.id, x.last_mark from chats x where x.id = any (chat_ids)
+          order by x.id for no key update) c;
     at := clock_timestamp();
 
     accepted := array(
@@ -243,12 +265,14 @@ begin
         join chats c on c.id = i.chat_id
         where i.item = any (accepted)
     ), posted as (
-        insert into messages (chat_id, seq, rev, id, sender_id, text, reply_to, created_at)
-        select n.chat_id, n.seq, n.seq, n.id, n.sender_id, n.text, n.reply_to, n.created_at
+        insert into messages (chat_id, seq, rev, id, sender_id, text, reply_to, created_at, mark)
+        select n.chat_id, n.seq, n.seq, n.id, n.sender_id, n.text, n.reply_to, n.created_at,
+               post_group.mark
         from numbered n
         returning chat_id, seq, created_at
     )
-    update chats c set last_rev = p.seq, last_seq = p.seq, active_at = p.created_at
+    update chats c set last_rev = p.seq, last_seq = p.seq, last_mark = post_group.mark,
+                       active_at = p.created_at
     from (select chat_id, max(seq) as seq, max(created_at) as created_at
           from posted group by chat_id) p
     where c.id = p.chat_id;
@@ -262,7 +286,8 @@ begin
                when not c.is_group and c.participant_count < 2 then 'partner-gone'
                else 'reply-not-found'
            end,
-           m.seq, m.created_at, c.last_rev, c.version
+           m.seq, m.created_at, c.last_rev, c.version, c.last_mark,
+           marks[array_position(locked, c.id)]
     from unnest(chat_ids, sender_ids, ids) with ordinality as i (chat_id, sender_id, id, item)
     left join chats c on c.id = i.chat_id
     left join participants p on p.chat_id = i.chat_id and p.user_id = i.sender_id
@@ -271,10 +296,24 @@ begin
 end
 $$;
 
+-- A mark for those servers of the last release that give none.
+create or replace function new_mark() returns text language sql volatile as $$
+    select left(translate(encode(uuid_send(gen_random_uuid()), 'base64'), '+/', '-_'), 11)
+$$;
+
+-- What the last release calls.
+create or replace function post_messages(
+    chat_ids bigint[], sender_ids bigint[], ids uuid[], texts text[], reply_tos uuid[])
+returns table (outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint)
+language sql volatile as $$
+    select g.outcome, g.seq, g.created_at, g.last_rev, g.version
+    from post_group(chat_ids, sender_ids, ids, texts, reply_tos, new_mark()) g
+$$;
+
 -- Edits (a text) and deletes (null) a group of messages, given as arrays, and answers one row an
 -- item, in order: changed, unchanged or why not, and where its chat stands.
-create or replace function change_messages(
-    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
+create or replace function change_group(
+    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[], mark text)
 returns table (outcome text, last_rev bigint, version bigint)
 language plpgsql volatile
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
@@ -302,10 +341,13 @@ begin
             when m.text = texts[item] then 'unchanged'
             else 'changed' end;
         if outcome = 'changed' then
-            update chats c set last_rev = c.last_rev + 1 where c.id = m.chat_id
+            update chats c set last_rev = c.last_rev + 1, last_mark = change_group.mark
+            where c.id = m.chat_id
             returning c.last_rev into m.rev;
+            insert into revisions (chat_id, rev, mark)
+            values (m.chat_id, m.rev, change_group.mark);
             update messages x
-            set rev = m.rev, text = coalesce(texts[item], ''),
+            set rev = m.rev, changed_mark = change_group.mark, text = coalesce(texts[item], ''),
                 edited_at = case when texts[item] is null then x.edited_at else at end,
                 deleted_at = case when texts[item] is null then at end
             where x.chat_id = m.chat_id and x.seq = m.seq;
@@ -315,6 +357,13 @@ begin
         return next;
     end loop;
 end
+$$;
+
+-- What the last release calls.
+create or replace function change_messages(
+    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
+returns table (outcome text, last_rev bigint, version bigint) language sql volatile as $$
+    select * from change_group(chat_ids, user_ids, ids, texts, new_mark())
 $$;
 
 -- Moves watermarks forward for a group of readers, given as arrays, and answers one row an item,
@@ -722,6 +771,7 @@ begin
     from (select from message union all select from word union all select from step) gone;
     if swept = 0 then
         delete from departures where chat_id = chat;
+        delete from revisions where chat_id = chat;
         delete from search_positions where chat_id = chat;
         delete from chats where id = chat;
     end if;
@@ -730,24 +780,36 @@ end
 $$;
 
 -- Takes a session to its next generation, or answers it again to a client that lost it: within the
--- grace, and while nobody went on from there. Else no row.
-create or replace function rotate_session(
-    session_id bigint, me bigint, known_generation bigint, grace_seconds float8)
-returns table (id bigint, generation bigint, rotated_at timestamptz)
+-- grace while nobody refreshed from there, and later as long as no token of it was used. Else no
+-- row. A generation that the database has not reached, for it was restored, counts as the newest.
+create or replace function refresh_session(
+    session_id bigint, me bigint, my_secret text, known_generation bigint, grace_seconds float8)
+returns table (id bigint, generation bigint, rotated_at timestamptz, secret text)
 language plpgsql volatile as $$
 #variable_conflict use_column
 begin
     return query update sessions s
-    set generation = s.generation + 1, rotated_at = now(), last_used_at = now()
-    where s.id = session_id and s.user_id = me and s.generation = known_generation
-      and s.ended_at is null
-    returning s.id, s.generation, s.rotated_at;
+    set generation = known_generation + 1, is_used = false, rotated_at = now(),
+        last_used_at = now()
+    where s.id = session_id and s.user_id = me and s.secret = my_secret
+      and s.generation <= known_generation and s.ended_at is null
+    returning s.id, s.generation, s.rotated_at, s.secret;
     if not found then
-        return query select s.id, s.generation, s.rotated_at from sessions s
-        where s.id = session_id and s.user_id = me and s.generation = known_generation + 1
-          and s.ended_at is null and s.rotated_at > now() - make_interval(secs => grace_seconds);
+        return query select s.id, s.generation, s.rotated_at, s.secret from sessions s
+        where s.id = session_id and s.user_id = me and s.secret = my_secret
+          and s.generation = known_generation + 1 and s.ended_at is null
+          and (not s.is_used or s.rotated_at > now() - make_interval(secs => grace_seconds));
     end if;
 end
+$$;
+
+-- What the last release calls; it makes tokens without a secret.
+create or replace function rotate_session(
+    session_id bigint, me bigint, known_generation bigint, grace_seconds float8)
+returns table (id bigint, generation bigint, rotated_at timestamptz) language sql volatile as $$
+    update sessions s set secret = '' where s.id = session_id and s.user_id = me;
+    select r.id, r.generation, r.rotated_at
+    from refresh_session(session_id, me, '', known_generation, grace_seconds) r
 $$;
 
 -- Counts an attempt at something, unless the allowed number within the window is used up: then

@@ -115,7 +115,7 @@ async def test_login_under_way_does_not_outlive_the_disabling(
     """A login whose password was already verified gets no session once the account is disabled."""
     hashed = await sql.fetchval("select password_hash from users")
     await sql.fetch(administer.DISABLE_USER, alice.id, True)
-    started = await sql.fetch(messenger.START_SESSION, alice.id, hashed, None, "", "", "")
+    started = await sql.fetch(messenger.START_SESSION, alice.id, hashed, None, "", "", "", "")
     assert started == []
 
 
