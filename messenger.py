@@ -103,7 +103,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import UUID
@@ -154,7 +154,7 @@ from plumbing.endpoints import (
 from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.text import folded, stream_safe
-from plumbing.websocket import GOING_AWAY, STALLED, Connection, text_frame
+from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
 VERSION = "0.1.0"
 HERE = Path(__file__).resolve().parent
@@ -233,6 +233,9 @@ PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in
 EMAIL_CHARS_MAX = 254
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
+SYNC_CHATS_MAX = 1000  # in one frame
+MARK_BYTES = 8  # random
+NO_MARK = "0"  # of a chat in which nothing was posted, and of what is older than marks
 
 TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
@@ -280,6 +283,9 @@ UserId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a user.")]
 Number = Annotated[int, Meta(ge=0, le=INT8_MAX, description="A number of the chat's own count.")]
 MessageId = Annotated[UUID, Meta(description="Id of a message, unique in its chat.")]
 SessionId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a session.")]
+Position = Annotated[
+    str, Meta(max_length=64, pattern=r"^[0-9]{1,19}(\.[A-Za-z0-9_-]+)?$",
+              description="A number of a chat and its mark: it vouches for all changes up to it.")]
 Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
@@ -416,6 +422,7 @@ class Message(Struct):
     created_at: datetime
     edited_at: datetime | None = None
     deleted_at: datetime | None = None
+    position: Position = "0"
     read_by: list[Reader] = []
     read_count: int = 0
 
@@ -430,6 +437,7 @@ class Chat(Struct):
     participant_count: int
     last_message: Message | None
     last_rev: Number
+    position: Position
     version: int
     unread_count: int
 
@@ -471,9 +479,9 @@ class TypingIn(FrameIn, tag="typing"):
 
 
 class SyncIn(FrameIn, tag="sync"):
-    """Replay every change after a number, of one chat or of several by their ids."""
-    after: Number | None = None
-    chats: Annotated[dict[ChatId, Number], Meta(max_length=10_000)] | None = None
+    """Replay every change after a position or a number, of one chat or of several by their ids."""
+    after: Number | Position | None = None
+    chats: Annotated[dict[ChatId, Number | Position], Meta(max_length=SYNC_CHATS_MAX)] | None = None
 
 
 class AuthIn(Body, tag_field="type", tag="auth"):
@@ -493,10 +501,36 @@ class Ack(Struct):
     created_at: datetime
 
 
+class Hello(Struct):
+    """Who the socket belongs to; `expires_at` is the token's end.
+
+    The server pings after `ping_seconds` of silence (RFC 6455).
+    """
+    user_id: UserId
+    session_id: SessionId
+    expires_at: datetime
+    server_time: datetime
+    ping_seconds: int
+    version: str
+
+
+class ChatPositions(Struct):
+    """Where each chat of the user stands: its position and its version; `more` frames follow."""
+    chats: dict[ChatId, tuple[Position, int]]
+    more: bool
+
+
+class ReplayStart(Struct):
+    """From where the changes of a chat are replayed."""
+    chat_id: ChatId
+    position: Position
+
+
 class Ready(Struct):
     """From which number on a chat is live."""
     chat_id: ChatId
     rev: Number
+    position: Position
 
 
 class ChatUpdate(Struct):
@@ -528,6 +562,21 @@ class ServerFrame(Struct, tag_field="type", omit_defaults=True, kw_only=True):
     """What the server sends over a socket."""
     data: Any
     ref: Ref | None = None  # as in the client's frame that this answers
+
+
+class HelloOut(ServerFrame, tag="hello"):
+    """The socket is open: the first frame of all."""
+    data: Hello
+
+
+class ChatsOut(ServerFrame, tag="chats"):
+    """On a socket for all chats, after `hello`: where each stands, up to 1,000 a frame."""
+    data: ChatPositions
+
+
+class ReplayOut(ServerFrame, tag="replay"):
+    """A replay of a chat begins, or goes on, from there."""
+    data: ReplayStart
 
 
 class MessageOut(ServerFrame, tag="message"):
@@ -587,7 +636,7 @@ class ErrorOut(ServerFrame, tag="error"):
 
 
 ServerFrames = (
-    MessageOut | MessageUpdatedOut | ReadOut | TypingOut | ChatOut | ChatUpdatedOut
+    HelloOut | ChatsOut | ReplayOut | MessageOut | MessageUpdatedOut | ReadOut | TypingOut | ChatOut | ChatUpdatedOut
     | ChatRemovedOut | AckOut | AuthOut | ReadyOut | ErrorOut)
 
 TOKEN_ENDED, NOT_IN_CHAT, FLOODING = 4401, 4403, 4429
@@ -611,6 +660,29 @@ def uuid7() -> UUID:
     chance = random.getrandbits(74)
     value = milliseconds << 80 | 0x7 << 76 | (chance >> 62) << 64 | 0b10 << 62
     return UUID(int=value | chance & (2**62 - 1))
+
+
+def new_mark() -> str:
+    """Make the mark of one call that takes numbers."""
+    return secrets.token_urlsafe(MARK_BYTES)
+
+
+def position_of(number: int, mark: str) -> str:
+    """Write a position; before the first number there is no mark."""
+    return f"{number}.{mark}" if number else "0"
+
+
+def read_position(loc: str, given: int | str) -> tuple[int, str | None]:
+    """Read a position, or a bare number, which has no mark. Raises InvalidInput."""
+    number, _, mark = str(given).partition(".")
+    if int(number) > INT8_MAX:
+        raise invalid(loc, f"must be at most {INT8_MAX}")
+    return int(number), mark or None
+
+
+def mark_of(stands: Message | Chat) -> str:
+    """Tell the mark of a position."""
+    return stands.position.partition(".")[2] or NO_MARK
 
 
 # ==== Problems ====================================================================================
@@ -639,6 +711,8 @@ class PartnerGone(Problem, status=409, title="The other user deleted their accou
 class PersonalChat(Problem, status=409, title="Only a group can be changed like this"): ...
 class GroupFull(Problem, status=409, title="The group is full"): ...
 class OwnerStays(Problem, status=409, title="Make another participant the owner first"): ...
+class HistoryRewritten(
+    Problem, status=409, title="The chat has another history than this position vouches for"): ...
 class ReplyNotFound(Problem, status=422, title="The message replied to is not in this chat"): ...
 class TooManyAttempts(Problem, status=429, title="Too many attempts"): ...
 class TooManyMessages(Problem, status=429, title="You are sending messages too fast"): ...
@@ -761,6 +835,10 @@ class Sessions:
         if generation >= session["generation"] and not session["is_used"]:
             await self._database.rows(USE_SESSION, asker.session_id, generation)
 
+    def forget(self) -> None:
+        """Believe of no session that it is alive."""
+        self._alive.clear()
+
     def end(self, session_ids: Iterable[int]) -> None:
         """Believe no longer that these sessions are alive."""
         if len(self._ended) > SESSIONS_REMEMBERED_MAX:
@@ -873,8 +951,17 @@ SELECT_CHAT = """  -- chat_id, asker_id
 SELECT_FOLLOWED = """  -- chat_id, asker_id
     -- participants_of_user, chats_pkey
     -- All chats of the asker, or (where it is not null) the one.
-    select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
+    select c.id, c.last_rev, c.last_mark, c.version
+    from participants p join chats c on c.id = p.chat_id
     where p.user_id = $2 and p.chat_id = coalesce($1, p.chat_id)"""
+
+SELECT_MARKS = """  -- asker_id, chat_ids, numbers
+    -- participants_pkey, chats_pkey, messages_pkey, revisions_pkey
+    -- The mark of a number of each chat, null beyond its last; of a chat that is not the asker's
+    -- there is no row.
+    select i.chat_id, mark_at(chat => i.chat_id, number => i.number) as mark
+    from unnest($2::bigint[], $3::bigint[]) as i (chat_id, number)
+    join participants p on p.chat_id = i.chat_id and p.user_id = $1"""
 
 
 def chats_of(rows: list[Any]) -> list[Chat]:
@@ -944,8 +1031,10 @@ HINTS = msgspec.json.Decoder(list[Hint])
 class Replay:
     """What a socket has yet to be given of one chat before it is live there."""
 
-    since: int  # the number that it came with
-    at: int  # the number that it has reached
+    since: int  # the number that it came with: what was posted up to it is told as an update
+    at: int  # the number that it has reached ...
+    mark: str  # ... and its mark
+    refs: list[Ref | None]  # of each `ready` that is due at the end
 
 
 class Socket(Connection):
@@ -967,12 +1056,22 @@ class Socket(Connection):
         self.write(encode_frame(frame))
 
 
+@dataclass(slots=True)
+class Posts:
+    """Messages that one call posted in one chat: the next after the number of `mark_before`."""
+
+    messages: list[Message]
+    mark: str
+    mark_before: str
+
+
 @dataclass(eq=False, slots=True)
 class Room:
     """A chat that has sockets here."""
 
     chat_id: int
-    delivered: int  # the rev up to which changes were written out
+    delivered: int  # the rev up to which changes were written out ...
+    mark: str  # ... and its mark
     version: int  # of the participants that are known
     latest: tuple[int, int] = (0, 0)  # the rev and version that there are
     sockets: set[Socket] = field(default_factory=set)  # all, also those that are catching up
@@ -982,6 +1081,22 @@ class Room:
     def lags(self) -> bool:
         """Tell whether there is more than was written out."""
         return self.latest[0] > self.delivered or self.latest[1] > self.version
+
+    def position(self) -> str:
+        """Tell where a socket stands that is live."""
+        return position_of(self.delivered, self.mark)
+
+    def ready(self, ref: Ref | None = None) -> ReadyOut:
+        """Make the frame that says that a socket is live."""
+        return ReadyOut(data=Ready(self.chat_id, self.delivered, self.position()), ref=ref)
+
+
+def hello_to(asker: Asker) -> Hello:
+    """Say who a socket belongs to."""
+    expires_at = datetime.fromtimestamp(asker.expires_at, UTC)
+    now = datetime.now(UTC)
+    return Hello(
+        asker.user_id, asker.session_id, expires_at, now, HEARTBEAT_SECONDS, VERSION)
 
 
 def encode_frame(frame: ServerFrame) -> bytes:
@@ -1028,11 +1143,11 @@ class Rooms:
         """Tell how many sockets of a user are open here."""
         return len(self._of_users.get(user_id, ()))
 
-    def positions(self, chat_ids: Iterable[int] | None = None) -> dict[int, tuple[int, int]]:
-        """Tell the rev and version of every room, or of those given that still exist."""
+    def stands(self, chat_ids: Iterable[int] | None = None) -> dict[int, tuple[int, str, int]]:
+        """Tell rev, mark and version of every room, or of those given that still exist."""
         wanted = self._rooms if chat_ids is None else chat_ids
         rooms = [self._rooms[chat_id] for chat_id in wanted if chat_id in self._rooms]
-        return {room.chat_id: (room.delivered, room.version) for room in rooms}
+        return {room.chat_id: (room.delivered, room.mark, room.version) for room in rooms}
 
     # ---- Who follows what
 
@@ -1042,6 +1157,7 @@ class Rooms:
         It is live there from now on, though its handshake is not answered yet and may still be
         refused: until then what is written waits. Raises ChatNotFound, Unavailable.
         """
+        socket.send(HelloOut(data=hello_to(socket.asker)))
         self._sockets.add(socket)
         SOCKETS.set(len(self._sockets))
         self._of_users.setdefault(socket.asker.user_id, set()).add(socket)
@@ -1057,6 +1173,16 @@ class Rooms:
             raise ChatNotFound
         for row in rows:
             self._join_room(socket, *row)
+        if socket.chat_id is None:
+            self._tell_chats(socket)
+
+    def _tell_chats(self, socket: Socket) -> None:
+        """Tell a socket where each of its chats stands: there it is live."""
+        stands = [(room.chat_id, (room.position(), room.version)) for room in socket.rooms.values()]
+        for start in range(0, len(stands) or 1, SYNC_CHATS_MAX):
+            end = start + SYNC_CHATS_MAX
+            told = ChatPositions(dict(stands[start:end]), more=end < len(stands))
+            socket.send(ChatsOut(data=told))
 
     def _knows_newer(self, chat_id: int, version: int) -> bool:
         """Tell whether a room knows of a later change of participants than a query saw."""
@@ -1079,10 +1205,22 @@ class Rooms:
             for socket in list(room.sockets):
                 self.close(socket, GOING_AWAY)
 
-    def _join_room(self, socket: Socket, chat_id: int, rev: int, version: int) -> None:
+    def start_over(self, chat_id: int, but: Socket | None = None) -> None:
+        """Close every socket, for a chat has another history than a room was told: the database was
+        restored, or a standby promoted. Whoever comes back is told which of theirs are rewritten.
+        """
+        log.error("chat %d: its history was rewritten; all sockets are closed, to come back", chat_id)
+        self._sessions.forget()
+        for socket in list(self._sockets - {but}):
+            self.close(socket, GOING_AWAY)
+
+    def _join_room(self, socket: Socket, chat_id: int, rev: int, mark: str, version: int) -> None:
         if chat_id in socket.rooms:
             return  # it joined by another way meanwhile
-        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, version))
+        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, mark, version))
+        if room.delivered == rev and room.mark != mark:
+            self.start_over(chat_id, but=socket)
+            room = self._rooms[chat_id] = Room(chat_id, rev, mark, version)
         room.sockets.add(socket)
         room.live.add(socket)
         socket.rooms[chat_id] = room
@@ -1119,8 +1257,9 @@ class Rooms:
                 await self._wait_for_version([chat_id], deadline)  # the user may be out again
             elif chat_id not in socket.rooms and socket in self._sockets:
                 socket.send(ChatOut(data=chat))
-                self._join_room(socket, chat_id, chat.last_rev, chat.version)
-                self.start_replay(socket, chat_id, chat.last_rev)
+                rev, mark = chat.last_rev, mark_of(chat)
+                self._join_room(socket, chat_id, rev, mark, chat.version)
+                self._replay(socket, chat_id, Replay(rev, rev, mark, [None]))
 
     def leave(self, socket: Socket) -> None:
         """Forget a socket; what is on its way to it is dropped."""
@@ -1169,38 +1308,84 @@ class Rooms:
 
     # ---- Who is live, and who catches up first
 
-    async def sync(self, socket: Socket, chat_id: int, after: int) -> None:
-        """Do what a `sync` asks for. Raises ChatNotFound, Unavailable."""
-        await self._join_chat(socket, chat_id)  # where its user came in a moment ago
-        if chat_id in socket.rooms:
-            self.start_replay(socket, chat_id, after)
+    async def sync(
+        self, socket: Socket, given: Mapping[int, int | str], ref: Ref | None
+    ) -> dict[int, Exception]:
+        """Replay chats to a socket, each from a position or a number on.
 
-    def start_replay(self, socket: Socket, chat_id: int, after: int) -> None:
-        """Give a socket every change of a chat after a number, then let it be live there."""
-        socket.rooms[chat_id].live.discard(socket)
-        socket.replays[chat_id] = Replay(after, after)
+        Answers what was refused, by chat: ChatNotFound, HistoryRewritten, Unavailable; nothing
+        changes there.
+        """
+        refused: dict[int, Exception] = {}
+        after = {chat_id: read_position("$.after", at) for chat_id, at in given.items()}
+        for chat_id in after:
+            try:
+                await self._join_chat(socket, chat_id)  # where its user came in a moment ago
+            except (ChatNotFound, Unavailable) as error:
+                refused[chat_id] = error
+        # Of who misses nothing the room knows the mark.
+        asked = {chat_id: at for chat_id, at in after.items()
+                 if chat_id in socket.rooms and at[0] != socket.rooms[chat_id].delivered}
+        marks: dict[int, str | None] = {}
+        if asked:
+            numbers = [number for number, _ in asked.values()]
+            try:
+                marks = dict(await self.database.rows(
+                    SELECT_MARKS, socket.asker.user_id, list(asked), numbers))
+            except Unavailable as error:
+                refused |= dict.fromkeys(asked, error)
+        for chat_id, (number, claimed) in after.items():
+            room = socket.rooms.get(chat_id)
+            if chat_id in refused:
+                continue
+            if room is None or (chat_id in asked and chat_id not in marks):
+                refused[chat_id] = ChatNotFound()
+                continue
+            mark = marks[chat_id] if chat_id in asked else room.mark
+            if claimed is not None and number and claimed != mark:
+                refused[chat_id] = HistoryRewritten()
+                continue
+            if mark is None:  # a bare number beyond the last
+                number, mark = room.delivered, room.mark
+            start = ReplayStart(chat_id, position_of(number, mark))
+            socket.send(ReplayOut(data=start, ref=ref))
+            self._replay(socket, chat_id, Replay(number, number, mark, [ref]))
+        return refused
+
+    def _replay(self, socket: Socket, chat_id: int, replay: Replay) -> None:
+        """Give a socket what it misses of a chat, then let it be live there.
+
+        A replay that is under way goes on from the smaller number.
+        """
+        room = socket.rooms[chat_id]
+        room.live.discard(socket)
+        if before := socket.replays.get(chat_id):
+            start = min(before, replay, key=attrgetter("at"))
+            replay = Replay(
+                min(before.since, replay.since), start.at, start.mark, before.refs + replay.refs)
+        socket.replays[chat_id] = replay
         if socket.catching_up is None:
             socket.catching_up = self._tasks.spawn(catch_up(self, socket))
 
     def go_live(self, socket: Socket, room: Room) -> None:
         """Let a socket be live: it has everything up to `delivered`. Nothing may await here."""
-        del socket.replays[room.chat_id]
+        replay = socket.replays.pop(room.chat_id)
         room.live.add(socket)
-        socket.send(ReadyOut(data=Ready(room.chat_id, room.delivered)))
+        for ref in replay.refs:
+            socket.send(room.ready(ref))
 
     def _fall_behind(self, socket: Socket) -> None:
         """Take a socket that reads too slowly out of the live sets, to catch up at its own pace."""
         for chat_id, room in socket.rooms.items():
             if socket in room.live:
-                self.start_replay(socket, chat_id, room.delivered)
+                at = room.delivered
+                self._replay(socket, chat_id, Replay(at, at, room.mark, [None]))
 
     # ---- What goes out
 
-    def advance(
-        self, chat_id: int, rev: int, version: int, changes: Sequence[Message] = ()
-    ) -> None:
-        """Take note, from any source, that a chat is at `rev` and `version`; `changes` may be what
-        led there.
+    def advance(self, chat_id: int, rev: int, version: int, posted: Posts | None = None) -> None:
+        """Take note, from any source, that a chat is at `rev` and `version`; what was `posted` may
+        have led there.
 
         Only the very next changes are written out as they are; any other news is a reason to read.
         """
@@ -1210,11 +1395,13 @@ class Rooms:
         room.latest = (max(room.latest[0], rev), max(room.latest[1], version))
         if room.filling is not None:
             return
-        fresh = [change for change in changes if change.rev > room.delivered]
-        if fresh and version <= room.version and len(fresh) == rev - room.delivered:
-            frames = b"".join([encode_change(change, room.delivered) for change in fresh])
-            self.deliver(room.live, frames)
-            room.delivered = rev
+        if posted is not None and version <= room.version:
+            fresh = [message for message in posted.messages if message.rev > room.delivered]
+            before = posted.mark_before if len(fresh) == len(posted.messages) else posted.mark
+            if len(fresh) == rev - room.delivered and before == room.mark:
+                frames = b"".join([encode_change(message, room.delivered) for message in fresh])
+                self.deliver(room.live, frames)
+                room.delivered, room.mark = rev, posted.mark
         if room.lags():
             room.filling = self._tasks.spawn(fill_gap(self, room))
 
@@ -1237,9 +1424,9 @@ class Rooms:
                        and (hint.only is None or socket.asker.user_id in hint.only)]
             self.deliver(sockets, text_frame(hint.frame.encode()))
 
-    def publish(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
+    def publish(self, hint: Hint, posted: Posts | None = None) -> None:
         """Act on a hint here, and pass it on to the other processes."""
-        self._act_on(hint, changes)
+        self._act_on(hint, posted)
         if self._bus.is_alone():
             return
         key: object = object()
@@ -1252,9 +1439,9 @@ class Rooms:
         for hint in HINTS.decode(hints):
             self._act_on(hint)
 
-    def _act_on(self, hint: Hint, changes: Sequence[Message] = ()) -> None:
+    def _act_on(self, hint: Hint, posted: Posts | None = None) -> None:
         if isinstance(hint, ChatHint):
-            self.advance(hint.chat_id, hint.rev, hint.version, changes)
+            self.advance(hint.chat_id, hint.rev, hint.version, posted)
             self.join_users(hint.chat_id, hint.joined)
         elif isinstance(hint, FrameHint):
             self.broadcast(hint)
@@ -1273,7 +1460,8 @@ SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
     -- messages_pkey, messages_changed, participants_by_ordinal, departures_pkey, sessions_ended
     -- One snapshot: whoever left, or whose session ended, before a message was posted is named
     -- together with it.
-    select c.last_rev, c.version, c.name,
+    select c.last_rev, c.last_mark, c.version, c.name,
+        mark_at(chat => $1, number => $2) as known_mark,
         array(
             select row_to_json(m)::text
             from message_changes(
@@ -1299,8 +1487,8 @@ SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
 
 SELECT_MISSED = """  -- chat_id, asker_id, after, upto, limit
     -- messages_pkey, messages_changed
-    -- A stranger gets no row.
-    select array(
+    -- Beside the mark of the number after which they come. A stranger gets no row.
+    select mark_at(chat => $1, number => $3) as mark, array(
         select row_to_json(m)::text
         from message_changes(chat => $1, after_rev => $3, upto_rev => $4, at_most => $5) m
         order by m.rev
@@ -1339,22 +1527,26 @@ async def replay_page(rooms: Rooms, socket: Socket, room: Room, replay: Replay) 
             await asyncio.wait([room.filling])
         return
     upto = room.delivered
-    missed = await rooms.database.value(
-        SELECT_MISSED, room.chat_id, socket.asker.user_id, replay.at, upto, REPLAY_PAGE
-    )
+    mark = room.mark
+    row = await rooms.database.row(
+        SELECT_MISSED, room.chat_id, socket.asker.user_id, replay.at, upto, REPLAY_PAGE)
     if socket.replays.get(room.chat_id) is not replay:
         return  # another sync replaced this one, or the socket lost the chat
-    if missed is None:
+    if row is None:
         rooms.leave_chat(socket, room.chat_id)
         return
+    if row["mark"] != replay.mark:
+        rooms.start_over(room.chat_id)
+        return
     frames = bytearray()
-    for message in map(MESSAGE.decode, missed):
+    for message in map(MESSAGE.decode, row["messages"]):
         if len(frames) > BEHIND_BYTES:
             break  # the rest is read again, once this is taken
         frames += encode_change(message, replay.since)
-        replay.at = message.rev
+        replay.at, replay.mark = message.rev, mark_of(message)
     else:
-        replay.at = replay.at if len(missed) == REPLAY_PAGE else upto
+        if len(row["messages"]) < REPLAY_PAGE:
+            replay.at, replay.mark = upto, mark
     socket.write(bytes(frames))
 
 
@@ -1383,6 +1575,9 @@ async def read_news(rooms: Rooms, room: Room) -> None:
         for socket in list(room.sockets):
             rooms.leave_chat(socket, room.chat_id)
         room.latest = (room.delivered, room.version)
+        return
+    if row["known_mark"] != room.mark:
+        rooms.start_over(room.chat_id)
         return
     deliver_snapshot(rooms, room, row)
     if room.latest == latest:  # no news meanwhile: the database knows best
@@ -1413,8 +1608,10 @@ def deliver_snapshot(rooms: Rooms, room: Room, row: Mapping[str, Any]) -> None:
     frames += [encode_change(message, room.delivered) for message in messages]
     rooms.deliver(room.live, b"".join(frames))
     # A full page may not be all; else everything up to the snapshot's number is written out.
-    reached = messages[-1].rev if len(messages) == REPLAY_PAGE else row["last_rev"]
-    room.delivered = max(room.delivered, reached)
+    if len(messages) == REPLAY_PAGE:
+        room.delivered, room.mark = messages[-1].rev, mark_of(messages[-1])
+    else:
+        room.delivered, room.mark = row["last_rev"], row["last_mark"]
 
 
 # ==== The watch ===================================================================================
@@ -1423,7 +1620,7 @@ def deliver_snapshot(rooms: Rooms, room: Room, row: Mapping[str, Any]) -> None:
 
 SELECT_POSITIONS = """  -- chat_ids
     -- chats_pkey
-    select id, last_rev, version from chats where id = any ($1)"""
+    select id, last_rev, last_mark, version from chats where id = any ($1)"""
 
 SELECT_JOINED = """  -- user_ids, joined_seconds
     -- participants_joined
@@ -1457,16 +1654,20 @@ class Watch:
         """Ask how far every room is, in pieces spread over the second; who logged out, who joined.
         """
         asked_at = time.monotonic()
-        chat_ids = list(self._rooms.positions())
+        chat_ids = list(self._rooms.stands())
         for start in range(0, len(chat_ids), POLL_CHATS_MAX):
             if start:
                 await asyncio.sleep(POLL_SECONDS * POLL_CHATS_MAX / len(chat_ids))
-            known = self._rooms.positions(chat_ids[start : start + POLL_CHATS_MAX])
-            for row in await self._database.rows(SELECT_POSITIONS, list(known)):
-                delivered, version = known[row["id"]]
-                if row["last_rev"] < delivered or row["version"] < version:  # restored
-                    self._rooms.close_room(row["id"])
-                self._rooms.advance(*row)
+            known = self._rooms.stands(chat_ids[start : start + POLL_CHATS_MAX])
+            rows = await self._database.rows(SELECT_POSITIONS, list(known))
+            for chat_id, rev, mark, version in rows:
+                known_rev, known_mark, known_version = known.pop(chat_id)
+                rewritten = rev < known_rev or (rev == known_rev and mark != known_mark)
+                if rewritten or version < known_version:
+                    self._rooms.start_over(chat_id)
+                self._rooms.advance(chat_id, rev, version)
+            for chat_id in known:  # a restored database does not have it
+                self._rooms.close_room(chat_id)
         if user_ids := self._rooms.user_ids():
             since = asked_at - self._rooms.polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
@@ -1500,15 +1701,15 @@ LEAVE_NEXT_CHAT = """  -- user_id
     -- participants_of_user; locks the chat
     select * from leave_next_chat(target => $1)"""
 
-POST_MESSAGES = """  -- chat_ids, sender_ids, message_ids, texts, reply_tos
+POST_MESSAGES = """  -- chat_ids, sender_ids, message_ids, texts, reply_tos, mark
     -- chats_pkey, participants_pkey, messages_id; locks the chats
-    select * from post_messages(
-        chat_ids => $1, sender_ids => $2, ids => $3, texts => $4, reply_tos => $5)"""
+    select * from post_group(
+        chat_ids => $1, sender_ids => $2, ids => $3, texts => $4, reply_tos => $5, mark => $6)"""
 
-POST_MESSAGE = """  -- chat_id, sender_id, message_id, text, reply_to
+POST_MESSAGE = """  -- chat_id, sender_id, message_id, text, reply_to, mark
     -- chats_pkey, participants_pkey, messages_id; locks the chat
     select * from post_message(
-        chat => $1, sender => $2, message => $3, body => $4, reply => $5)"""
+        chat => $1, sender => $2, message => $3, body => $4, reply => $5, mark => $6)"""
 
 SELECT_FREE_CHATS = """  -- chat_ids
     -- chats_pkey
@@ -1522,10 +1723,11 @@ SELECT_FREE_PARTICIPANTS = """  -- chat_ids, user_ids
     join participants p on p.chat_id = w.chat_id and p.user_id = w.user_id
     order by p.chat_id, p.user_id for no key update of p skip locked"""
 
-CHANGE_MESSAGES = """  -- chat_ids, user_ids, message_ids, texts
+CHANGE_MESSAGES = """  -- chat_ids, user_ids, message_ids, texts, mark
     -- chats_pkey, participants_pkey, messages_id; locks the chats
     -- A text of null deletes the message.
-    select * from change_messages(chat_ids => $1, user_ids => $2, ids => $3, texts => $4)"""
+    select * from change_group(
+        chat_ids => $1, user_ids => $2, ids => $3, texts => $4, mark => $5)"""
 
 READ_MESSAGES = """  -- chat_ids, user_ids, message_ids
     -- participants_pkey, messages_id; locks the participants
@@ -1636,9 +1838,12 @@ ItemT = TypeVar("ItemT", bound=ChatItem)
 
 
 class ChatWriter(GroupWriter[ItemT, Outcome]):
-    """Commits what changes chats: each field of the items goes to one statement as an array."""
+    """Commits what changes chats: each field of the items goes to one statement as an array, and
+    behind them, where what is written takes numbers, the mark of this call.
+    """
 
     STATEMENT: ClassVar[str]
+    TAKES_NUMBERS: ClassVar[bool] = True
 
     def __init__(self, app: web.Application) -> None:
         super().__init__()
@@ -1648,7 +1853,8 @@ class ChatWriter(GroupWriter[ItemT, Outcome]):
         """Commit a group; answer a row for each item."""
         rows = [msgspec.structs.astuple(item) for item in items]
         columns = zip(*rows, strict=True)
-        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns))
+        mark = [new_mark()] if self.TAKES_NUMBERS else []
+        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns), *mark)
 
     def lock_of(self, item: ItemT) -> Hashable:
         """Tell which row an item changes: its chat's."""
@@ -1668,7 +1874,8 @@ class PostWriter(ChatWriter[NewPost, Posted]):
         """Commit a group; a lone message costs half without arrays."""
         if len(items) > 1:
             return await super().commit(items)
-        return await self._app[DATABASE].rows(POST_MESSAGE, *msgspec.structs.astuple(items[0]))
+        fields = msgspec.structs.astuple(items[0])
+        return await self._app[DATABASE].rows(POST_MESSAGE, *fields, new_mark())
 
     def publish(
         self, posts: list[NewPost], rows: Sequence[Any], again: list[bool]
@@ -1679,10 +1886,10 @@ class PostWriter(ChatWriter[NewPost, Posted]):
         the room learns how far the chat is, and reads.
         """
         outcomes: list[Posted | Exception] = []
-        news: dict[int, tuple[int, int]] = {}
-        changes: dict[int, list[Message]] = {}
+        news: dict[int, ChatHint] = {}
+        posted: dict[int, Posts] = {}
         for post, row, was_sent in zip(posts, rows, again, strict=True):
-            outcome, seq, created_at, last_rev, version = row
+            outcome, seq, created_at, last_rev, version, mark, mark_before = row
             if problem := refused(outcome):
                 outcomes.append(problem)
                 continue
@@ -1690,14 +1897,15 @@ class PostWriter(ChatWriter[NewPost, Posted]):
             if outcome == "posted":
                 message = Message(
                     post.id, post.chat_id, seq, seq, post.sender_id, post.text, post.reply_to,
-                    created_at)
-                changes.setdefault(post.chat_id, []).append(message)
+                    created_at, position=position_of(seq, mark))
+                here = posted.setdefault(post.chat_id, Posts([], mark, mark_before))
+                here.messages.append(message)
             outcomes.append(Posted(was_sent or message is not None, ack, message))
-            news[post.chat_id] = (last_rev, version)
-        for chat_id, position in news.items():
-            self._app[ROOMS].publish(ChatHint(chat_id, *position), changes.get(chat_id, ()))
-        self._app[INDEX].note(changes)
-        POSTED.inc(sum(map(len, changes.values())))
+            news[post.chat_id] = ChatHint(post.chat_id, last_rev, version)
+        for chat_id, hint in news.items():
+            self._app[ROOMS].publish(hint, posted.get(chat_id))
+        self._app[INDEX].note(posted)
+        POSTED.inc(sum(len(each.messages) for each in posted.values()))
         return outcomes
 
 
@@ -1725,6 +1933,7 @@ class ReadWriter(ChatWriter[NewRead, Read]):
     """Moves watermarks forward."""
 
     STATEMENT = READ_MESSAGES
+    TAKES_NUMBERS = False
 
     def lock_of(self, item: NewRead) -> Hashable:
         """Tell which row an item changes: its reader's."""
@@ -2595,18 +2804,22 @@ async def search_messages(
 
 
 async def list_changes(
-    request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
+    request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Position = "0"
 ) -> Answer[list[Message]]:
-    """List what was posted, edited or deleted after a `rev`, by `rev`; each message once.
+    """List what was posted, edited or deleted after a position, or a bare `rev`; by `rev`, each
+    message once.
 
-    Raises ChatNotFound.
+    Raises ChatNotFound, HistoryRewritten, InvalidInput.
     """
-    missed = await request.app[DATABASE].value(
-        SELECT_MISSED, chat_id, request[ME], after, INT8_MAX, limit + 1)
-    if missed is None:
+    number, mark = read_position("$.after", after)
+    row = await request.app[DATABASE].row(
+        SELECT_MISSED, chat_id, request[ME], number, INT8_MAX, limit + 1)
+    if row is None:
         raise ChatNotFound
-    messages = [MESSAGE.decode(message) for message in missed[:limit]]
-    more = {"after": messages[-1].rev} if len(missed) > limit else None
+    if mark is not None and mark != row["mark"]:
+        raise HistoryRewritten
+    messages = [MESSAGE.decode(message) for message in row["messages"][:limit]]
+    more = {"after": messages[-1].position} if len(row["messages"]) > limit else None
     return page(request, messages, next=more)
 
 
@@ -2627,11 +2840,12 @@ FRAME = msgspec.json.Decoder(dict[str, Any])
 
 
 async def follow_chat(
-    request: web.Request, chat_id: ChatId, *, after: Number | None = None
+    request: web.Request, chat_id: ChatId, *, after: Position | None = None
 ) -> web.WebSocketResponse:
-    """Follow one chat over a websocket, live or from a number on.
+    """Follow one chat over a websocket, live or from a position or a number on.
 
-    Raises ChatNotFound, ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes.
+    Raises ChatNotFound, ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes,
+    InvalidInput.
     """
     return await follow(request, Socket(request[ASKER], chat_id), after)
 
@@ -2647,7 +2861,7 @@ async def follow_chats(request: web.Request) -> web.WebSocketResponse:
 CLOSED_EARLY = {TOKEN_ENDED: Unauthorized, NOT_IN_CHAT: ChatNotFound}
 
 
-async def follow(request: web.Request, socket: Socket, after: int | None) -> web.WebSocketResponse:
+async def follow(request: web.Request, socket: Socket, after: str | None) -> web.WebSocketResponse:
     """Serve a socket until it is closed."""
     rooms, settings = request.app[ROOMS], request.app[SETTINGS]
     open_sockets = rooms.count_sockets(request[ME])
@@ -2656,8 +2870,7 @@ async def follow(request: web.Request, socket: Socket, after: int | None) -> web
     try:
         await rooms.join(socket)
         if socket.chat_id is not None:
-            delivered = socket.rooms[socket.chat_id].delivered
-            rooms.start_replay(socket, socket.chat_id, delivered if after is None else after)
+            await begin(rooms, socket, socket.chat_id, after)
         if not socket.can_prepare(request):
             raise UpgradeRequired
         await socket.open(request)
@@ -2674,6 +2887,15 @@ async def follow(request: web.Request, socket: Socket, after: int | None) -> web
         raise CLOSED_EARLY.get(socket.close_code or 0, ServiceUnavailable)
     await socket.finish()
     return socket.ws
+
+
+async def begin(rooms: Rooms, socket: Socket, chat_id: int, after: str | None) -> None:
+    """Begin to follow one chat: live, or with what came after a position. Raises InvalidInput."""
+    refused = await rooms.sync(socket, {chat_id: after}, None) if after is not None else {}
+    if after is None or refused:
+        for error in refused.values():
+            refuse_frame(socket, as_problem(error) or InternalError(), None, chat_id)
+        socket.send(socket.rooms[chat_id].ready())
 
 
 async def take_frames(request: web.Request, socket: Socket) -> None:
@@ -2814,12 +3036,12 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     if (frame.after is None) == (frame.chats is None):
         raise invalid("$.after", "give either after or chats")
     if frame.after is not None:
-        await request.app[ROOMS].sync(socket, chat_of(socket, frame.chat_id), frame.after)
-    for chat_id, after in (frame.chats or {}).items():
-        try:
-            await request.app[ROOMS].sync(socket, chat_of(socket, chat_id), after)
-        except (Problem, Unavailable) as error:
-            refuse_frame(socket, as_problem(error) or InternalError(), frame.ref, chat_id)
+        given = {chat_of(socket, frame.chat_id): frame.after}
+    else:
+        given = {chat_of(socket, chat_id): after for chat_id, after in (frame.chats or {}).items()}
+    refused = await request.app[ROOMS].sync(socket, given, frame.ref)
+    for chat_id, error in refused.items():
+        refuse_frame(socket, as_problem(error) or InternalError(), frame.ref, chat_id)
 
 
 async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None:
