@@ -2892,10 +2892,10 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
 async def begin(rooms: Rooms, socket: Socket, chat_id: int, after: str | None) -> None:
     """Begin to follow one chat: live, or with what came after a position. Raises InvalidInput."""
     refused = await rooms.sync(socket, {chat_id: after}, None) if after is not None else {}
-    if after is None or refused:
-        for error in refused.values():
-            refuse_frame(socket, as_problem(error) or InternalError(), None, chat_id)
-        socket.send(socket.rooms[chat_id].ready())
+    for error in refused.values():
+        refuse_frame(socket, as_problem(error) or InternalError(), None, chat_id)
+    if (after is None or refused) and (room := socket.rooms.get(chat_id)):
+        socket.send(room.ready())
 
 
 async def take_frames(request: web.Request, socket: Socket) -> None:
@@ -3035,11 +3035,13 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     """Replay one chat, or several; a chat that is not the user's is refused alone."""
     if (frame.after is None) == (frame.chats is None):
         raise invalid("$.after", "give either after or chats")
+    given, refused = dict(frame.chats or {}), dict[int, Exception]()
     if frame.after is not None:
-        given = {chat_of(socket, frame.chat_id): frame.after}
-    else:
-        given = {chat_of(socket, chat_id): after for chat_id, after in (frame.chats or {}).items()}
-    refused = await request.app[ROOMS].sync(socket, given, frame.ref)
+        given[chat_of(socket, frame.chat_id)] = frame.after
+    if socket.chat_id is not None:
+        refused = dict.fromkeys(given.keys() - {socket.chat_id}, ChatNotFound())
+    own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
+    refused |= await request.app[ROOMS].sync(socket, own, frame.ref)
     for chat_id, error in refused.items():
         refuse_frame(socket, as_problem(error) or InternalError(), frame.ref, chat_id)
 
