@@ -85,14 +85,16 @@ ACCESS = {
 }
 REFRESH = {"refresh_token": BEARER | {"description": "The refresh token of a login."}}
 SECURITY: dict[Any, list[Json]] = {m.refresh: [{"refresh_token": []}, {}]}  # {}: in the body
-EVERY_CHAT_ONLY = ("chat", "chat_removed")
-ANSWERS = ("ack", "error")  # frames of the server that have a `ref`
+EVERY_CHAT_ONLY = ("chats", "chat", "chat_removed")
+ANSWERS = ("ack", "error", "ready", "replay")  # frames of the server that have a `ref`
 
 AT = datetime(2026, 11, 22, 20, 15, 37, 123456, UTC)
 ID = UUID("01a204e6-62a3-7c4a-8d5e-1f2a3b4c5d6e")
+POSITION = "41.k3J9xQabcde"
 ANN, BEN = m.Participant(1, "ann", "owner", 40), m.Participant(2, "ben", "member", 41)
 MESSAGE = m.Message(
-    ID, 7, 41, 41, 1, "Hello, Ben!", None, AT, read_by=[m.Reader(2, "ben", AT)], read_count=1)
+    ID, 7, 41, 41, 1, "Hello, Ben!", None, AT, position=POSITION,
+    read_by=[m.Reader(2, "ben", AT)], read_count=1)
 EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.NewUser("ann@example.com", "ann", "correct horse"),
     m.Login("ann@example.com", "correct horse"), m.RefreshRequest("eyJhbGciOi…"),
@@ -101,11 +103,12 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.NewMessage("Hello, Ben!", ID), m.ChangedMessage("Hello, Ben and Cy!"), m.ReadUpTo(ID),
     m.User(1, "ann", True, AT, "ann@example.com"), m.Tokens("eyJhbGciOi…", "eyJhbGciOi…", 1800),
     m.Session(3, AT, AT, "curl/8.5", True), BEN, m.Reader(2, "ben", AT), MESSAGE,
-    m.Chat(7, "Friends", True, AT, [ANN, BEN], 2, MESSAGE, 41, 1, 0), m.Read(7, ID, 41, 2, AT),
+    m.Chat(7, "Friends", True, AT, [ANN, BEN], 2, MESSAGE, 41, POSITION, 1, 0), m.Read(7, ID, 41, 2, AT),
     m.Health("ready"), endpoints.FieldError("$.text", "is missing"), m.ChatNotFound().details(),
     m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID), m.TypingIn(chat_id=7),
-    m.SyncIn(41), m.SyncIn(chats={7: 41, 8: 12}), m.AuthIn("eyJhbGciOi…"), m.Ack(ID, 7, 41, AT),
-    m.Ready(7, 41), m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
+    m.SyncIn(POSITION), m.SyncIn(chats={7: POSITION, 8: 12}), m.AuthIn("eyJhbGciOi…"), m.Ack(ID, 7, 41, AT),
+    m.Hello(1, 3, AT, AT, 25, m.VERSION), m.ChatPositions({7: (POSITION, 2)}, False),
+    m.ReplayStart(7, "12.Zq0pLm4tYw8"), m.Ready(7, 41, POSITION), m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
     m.Expiry(AT))
 
 

@@ -294,7 +294,7 @@ def test_recorder_sees_what_does_not_fit() -> None:
 def test_recorder_sees_frames_that_do_not_fit() -> None:
     """The recorder finds each way in which a frame may differ from its description."""
     recorder = Recorder(OPENAPI, ASYNCAPI)
-    ready: Json = {"type": "ready", "data": {"chat_id": 7, "rev": 1}}
+    ready: Json = {"type": "ready", "data": {"chat_id": 7, "rev": 1, "position": "1.k3J9xQabcde"}}
     ack = {"id": NOBODYS, "chat_id": 7, "seq": 1, "created_at": "2026-11-22T20:15:37.1Z"}
     assert recorder.hear_frame("/ws/7", "send", ready) == []
     assert recorder.frames == {("follow_chat_sends", "server_ready")}
@@ -302,7 +302,7 @@ def test_recorder_sees_frames_that_do_not_fit() -> None:
     for path, action, frame in (
         ("/ws/7", "receive", ready),
         ("/ws/7", "send", {"type": "ready", "data": {"chat_id": 7}}),
-        ("/ws/7", "send", {"type": "steady", "data": {"chat_id": 7, "rev": 1}}),
+        ("/ws/7", "send", {"type": "steady", "data": {"chat_id": 7, "rev": 1, "position": "1.k3J9xQabcde"}}),
         ("/ws/7", "send", {"type": "ack", "data": ack}),
         ("/ws/7", "send", {"type": "chat_removed", "data": {"chat_id": 7}}),
         ("/ws", "receive", {"type": "typing", "data": {}}),

@@ -71,6 +71,19 @@ class Version:
         return self.seen == told
 
 
+@dataclass(eq=False)
+class Position:
+    """The position of a number: any mark where it is first seen, the same ever after."""
+
+    number: int
+    seen: str = ""
+
+    def __eq__(self, told: object) -> bool:
+        if not self.seen and re.fullmatch(rf"{self.number}\.[\w-]{{11}}", str(told)):
+            self.seen = str(told)
+        return told == (self.seen if self.number else "0")
+
+
 # ---- The world
 
 
@@ -141,7 +154,7 @@ class Chat:
     active: int  # the greater, the more recent was its last activity
     members: list[Member]
     messages: list[Message] = field(default_factory=list)
-    last_rev: int = 0
+    positions: list[Position] = field(default_factory=lambda: [Position(0)])  # of each number
     version: Version = field(default_factory=Version)
     created_at: Time = field(default_factory=Time)
 
@@ -164,9 +177,14 @@ class Chat:
         """The message with an id."""
         return next((each for each in self.messages if each.id == message_id), None)
 
+    @property
+    def last_rev(self) -> int:
+        """The last number that was taken."""
+        return self.positions[-1].number
+
     def takes_number(self) -> int:
         """The number of the next change."""
-        self.last_rev += 1
+        self.positions.append(Position(self.last_rev + 1))
         return self.last_rev
 
 
@@ -226,6 +244,7 @@ def shown_message(chat: Chat, message: Message) -> Shown:
     read_by = readers(chat, message)
     return {
         "id": message.id, "chat_id": chat.id, "seq": message.seq, "rev": message.rev,
+        "position": chat.positions[message.rev],
         "sender_id": None if message.sender.is_deleted else message.sender.id,
         "text": message.text, "reply_to": message.reply_to,
         "created_at": message.created_at, "edited_at": message.edited_at,
@@ -245,7 +264,7 @@ def shown_chat(chat: Chat, reader: Member) -> Shown:
         "participants": [shown_participant(member) for member in chat.members],
         "participant_count": len(chat.members),
         "last_message": shown_message(chat, chat.messages[-1]) if chat.messages else None,
-        "last_rev": chat.last_rev, "version": chat.version, "unread_count": len(unread),
+        "last_rev": chat.last_rev, "position": chat.positions[-1], "version": chat.version, "unread_count": len(unread),
     }
 
 
