@@ -29,7 +29,8 @@ select m.id, m.chat_id, m.seq, m.rev, u.id as sender_id, m.text, m.reply_to,
        ) else '[]' end as read_by,
        (select count(*) from participants p
         where p.chat_id = m.chat_id and p.user_id <> m.sender_id
-          and p.joined_seq < m.seq and p.last_read_seq >= m.seq) as read_count
+          and p.joined_seq < m.seq and p.last_read_seq >= m.seq) as read_count,
+       m.rev || '.' || coalesce(m.changed_mark, m.mark) as position
 from messages m
 join chats c on c.id = m.chat_id
 left join users u on u.id = m.sender_id and u.deleted_at is null;
@@ -61,7 +62,8 @@ select c.id, c.name, c.is_group, c.created_at,
            where m.chat_id = c.id and m.seq > me.last_read_seq
              and m.sender_id <> me.user_id and m.deleted_at is null
            limit 100) unread) as unread_count,
-       me.user_id as reader_id, c.active_at
+       me.user_id as reader_id, c.active_at,
+       case when c.last_rev = 0 then '0' else c.last_rev || '.' || c.last_mark end as position
 from participants me
 join chats c on c.id = me.chat_id;
 commit;
