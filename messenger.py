@@ -636,8 +636,8 @@ class ErrorOut(ServerFrame, tag="error"):
 
 
 ServerFrames = (
-    HelloOut | ChatsOut | ReplayOut | MessageOut | MessageUpdatedOut | ReadOut | TypingOut | ChatOut | ChatUpdatedOut
-    | ChatRemovedOut | AckOut | AuthOut | ReadyOut | ErrorOut)
+    HelloOut | ChatsOut | ReplayOut | MessageOut | MessageUpdatedOut | ReadOut | TypingOut
+    | ChatOut | ChatUpdatedOut | ChatRemovedOut | AckOut | AuthOut | ReadyOut | ErrorOut)
 
 TOKEN_ENDED, NOT_IN_CHAT, FLOODING = 4401, 4403, 4429
 CLOSE_CODES = {
@@ -1209,7 +1209,7 @@ class Rooms:
         """Close every socket, for a chat has another history than a room was told: the database was
         restored, or a standby promoted. Whoever comes back is told which of theirs are rewritten.
         """
-        log.error("chat %d: its history was rewritten; all sockets are closed, to come back", chat_id)
+        log.error("chat %d: its history was rewritten; closing all sockets", chat_id)
         self._sessions.forget()
         for socket in list(self._sockets - {but}):
             self.close(socket, GOING_AWAY)

@@ -302,7 +302,7 @@ def test_recorder_sees_frames_that_do_not_fit() -> None:
     for path, action, frame in (
         ("/ws/7", "receive", ready),
         ("/ws/7", "send", {"type": "ready", "data": {"chat_id": 7}}),
-        ("/ws/7", "send", {"type": "steady", "data": {"chat_id": 7, "rev": 1, "position": "1.k3J9xQabcde"}}),
+        ("/ws/7", "send", ready | {"type": "steady"}),
         ("/ws/7", "send", {"type": "ack", "data": ack}),
         ("/ws/7", "send", {"type": "chat_removed", "data": {"chat_id": 7}}),
         ("/ws", "receive", {"type": "typing", "data": {}}),

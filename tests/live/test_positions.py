@@ -52,7 +52,9 @@ async def test_everything_tells_its_position(alice: Person, bob: Person) -> None
     assert ready["data"] == {"chat_id": chat, "rev": 0, "position": "0"}
     assert (await alice.gets(f"/chats/{chat}"))["position"] == "0"
     [first, second] = await says_many(alice, chat, 2)
-    assert first.startswith("1.") and second.startswith("2.") and first[2:] != second[2:]
+    assert first.startswith("1.")
+    assert second.startswith("2.")
+    assert first[2:] != second[2:]
     heard = [(await line.hears("message"))["data"]["position"] for _ in range(2)]
     page = [each["position"] for each in await alice.gets(f"/chats/{chat}/messages")]
     changes = [each["position"] for each in await alice.gets(f"/chats/{chat}/changes")]
@@ -73,7 +75,8 @@ async def test_edit_and_deletion_have_positions(alice: Person, bob: Person) -> N
     posted = await alice.says(chat, "one")
     path = f"/chats/{chat}/messages/{posted['id']}"
     edited = await alice.expects(200, "PATCH", path, {"text": "two"})
-    assert edited["position"].startswith("2.") and edited["position"] != posted["position"]
+    assert edited["position"].startswith("2.")
+    assert edited["position"] != posted["position"]
     await alice.expects(204, "DELETE", path)
     [gone] = await bob.gets(f"/chats/{chat}/changes?after={posted['position']}")
     assert gone["position"].startswith("3.")
@@ -108,7 +111,8 @@ async def test_position_of_a_lost_history_is_refused(
     line = await bob.listens(chat, f"?after={positions[14]}")
     frames = await all_frames(line, "ready")
     assert [frame["type"] for frame in frames] == ["hello", "error", "ready"]
-    assert frames[1]["data"]["type"] == "history-rewritten" and frames[1]["chat_id"] == chat
+    assert frames[1]["data"]["type"] == "history-rewritten"
+    assert frames[1]["chat_id"] == chat
     everything = Line(await bob.client.ws_connect("/ws", headers=bob.headers))
     assert (await everything.hears())["type"] == "hello"
     told = await everything.hears("chats")

@@ -264,7 +264,8 @@ def shown_chat(chat: Chat, reader: Member) -> Shown:
         "participants": [shown_participant(member) for member in chat.members],
         "participant_count": len(chat.members),
         "last_message": shown_message(chat, chat.messages[-1]) if chat.messages else None,
-        "last_rev": chat.last_rev, "position": chat.positions[-1], "version": chat.version, "unread_count": len(unread),
+        "last_rev": chat.last_rev, "position": chat.positions[-1], "version": chat.version,
+        "unread_count": len(unread),
     }
 
 
