@@ -1347,15 +1347,15 @@ class Rooms:
                 continue
             if mark is None:  # a bare number beyond the last
                 number, mark = room.delivered, room.mark
-            start = ReplayStart(chat_id, position_of(number, mark))
+            replay = self._replay(socket, chat_id, Replay(number, number, mark, [ref]))
+            start = ReplayStart(chat_id, position_of(replay.at, replay.mark))
             socket.send(ReplayOut(data=start, ref=ref))
-            self._replay(socket, chat_id, Replay(number, number, mark, [ref]))
         return refused
 
-    def _replay(self, socket: Socket, chat_id: int, replay: Replay) -> None:
+    def _replay(self, socket: Socket, chat_id: int, replay: Replay) -> Replay:
         """Give a socket what it misses of a chat, then let it be live there.
 
-        A replay that is under way goes on from the smaller number.
+        A replay that is under way goes on from the smaller number. Answers the one that there is.
         """
         room = socket.rooms[chat_id]
         room.live.discard(socket)
@@ -1366,6 +1366,7 @@ class Rooms:
         socket.replays[chat_id] = replay
         if socket.catching_up is None:
             socket.catching_up = self._tasks.spawn(catch_up(self, socket))
+        return replay
 
     def go_live(self, socket: Socket, room: Room) -> None:
         """Let a socket be live: it has everything up to `delivered`. Nothing may await here."""
