@@ -65,6 +65,9 @@ do $$ begin
     end loop;
 end $$;
 """
+# A read-only database is told by every connection that was opened meanwhile, as long as it lives.
+READ_ONLY = "    asyncpg.ReadOnlySQLTransactionError,  # a standby, or told to be"
+HELD = "    asyncpg.LockNotAvailableError,\n"
 PAGE_END = """        replay.at = replay.at if len(missed) == REPLAY_PAGE else upto
     socket.write(bytes(frames))
 """
@@ -108,6 +111,11 @@ MUTATIONS = (
          "        group by p.chat_id"),)),
     Mutation("live after one page of a replay", ("missed",), ("worker killed",), (
         ("messenger.py", PAGE_END, f"{PAGE_END}    rooms.go_live(socket, room)\n"),)),
+    Mutation("a held chat is an error", ("wrong",), ("chat held",), (
+        ("plumbing/database.py", HELD, ""),)),
+    Mutation("connections kept that cannot write", ("wrong",), ("database read-only",), (
+        ("plumbing/database.py", READ_ONLY, "    #"),
+        ("plumbing/database.py", "BUSY = (\n", f"BUSY = (\n{READ_ONLY}\n")), 16.0),
 )
 
 
