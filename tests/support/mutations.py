@@ -19,6 +19,7 @@ class Mutation:
 
 
 FUNCTIONS, SCHEMA = "sql/functions.sql", "sql/0001_schema.sql"
+READ_ONLY_FAULTS = ("database read-only", "connections read-only")
 CRASH = ("postmaster killed", "backend killed")
 # The commit follows a tenth of a second after the answer.
 COMMITS = "        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns))\n"
@@ -65,8 +66,7 @@ do $$ begin
     end loop;
 end $$;
 """
-# A read-only database is told by every connection that was opened meanwhile, as long as it lives.
-READ_ONLY = "    asyncpg.ReadOnlySQLTransactionError,  # a standby, or told to be"
+READ_ONLY = "    asyncpg.ReadOnlySQLTransactionError,"
 HELD = "    asyncpg.LockNotAvailableError,\n"
 PAGE_END = """        replay.at = replay.at if len(missed) == REPLAY_PAGE else upto
     socket.write(bytes(frames))
@@ -113,9 +113,8 @@ MUTATIONS = (
         ("messenger.py", PAGE_END, f"{PAGE_END}    rooms.go_live(socket, room)\n"),)),
     Mutation("a held chat is an error", ("wrong",), ("chat held",), (
         ("plumbing/database.py", HELD, ""),)),
-    Mutation("connections kept that cannot write", ("wrong",), ("database read-only",), (
-        ("plumbing/database.py", READ_ONLY, "    #"),
-        ("plumbing/database.py", "BUSY = (\n", f"BUSY = (\n{READ_ONLY}\n")), 16.0),
+    Mutation("a read-only database is an error", ("wrong",), READ_ONLY_FAULTS, (
+        ("plumbing/database.py", READ_ONLY, ""),)),
 )
 
 
