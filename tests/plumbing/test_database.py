@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import asyncpg
+import pytest
 from aiohttp import web
 
 import messenger
@@ -56,6 +57,7 @@ async def test_bad_item_fails_alone(
     assert await alice.history(chat) == ["one", "two", "three"]
 
 
+@pytest.mark.real_deadlines
 async def test_chat_whose_row_is_held_delays_no_other(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
@@ -72,6 +74,7 @@ async def test_chat_whose_row_is_held_delays_no_other(
     assert (await line.hears("message"))["data"]["text"] == "later"
 
 
+@pytest.mark.real_deadlines
 async def test_held_chat_with_many_waiting_delays_no_other(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
