@@ -50,13 +50,14 @@ from support.servers import ROOT, processes_in
 from torture.clients import ASK_SECONDS, LIVE, Chat, Device, Run, Seat
 from torture.server import BACK_SECONDS, WORKERS, Server, Tally, kill
 
-START_SECONDS = 30.0
+START_SECONDS = 60.0
 LATE_SECONDS = 20.0  # with the hints dropped; it takes little more than a second
 HOLD_SECONDS = (2.0, 6.0)  # longer than what waits for the lock
 READ_ONLY_SECONDS = (0.5, 3.0)  # shorter and longer than a post is tried
 REST_SECONDS = (0.3, 0.9)  # between two faults
 DYING_SECONDS = 0.1  # for so long what was not killed itself may still answer
 PROGRESS_SECONDS = 10
+TIMES_LONGER = 9  # than was asked for, until there were so many faults
 PATIENCE_SECONDS = 60.0  # until everybody must have everything in the end
 PROOF_SECONDS = 10.0  # without a bug
 PROOF_PATIENCE_SECONDS = 4.0  # with one
@@ -477,7 +478,7 @@ async def torment(run: Run, faults: Faults, seconds: float, least: int) -> None:
     while (left := deadline - time.monotonic()) > 0 or run.tally.faults.total() < least:
         await asyncio.sleep(min(PROGRESS_SECONDS, max(1, left)))
         run.tally.say(run.tally.progress())
-        if going.done() or left < -3 * seconds:
+        if going.done() or left < -TIMES_LONGER * seconds:
             break
     going.cancel()
     await asyncio.wait([going])  # for what it undoes

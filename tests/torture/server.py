@@ -19,7 +19,7 @@ import asyncpg
 from support.servers import processes_in
 
 WORKERS = 2
-BACK_SECONDS = 30.0
+BACK_SECONDS = 60.0
 TOLD = 8  # findings of each kind that are told in words
 
 # ---- The tally
