@@ -13,11 +13,14 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
+from plumbing import database
 from support.databases import Databases, cluster_with_template, with_database
 from support.fuzzing import Population, fuzzed_server
+from support.patience import PATIENCE
 from support.people import Person
 from support.raw import RawLine
 from support.servers import (
+    ROOT,
     SECRET_KEY,
     SETTINGS,
     Elsewhere,
@@ -31,6 +34,16 @@ from support.valid_calls import ValidCalls, make_valid_calls
 def pytest_asyncio_loop_factories() -> dict[str, Any]:
     """Run every test on uvloop, as the server does: its transports are not asyncio's."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether servers wait longer than usual for their database; see tests/support/patience.py."""
+    is_longer = request.node.get_closest_marker("real_deadlines") is None
+    if is_longer:
+        for name, seconds in PATIENCE.items():
+            monkeypatch.setattr(database, name, seconds)
+    return is_longer
 
 
 @pytest.fixture(scope="session")
@@ -199,11 +212,13 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-async def running(template: Server, tmp_path: Path) -> AsyncIterator[Server]:
+async def running(template: Server, tmp_path: Path, patience: bool) -> AsyncIterator[Server]:
     """A started server, stopped after the test."""
     shutil.copytree(template.data, tmp_path / "data")
-    server = await Server(tmp_path).starts()
-    yield server
+    server = Server(tmp_path)
+    if not patience:
+        server.program = ROOT / "messenger.py"
+    yield await server.starts()
     if server.process.returncode is None:
         await server.stops()
 

@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from support.databases import crowd, until_waiting
-from support.people import Person, pages, puts, roles
+from support.people import SOON_SECONDS, Person, pages, puts, roles
 from support.valid_calls import requests_about
 
 CHAT = {
@@ -37,7 +37,7 @@ async def removes(person: Person, chat: int, who: Any) -> Any:
 
 async def at_once(sql: asyncpg.Connection, chat: int, *requests: Coroutine[Any, Any, Any]) -> Any:
     """Send requests that meet at the chat's lock: held until all of them wait; answer them."""
-    async with sql.transaction(), asyncio.timeout(0.8):
+    async with sql.transaction(), asyncio.timeout(SOON_SECONDS):
         await sql.execute("select from chats where id = $1 for update", chat)
         sent = [asyncio.create_task(request) for request in requests]
         await until_waiting(sql, len(sent))

@@ -16,7 +16,7 @@ import messenger
 from plumbing import guard
 from plumbing.guard import Rate
 from support.databases import until_waiting
-from support.people import PASSWORD, Line, Person, new_id
+from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
 from support.raw import HANDSHAKE
 from support.servers import SECRET_KEY, SETTINGS
 
@@ -435,7 +435,7 @@ async def test_sockets_of_a_user_are_limited(house: House) -> None:
     await bob.listens_live(chat)
     for line, path in ((lines[0], "/ws"), (lines[2], f"/ws/{chat}")):
         await line.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(SOON_SECONDS):
             while (await refusal(here, "/ws/999999", alice.headers))[0] == 429:
                 await asyncio.sleep(0.01)
         assert (await refusal(here, "/ws/999999", alice.headers))[0] == 404

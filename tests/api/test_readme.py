@@ -31,7 +31,7 @@ def address(tmp_path: Path) -> Iterator[str]:
         assert process.stdout is not None
         yield process.stdout.readline().split("//")[1].strip()
         process.terminate()
-        process.communicate(timeout=10)
+        process.communicate(timeout=50)
 
 
 def test_what_the_readme_shows_works(address: str, tmp_path: Path) -> None:

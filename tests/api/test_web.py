@@ -31,8 +31,8 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-port=0",
 )
-START_SECONDS = 20
-SEE_SECONDS = 10  # a generous deadline: nothing waits that long unless it is broken
+START_SECONDS = 50
+SEE_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
 LOOK_SECONDS = 0.05
 TEXTS = "[...document.querySelectorAll('{}')].map(one => one.innerText)"
 

@@ -71,7 +71,7 @@ class Actors:
 
     def is_alive(self, actor: dict[str, Any]) -> bool:
         """Tell whether somebody's session has not ended."""
-        answer = requests.get(f"{self.api}/users/me", headers=actor["headers"], timeout=10)
+        answer = requests.get(f"{self.api}/users/me", headers=actor["headers"], timeout=50)
         return answer.status_code == 200
 
     def register(self, name: str) -> dict[str, Any]:
@@ -79,12 +79,12 @@ class Actors:
         self.made += 1
         unique = f"{name}_{self.population.filled}_{self.made}"
         body = {"email": f"{unique}@example.com", "username": unique, "password": PASSWORD}
-        user = requests.post(f"{self.api}/users", json=body, timeout=10).json()
+        user = requests.post(f"{self.api}/users", json=body, timeout=50).json()
         del body["username"]
-        tokens = requests.post(f"{self.api}/users/login", json=body, timeout=10).json()
+        tokens = requests.post(f"{self.api}/users/login", json=body, timeout=50).json()
         headers = {"Authorization": f"Bearer {tokens['access_token']}"}
         path = f"{self.api}/users/me/sessions"
-        sessions = requests.get(path, headers=headers, timeout=10).json()
+        sessions = requests.get(path, headers=headers, timeout=50).json()
         kind = "refresh_token" if name == "refresh" else "access_token"
         return {
             "token": tokens[kind], "headers": headers, "id": user["id"],
@@ -220,7 +220,7 @@ def fuzz(population: Population, seed: int, tally: Tally) -> None:
         tally.takes(event)
 
 
-@pytest.mark.timeout(3600 if LONG else 60)
+@pytest.mark.timeout(3600 if LONG else 120)
 async def test_every_answer_is_as_the_document_says(
     population: Population, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,6 +68,7 @@ async def posts_in_turn(app: web.Application, chat: int, sender: Person, end: fl
     return outcomes
 
 
+@pytest.mark.real_deadlines
 async def test_chat_whose_row_is_held_delays_no_other(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
@@ -88,6 +89,7 @@ async def test_chat_whose_row_is_held_delays_no_other(
     assert others == [first + 1, first + 2]  # what was refused may have been committed after all
 
 
+@pytest.mark.real_deadlines
 async def test_posts_to_a_held_chat_keep_their_order(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
@@ -110,6 +112,7 @@ async def test_posts_to_a_held_chat_keep_their_order(
     assert [(await line.hears("message"))["data"]["text"] for _ in texts] == texts
 
 
+@pytest.mark.real_deadlines
 async def test_many_held_chats_delay_no_other(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
@@ -129,6 +132,7 @@ async def test_many_held_chats_delay_no_other(
     assert set(map(type, outcomes)) == {messenger.Posted}
 
 
+@pytest.mark.real_deadlines
 async def test_held_reader_delays_no_other(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
@@ -150,6 +154,7 @@ async def test_held_reader_delays_no_other(
     assert (await reads.submit(stuck)).seq == 1
 
 
+@pytest.mark.real_deadlines
 async def test_writer_that_ends_answers_what_waits_for_a_held_chat(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:
@@ -169,6 +174,7 @@ async def test_writer_that_ends_answers_what_waits_for_a_held_chat(
     assert numbers_of(await late) == [1]
 
 
+@pytest.mark.real_deadlines
 async def test_held_chat_leaves_connections_for_others(
     sql: asyncpg.Connection, alice: Person, bob: Person
 ) -> None:

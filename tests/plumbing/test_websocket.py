@@ -12,7 +12,7 @@ from aiohttp.test_utils import TestServer
 import messenger
 from plumbing import websocket
 from support.frames import drains
-from support.people import Person
+from support.people import HEAR_SECONDS, Person
 from support.raw import CLOSE, LONG, PING, PONG, TEXT, stalls
 
 
@@ -188,12 +188,13 @@ async def test_reader_that_takes_nothing_is_dropped(
     chat = await alice.opens(bob)
     _stalled, transport = await stalls(server, raw, bob, chat)
     slow, slow_transport = await stalls(server, raw, bob, chat)
-    await asyncio.gather(*[alice.says(chat, LONG) for _ in range(200)])
-    async with asyncio.timeout(20):
+    posting = asyncio.gather(*[alice.says(chat, LONG) for _ in range(200)])
+    async with asyncio.timeout(HEAR_SECONDS):
         while not transport.is_closing():
             assert (await slow.hears("message"))["data"]["text"] == LONG
             await asyncio.sleep(0.1)
     assert not slow_transport.is_closing()
+    await posting
     await alice.says(chat, "after")
     while (await slow.hears("message"))["data"]["text"] != "after":
         pass

@@ -33,6 +33,7 @@ class Cluster:
         await connection.close()
 
 
+pytestmark = pytest.mark.real_deadlines
 HANG_UP = "select pg_terminate_backend(pid) from pg_stat_activity where usename = 'app'"
 RELOAD = "select pg_reload_conf()"
 

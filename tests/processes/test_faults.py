@@ -24,7 +24,7 @@ from support.servers import ROOT, STOP_SECONDS, Server, environment, processes_i
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-BACK_SECONDS = 5
+BACK_SECONDS = 15
 
 
 # ---- Start and stop
@@ -202,6 +202,7 @@ async def test_what_was_answered_outlives_kill_9_of_everything(
     assert running.complaints() == ""
 
 
+@pytest.mark.real_deadlines
 async def test_postgres_killed_is_back_soon_and_sockets_stay(
     running: Server, people_of: Any
 ) -> None:
@@ -258,6 +259,7 @@ async def test_postgres_killed_is_back_soon_and_sockets_stay(
     assert await line.hears_text("goes on")
 
 
+@pytest.mark.real_deadlines
 async def test_frozen_postgres_keeps_nobody_waiting(running: Server, people_of: Any) -> None:
     """While PostgreSQL answers nothing every request is 503 within about two seconds, even behind a
     queue; once it goes on everything is served, and sockets have stayed open."""
@@ -285,6 +287,7 @@ async def test_frozen_postgres_keeps_nobody_waiting(running: Server, people_of: 
     assert len(await alice.history(chat)) == 1
 
 
+@pytest.mark.real_deadlines
 async def test_stop_while_postgres_is_away_leaves_nothing(running: Server, people_of: Any) -> None:
     """SIGTERM right after PostgreSQL died, with a post under way, ends the server as soon as
     ever."""

@@ -29,7 +29,7 @@ except ModuleNotFoundError:
     from plumbing.database import migrate
 migrate(sys.argv[2], messenger.SQL)
 """
-SERVE_SECONDS = 20
+SERVE_SECONDS = 50
 LAST_RELEASE = "9da4898"  # a commit whose servers may still serve while this one's start
 
 # All that a schema consists of, in words of PostgreSQL's own.

@@ -35,9 +35,11 @@ KINDS = ("removed", "logged out", "session ended", "password changed", "deactiva
 # A server that is started by way of this publishes no hints.
 MUTE = f"""
 import sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
 import messenger
 from plumbing import bus
+from support import patience
+patience.begin()
 bus.Bus.notify = lambda self, key, hint: None
 sys.exit(messenger.main())
 """

@@ -22,9 +22,11 @@ SEED = int(os.environ.get("FUZZ_SEED", "1"))
 LAUNCHER = f"""
 import logging
 import sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path[:0] = {str(ROOT)!r}, {str(ROOT / "tests")!r}
 import aiohttp.http_exceptions
 import messenger
+from support import patience
+patience.begin()
 def is_ours(record):
     kind = record.exc_info[0] if record.exc_info else None
     return kind is None or not issubclass(kind, aiohttp.http_exceptions.BadHttpMessage)

@@ -19,6 +19,7 @@ class Mutation:
 
 
 FUNCTIONS, SCHEMA = "sql/functions.sql", "sql/0001_schema.sql"
+READ_ONLY_FAULTS = ("database read-only", "connections read-only")
 CRASH = ("postmaster killed", "backend killed")
 # The commit follows a tenth of a second after the answer.
 COMMITS = "        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns))\n"
@@ -65,6 +66,8 @@ do $$ begin
     end loop;
 end $$;
 """
+READ_ONLY = "    asyncpg.ReadOnlySQLTransactionError,"
+HELD = "    asyncpg.LockNotAvailableError,\n"
 PAGE_END = """        replay.at = replay.at if len(missed) == REPLAY_PAGE else upto
     socket.write(bytes(frames))
 """
@@ -108,6 +111,10 @@ MUTATIONS = (
          "        group by p.chat_id"),)),
     Mutation("live after one page of a replay", ("missed",), ("worker killed",), (
         ("messenger.py", PAGE_END, f"{PAGE_END}    rooms.go_live(socket, room)\n"),)),
+    Mutation("a held chat is an error", ("wrong",), ("chat held",), (
+        ("plumbing/database.py", HELD, ""),)),
+    Mutation("a read-only database is an error", ("wrong",), READ_ONLY_FAULTS, (
+        ("plumbing/database.py", READ_ONLY, ""),)),
 )
 
 

@@ -10,8 +10,8 @@ from aiohttp.test_utils import TestClient
 
 PASSWORD = "correct horse"
 NOBODYS = "00000000-0000-4000-8000-000000000000"  # an id that no message has
-SOON_SECONDS = 5  # a generous deadline for what takes up to 2 s
-HEAR_SECONDS = 10  # a generous deadline: nothing waits that long unless it is broken
+SOON_SECONDS = 15  # a generous deadline for what takes up to 2 s
+HEAR_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
 
 
 class Heard(dict[str, Any]):

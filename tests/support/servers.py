@@ -25,8 +25,8 @@ SETTINGS = messenger.Settings(
     bcrypt_cost=4, messages_burst=ENOUGH, messages_per_second=ENOUGH, typing_per_second=ENOUGH,
     sockets_per_user=ENOUGH, refused_handshakes_per_second=ENOUGH,
     registrations_per_address=ENOUGH, login_failures_per_address=ENOUGH)
-START_SECONDS = 20  # generous deadlines: what they bound takes a second or two
-STOP_SECONDS = 6
+START_SECONDS = 40  # generous deadlines: what they bound takes a second or two
+STOP_SECONDS = 15
 
 # ---- A server of its own process
 
@@ -54,7 +54,7 @@ class Server:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder  # the working folder too, by which its processes are found
         self.settings = settings
-        self.program = ROOT / "messenger.py"
+        self.program = ROOT / "tests/support/launch_messenger.py"
         self.data = folder / "data"
         self.url = self.said = ""
         self.process: asyncio.subprocess.Process

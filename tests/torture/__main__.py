@@ -8,7 +8,8 @@ post, edit, delete and read; each action has its own id and is tried again until
 keeper, who owns the chats, removes members and puts them back. Every member follows the chats on
 sockets of both kinds, which come back with their number whenever they were cut. Meanwhile the
 faults, drawn from the seed: SIGKILL, SIGTERM and SIGSTOP of workers and of their parent, SIGKILL of
-the postmaster and of backends, all connections ended, the listening one cut, all hints dropped.
+the postmaster and of backends, all connections ended, the listening one cut, all hints dropped,
+a chat's row held by somebody else for seconds, the database read-only for a while.
 
 What is counted, each of which must be 0:
 
@@ -49,11 +50,14 @@ from support.servers import ROOT, processes_in
 from torture.clients import ASK_SECONDS, LIVE, Chat, Device, Run, Seat
 from torture.server import BACK_SECONDS, WORKERS, Server, Tally, kill
 
-START_SECONDS = 30.0
-LATE_SECONDS = 5.0  # with the hints dropped; it takes little more than a second
+START_SECONDS = 60.0
+LATE_SECONDS = 20.0  # with the hints dropped; it takes little more than a second
+HOLD_SECONDS = (2.0, 6.0)  # longer than what waits for the lock
+READ_ONLY_SECONDS = (0.5, 3.0)  # shorter and longer than a post is tried
 REST_SECONDS = (0.3, 0.9)  # between two faults
 DYING_SECONDS = 0.1  # for so long what was not killed itself may still answer
 PROGRESS_SECONDS = 10
+TIMES_LONGER = 9  # than was asked for, until there were so many faults
 PATIENCE_SECONDS = 60.0  # until everybody must have everything in the end
 PROOF_SECONDS = 10.0  # without a bug
 PROOF_PATIENCE_SECONDS = 4.0  # with one
@@ -68,6 +72,17 @@ END_BACKENDS = """
 CUT_LISTENERS = """
     select pg_terminate_backend(pid) from pg_stat_activity
     where backend_type = 'client backend' and application_name = ''"""
+HOLD_CHAT = "select pg_sleep($2) from (select from chats where id = $1 for update) held"
+# This reaches every connection at its next transaction, and so does its end ...
+READ_ONLY_DATABASE = (
+    "alter system set default_transaction_read_only = on", "select pg_reload_conf()")
+# ... and this is taken up by new connections only, which keep it for as long as they live.
+READ_ONLY_CONNECTIONS = (
+    "alter role messenger set default_transaction_read_only = on", END_BACKENDS)
+WRITABLE = (
+    "alter system reset default_transaction_read_only", "select pg_reload_conf()",
+    "alter role messenger reset default_transaction_read_only",
+)
 
 
 class Faults:
@@ -89,11 +104,15 @@ class Faults:
             "backends ended": (5, self._end_backends),
             "listeners cut": (5, self._cut_listeners),
             "hints dropped": (1, self._drop_hints),
+            "chat held": (2, self._hold_chat),
+            "database read-only": (1, lambda: self._forbid_writing(READ_ONLY_DATABASE)),
+            "connections read-only": (1, lambda: self._forbid_writing(READ_ONLY_CONNECTIONS)),
         }
         self.kinds = {kind: self.kinds[kind] for kind in allowed or self.kinds}
         self._since = float("inf")
-        self._back = asyncio.Event()
-        run.watching = self._acknowledged
+        self._waiting: set[Chat] = set()  # chats without an acknowledgement since the fault
+        self._held: Chat | None = None
+        run.watching = self._note_post
 
     def _drawn(self) -> Iterator[str]:
         """Answer kind after kind: first each once, then as often as their weights say."""
@@ -113,18 +132,19 @@ class Faults:
             await self._recover(kind)
             await asyncio.sleep(self.random.uniform(*REST_SECONDS))
 
-    def _acknowledged(self, began: float) -> None:
-        if began > self._since + DYING_SECONDS:
-            self._back.set()
+    def _note_post(self, chat: Chat, began: float, status: int) -> None:
+        """Take note of the answer to a post."""
+        if status in (200, 201) and began > self._since + DYING_SECONDS:
+            self._waiting.discard(chat)
+        if self._held is not None:
+            self.tally.note_beside(chat is self._held, status, time.monotonic() - began)
 
     async def _recover(self, kind: str) -> None:
-        """Measure from the fault until a post that was sent after it is acknowledged."""
-        self._back.clear()
-        try:
-            async with asyncio.timeout(BACK_SECONDS):  # wait_for may swallow the end of the run
-                await self._back.wait()
-        except TimeoutError:
-            self.tally.blame("wrong", f"no post was acknowledged after: {kind}")
+        """Measure from the fault until each chat has a post acknowledged that was sent after it."""
+        self._waiting = set(self.run.chats)
+        patience = min(BACK_SECONDS, self.run.patience)
+        await self.run.until(lambda: not self._waiting, patience)
+        self.tally.blame("wrong", f"after {kind}: a chat without posts", len(self._waiting))
         took = time.monotonic() - self._since
         self._since = float("inf")
         self.tally.say(f"{kind}: back after {took:.2f} s")
@@ -218,8 +238,8 @@ class Faults:
     async def _drop_hints(self) -> float:
         """Drop all hints: measure deliveries while nobody else posts, then let everybody."""
         self.run.open.clear()
-        self.server.mute.touch()
         try:
+            self.server.mute.touch()
             for _ in range(3):
                 await self._spread()
                 await asyncio.gather(*[self._time_delivery(chat) for chat in self.run.chats])
@@ -249,10 +269,30 @@ class Faults:
             return [each for each, ws in open_sockets.items() if ws is each.ws
                     and each.lacks(each.user.seats.get(chat.id), chat.id, message.seq, 1)]
 
-        await self.run.until(lambda: not late(), LATE_SECONDS)
+        await self.run.until(lambda: not late(), min(LATE_SECONDS, self.run.patience))
         self.tally.blame("missed", "not delivered while the hints were dropped", len(late()))
         took = time.monotonic() - sent
         self.tally.slowest_delivery = max(self.tally.slowest_delivery, took)
+
+    async def _hold_chat(self) -> float:
+        """Hold a chat's row; note how its posts fare meanwhile, and those of the other chats."""
+        self._held = self.random.choice(self.run.chats)
+        try:
+            await self.server.sql(HOLD_CHAT, self._held.id, self.random.uniform(*HOLD_SECONDS))
+        finally:
+            self._held = None
+        return time.monotonic()
+
+    async def _forbid_writing(self, statements: Sequence[str]) -> float:
+        """Make the database, or every new connection to it, read-only for a while."""
+        try:
+            for statement in statements:
+                await self.server.sql(statement)
+            await asyncio.sleep(self.random.uniform(*READ_ONLY_SECONDS))
+        finally:
+            for statement in WRITABLE:
+                await self.server.sql(statement)
+        return time.monotonic()
 
 
 # ---- The check at the end
@@ -317,14 +357,18 @@ class Check:
                 continue
             was = (seat.chat.id, message.seq, seat.user.id, message.text, message.created_at)
             now = tuple(row[name] for name in ("chat_id", "seq", "sender_id", "text", "created_at"))
-            if was != now:
+            # A change that was not answered until the end is made, or is not.
+            _, text = self.run.unchanged.get(message.id, (message, message.text))
+            if now not in (was, (*was[:3], text or "", was[4])):
                 self.blame("lost", f"answered as {was}, stored as {now}")
         unknown = by_id.keys() - self.run.unanswered.keys()
         self.blame("doubled", "there, and never sent", len(unknown))
 
     def _numbered(self, chat: Chat, stored: list[Any], last: int) -> None:
         """The numbers have no holes, none was given twice, and times follow them."""
-        if last != len(stored) + chat.changes or last < max([row["rev"] for row in stored] or [0]):
+        unsure = sum(message.seat.chat is chat for message, _ in self.run.unchanged.values())
+        sure = len(stored) + chat.changes
+        if not max([sure, *[row["rev"] for row in stored]]) <= last <= sure + unsure:
             text = f"{len(stored)} posts and {chat.changes} changes took {last} numbers"
             self.blame("misordered", text)
         taken = Counter(number for row in stored for number in {row["seq"], row["rev"]})
@@ -434,11 +478,12 @@ async def torment(run: Run, faults: Faults, seconds: float, least: int) -> None:
     while (left := deadline - time.monotonic()) > 0 or run.tally.faults.total() < least:
         await asyncio.sleep(min(PROGRESS_SECONDS, max(1, left)))
         run.tally.say(run.tally.progress())
-        if going.done() or left < -3 * seconds:
+        if going.done() or left < -TIMES_LONGER * seconds:
             break
+    going.cancel()
+    await asyncio.wait([going])  # for what it undoes
     run.server.process.kill()
     await run.cut_short()
-    run.server.mute.unlink(missing_ok=True)
     run.tally.faults["parent killed"] += 1
     await run.server.ended(START_SECONDS)
     run.server.start()

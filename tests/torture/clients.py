@@ -35,6 +35,7 @@ PAUSE_SECONDS = 0.05  # of a sender, on average
 BURST = 6  # messages at once on one socket
 LAST_WORDS = 16  # of who is just being removed
 KEEPERS = 2  # at work at once
+READIES = 2  # of which one answers a sync
 RECENT = 50  # messages of one's own that may still be changed
 
 # ---- Who is there
@@ -154,13 +155,16 @@ class Book:
     state: str = AWAY
     last: int = 0  # the rev of the last frame on this socket
     after: int = 0  # what the present sync asked for
-    falls: int = 0  # once for each sync the revs may go down: from what came before it
+    # Once for each sync the revs may go down, from what came before it. Here is for how many more
+    # `ready`s: the next may be one that nobody asked for, of a socket that fell behind.
+    falls: list[int] = field(default_factory=list)
     counts: bool = False  # whether frames move the number: from a sync to its ready they do not
 
     def begins(self, after: int, by_frame: bool) -> None:
         """A sync begins: with the handshake, or by a frame, before which others may come."""
         self.state, self.after, self.counts = SYNCING, after, not by_frame
-        self.falls += by_frame
+        if by_frame:
+            self.falls.append(READIES)
 
     def pauses(self, state: str) -> None:
         """The chat is gone, or back from here on: what was posted between is not here."""
@@ -220,7 +224,7 @@ class Device:
 
     async def _listen(self, ws: aiohttp.ClientWebSocketResponse) -> None:
         for book in self.books.values():
-            book.last, book.falls = 0 if self.follows_all else book.number, 0
+            book.last, book.falls = 0 if self.follows_all else book.number, []
             book.begins(book.number, by_frame=self.follows_all)
         self.ws = ws
         if self.follows_all:
@@ -292,7 +296,7 @@ class Device:
         if data.rev <= book.last:
             if not book.falls or data.rev <= book.after:
                 self.run.tally.blame("misordered", f"rev {data.rev} came after {book.last}")
-            book.falls -= 1
+            del book.falls[:1]
         book.last = data.rev
         if book.counts:
             book.number = data.rev
@@ -316,7 +320,7 @@ class Device:
         if data.rev < book.number:
             self.run.tally.blame("lost", f"came with {book.number}, the chat is at {data.rev}")
         book.state, book.number, book.counts = LIVE, data.rev, True
-        book.falls = max(0, book.falls - 1)
+        book.falls = [each - 1 for each in book.falls if each > 1]
 
     async def _take_refusal(self, chat_id: int, status: int) -> None:
         """A sync was refused: the user is out, or the database away."""
@@ -353,7 +357,8 @@ class Run:
         self.unchanged: dict[str, tuple[Message, str | None]] = {}  # changes without an answer
         self.open = asyncio.Event()  # cleared for a moment of quiet
         self.busy = 0  # members who are being removed and put back
-        self.watching: Callable[[float], None] = lambda _began: None  # acknowledgements
+        # Every answer to a post: its chat, when it was asked, the status (0: none came).
+        self.watching: Callable[[Chat, float, int], None] = lambda *_answer: None
         # Every answer: the server's URL, when it was asked, the status (0: none came), and what.
         self.noting: Callable[[str, float, int, str], None] = lambda *_answer: None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -434,7 +439,7 @@ class Run:
         status, answer = await self.as_member(seat, call, "a post")
         if status in (200, 201):
             self._acknowledge(message, answer)
-            self.watching(began)
+        self.watching(seat.chat, began, status)
         return status
 
     def _acknowledge(self, message: Message, answer: Data) -> None:

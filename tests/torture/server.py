@@ -19,7 +19,7 @@ import asyncpg
 from support.servers import processes_in
 
 WORKERS = 2
-BACK_SECONDS = 30.0
+BACK_SECONDS = 60.0
 TOLD = 8  # findings of each kind that are told in words
 
 # ---- The tally
@@ -37,6 +37,9 @@ class Tally:
         self.faults: Counter[str] = Counter()
         self.recovery: dict[str, float] = {}  # kind of fault: the slowest
         self.slowest_delivery = 0.0  # with the hints dropped
+        # While a chat was held: what became of posts to it and to the others, slowest answers.
+        self.beside: Counter[str] = Counter()
+        self.slowest_beside = 0.0
 
     def say(self, text: str) -> None:
         """Print a line with the time of the run."""
@@ -49,6 +52,14 @@ class Tally:
             self.found[kind] += times
             if self.found[kind] - times < TOLD:
                 self.say(f"{kind.upper()}: {text}" + f" ({times} times)" * (times > 1))
+
+    def note_beside(self, is_held: bool, status: int, took: float) -> None:
+        """Count what a post was answered while a chat was held: it, or another."""
+        whose = "its own" if is_held else "the others'"
+        what = {200: "accepted", 201: "accepted", 503: "refused", 0: "unanswered"}.get(status)
+        if what is not None:  # else the sender is out
+            self.beside[f"{whose} {what}"] += 1
+            self.slowest_beside = max(self.slowest_beside, 0.0 if is_held else took)
 
     def progress(self) -> str:
         """What a line of progress says."""
@@ -72,6 +83,10 @@ class Tally:
         slowest = sorted(self.recovery.items(), key=lambda each: -each[1])
         yield "slowest recovery: " + ", ".join(f"{kind} {took:.2f} s" for kind, took in slowest)
         yield f"slowest delivery with the hints dropped: {self.slowest_delivery:.2f} s"
+        beside = ", ".join(f"{what} {count}" for what, count in sorted(self.beside.items()))
+        yield (
+            f"posts while a chat was held: {beside or 'none'};"
+            f" the others' slowest answer {self.slowest_beside:.2f} s")
 
 
 # ---- The server
@@ -170,11 +185,14 @@ class Server:
             try:
                 connection = await asyncpg.connect(
                     host=self.postmaster()[4], port=5432, user="messenger", database="postgres",
-                    timeout=5, server_settings={"application_name": "torture"})
+                    timeout=5, server_settings={
+                        "application_name": "torture", "default_transaction_read_only": "off"})
                 try:
-                    return list(await connection.fetch(query, *arguments))
-                finally:
+                    rows = list(await connection.fetch(query, *arguments))
                     await connection.close(timeout=5)
+                    return rows
+                finally:
+                    connection.terminate()
             except (IndexError, OSError, TimeoutError, asyncpg.PostgresError,
                     asyncpg.InterfaceError):
                 if time.monotonic() > deadline:
