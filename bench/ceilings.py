@@ -264,20 +264,29 @@ def serve_writes(port: Any, delivery: bytes, ack: bytes, group: int) -> None:
     uvloop.run(serve())
 
 
-def serve_nothing(port: Any) -> None:
-    """Serve an empty answer of a bare aiohttp, until killed."""
+def serve_bare(port: Any, dsn: str, query: str, arguments: Sequence[object]) -> None:
+    """Serve by a bare aiohttp, until killed: an empty answer at `/`, and at `/page` the messages
+    that a plain SELECT finds. `port` is told where, and the processes of both sides.
+    """
     pin(SERVER_CORE)
 
-    async def answer(_request: web.Request) -> web.Response:
-        return web.Response()
-
     async def serve() -> None:
+        connection = await asyncpg.connect(dsn, server_settings=SESSION)
+
+        async def answer_nothing(_request: web.Request) -> web.Response:
+            return web.Response()
+
+        async def answer_page(_request: web.Request) -> web.Response:
+            found = [messenger.Message(*row) for row in await connection.fetch(query, *arguments)]
+            return web.Response(body=messenger.ENCODER.encode(found))
+
         app = web.Application()
-        app.router.add_get("/", answer)
+        app.router.add_get("/", answer_nothing)
+        app.router.add_get("/page", answer_page)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        port.send((runner.addresses[0][1], os.getpid()))
+        port.send((runner.addresses[0][1], os.getpid(), connection.get_server_pid()))
         await asyncio.Event().wait()
 
     uvloop.run(serve())

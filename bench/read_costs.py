@@ -3,8 +3,9 @@
 One reader, one request at a time. Of each answer the time of the server and of its PostgreSQL
 backends is counted together, to the nanosecond (schedstat), and held against floors measured in
 the same rounds, none of which is a function of ours: a plain SELECT of the same rows (by its
-backend), its fetch by asyncpg, and an empty answer of a bare aiohttp. Last, how long the list of
-chats takes right after they were filled, and once the tables were analyzed.
+backend), its fetch by asyncpg, and an empty answer of a bare aiohttp. What such a bare aiohttp
+takes to fetch and encode a page for anybody is told beside them. Last, how long the list of chats
+takes right after they were filled, and once the tables were analyzed.
 """
 
 import time
@@ -26,29 +27,32 @@ BACKENDS = "select pid from pg_stat_activity where application_name = 'messenger
 
 
 async def getting(bench: Bench, server: Server, path: str, token: str) -> Figures:
-    """Ask for the same for a while, and answer what an answer cost both sides."""
-    getter = await connect(server.port, lambda: Getter(get_request(f"/api/v1{path}", token)))
+    """Ask the messenger for the same for a while."""
+    path = f"/api/v1{path}"
     with bench.only(server):
-        await getter.start(time.perf_counter() + bench.seconds / 8)  # statements are prepared
-        pids = [row["pid"] for row in await server.sql.fetch(BACKENDS)]
-        before = cpu_milliseconds(server.pids), cpu_milliseconds(pids)
-        await getter.start(time.perf_counter() + bench.seconds)
-        after = cpu_milliseconds(server.pids), cpu_milliseconds(pids)
+        await get_for(server, get_request(path, token), 1, bench.seconds / 8)  # it is connected
+        backends = [row["pid"] for row in await server.sql.fetch(BACKENDS)]
+        return await asking(bench, server.port, path, token, server.pids, backends)
+
+
+async def asking(
+    bench: Bench, port: int, path: str, token: str, pids: Sequence[int], backends: Sequence[int]
+) -> Figures:
+    """Ask for the same for a while, and answer what an answer cost both sides."""
+    getter = await connect(port, lambda: Getter(get_request(path, token)))
+    await getter.start(time.perf_counter() + bench.seconds / 8)  # statements are prepared
+    before = cpu_milliseconds(pids), cpu_milliseconds(backends)
+    await getter.start(time.perf_counter() + bench.seconds)
+    after = cpu_milliseconds(pids), cpu_milliseconds(backends)
     close_all([getter])
     count = len(getter.delays)
     return {"server": (after[0] - before[0]) / count, "postgresql": (after[1] - before[1]) / count}
 
 
-async def answering(bench: Bench, port: int, pid: int) -> Figures:
-    """Ask a bare aiohttp for nothing, and answer what an answer cost it."""
-    getter = await connect(port, lambda: Getter(get_request("/", "")))
+async def bare(bench: Bench, path: str, port: int, pid: int, backend: int) -> Figures:
+    """Ask a bare aiohttp for the same for a while."""
     with bench.only(None):
-        await getter.start(time.perf_counter() + bench.seconds / 8)
-        before = cpu_milliseconds([pid])
-        await getter.start(time.perf_counter() + bench.seconds)
-        passed = cpu_milliseconds([pid]) - before
-    close_all([getter])
-    return {"server": passed / len(getter.delays)}
+        return await asking(bench, port, path, "", [pid], [backend])
 
 
 async def rows(bench: Bench) -> list[Row]:
@@ -66,13 +70,14 @@ async def rows(bench: Bench) -> list[Row]:
             await server.fill(lists[who.id], UNREAD, other)
         await read_all(server, lists[reader.id], [reader])
         await server.settle()
-        with serving(ceilings.serve_nothing) as (port, pid):
+        page = unread, MESSAGES + 1, PAGE
+        with serving(ceilings.serve_bare, server.dsn, ceilings.PLAIN_PAGE, page) as told:
             found = await bench.alternate("read costs", **{
-                "page": partial(
-                    plain, bench, server, ceilings.PLAIN_PAGE, unread, MESSAGES + 1, PAGE),
+                "page": partial(plain, bench, server, ceilings.PLAIN_PAGE, *page),
                 "look-ups": partial(
                     plain, bench, server, ceilings.PLAIN_LOOK_UPS, lists[lister.id][:PAGE]),
-                "empty": partial(answering, bench, port, pid),
+                "empty": partial(bare, bench, "/", *told),
+                "bare": partial(bare, bench, "/page", *told),
                 "read": partial(page_of, bench, server, read, crowd[1]),
                 "unread": partial(page_of, bench, server, unread, crowd[1]),
                 "list": partial(getting, bench, server, "/chats", lister.token),
@@ -113,6 +118,8 @@ def cost_rows(found: dict[str, Figures]) -> list[Row]:
         ("read", f"page of {PAGE}, {READERS} of {MEMBERS} have read all", selected, 4,
          "a plain select + an empty answer"),
         ("unread", f"page of {PAGE}, nobody read, 2 members", selected + page["fetch"], 1.5,
+         "a plain select + its fetch + an empty answer"),
+        ("bare", f"page of {PAGE} for anybody, by a bare aiohttp", selected + page["fetch"], None,
          "a plain select + its fetch + an empty answer"),
         ("list", f"{few}, {UNREAD} unread each", looked_up, 8,
          f"{PAGE} look-ups by key + an empty answer"),

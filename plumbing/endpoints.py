@@ -17,6 +17,7 @@ import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
+from urllib.parse import urlencode
 from uuid import UUID
 
 import asyncpg
@@ -31,6 +32,7 @@ from plumbing.process import Handler
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
 NO_NUL = "^[^\\u0000]*$"  # PostgreSQL cannot store U+0000
+PLACES = ("before", "after", "cursor")  # the parameters of a query that say where a page is
 PROBLEM_JSON = "application/problem+json"
 ENCODER = msgspec.json.Encoder()
 
@@ -176,8 +178,10 @@ def created(value: ShapeT, location: str) -> Answer[ShapeT]:
 
 def page(request: web.Request, values: ShapeT, **links: dict[str, Any] | None) -> Answer[ShapeT]:
     """Answer a page with links to its neighbours (RFC 8288): for each the query that differs."""
-    here = request.rel_url.without_query_params("before", "after", "cursor")
-    shown = [f'<{here.update_query(to)}>; rel="{name}"' for name, to in links.items() if to]
+    path = request.rel_url.raw_path
+    kept = {name: each for name, each in request.query.items() if name not in PLACES}
+    shown = [
+        f'<{path}?{urlencode(kept | to)}>; rel="{name}"' for name, to in links.items() if to]
     return Answer(values, headers={"Link": ", ".join(shown)} if shown else {})
 
 
@@ -272,7 +276,7 @@ def bind(
             name: read_path(kind, request.match_info[name], path_problems[name])
             for name, kind in signature.path.items()
         }
-        if signature.query.__struct_fields__:
+        if signature.query.__struct_fields__ and request.rel_url.raw_query_string:
             arguments |= read_query(request, signature.query)
         if signature.body is not None:
             body = await read_body(request)

@@ -10,5 +10,5 @@ create table if not exists schema_files (
 -- not get. A database that has them keeps them while servers of that release may still run on it;
 -- the next release may drop them:
 --     accounts_after, chats_before, chats_followed, history_after, history_before, history_found,
---     lately_joined, missed_messages, participants_after, purge_old, room_news, sessions_after,
---     start_session, unindexed_messages, users_after
+--     lately_joined, message_changes, missed_messages, participants_after, purge_old, room_news,
+--     sessions_after, start_session, unindexed_messages, users_after

@@ -15,73 +15,17 @@
 -- What changed in a chat after one number and up to another, by rev, each message once. Two scans,
 -- each in order: messages that were never changed, by the primary key, and those that were, by
 -- messages_changed. The planner puts it into the statement that calls it.
-create or replace function message_changes(
+create or replace function changed_messages(
     chat bigint, after_rev bigint, upto_rev bigint, at_most int)
-returns setof message_view language sql stable as $$
-    (select v.* from message_view v
-     where v.chat_id = chat and v.seq > after_rev and v.seq <= upto_rev and v.rev = v.seq
-     order by v.seq limit at_most)
+returns setof message_rows language sql stable as $$
+    (select m.* from message_rows m
+     where m.chat_id = chat and m.seq > after_rev and m.seq <= upto_rev and m.rev = m.seq
+     order by m.seq limit at_most)
     union all
-    (select v.* from message_view v
-     where v.chat_id = chat and v.rev > after_rev and v.rev <= upto_rev and v.rev <> v.seq
-     order by v.rev limit at_most)
+    (select m.* from message_rows m
+     where m.chat_id = chat and m.rev > after_rev and m.rev <= upto_rev and m.rev <> m.seq
+     order by m.rev limit at_most)
     order by rev limit at_most
-$$;
-
--- Who read a page of messages that stand one after the other, from the oldest to the newest: in one
--- row, as arrays. A reader is in them once for each number where they stopped, and with when that
--- was: at the steps that end within the page, at the first beyond it, and where they stand now, of
--- which the participant's own row tells. Whatever lies between two stops was passed at the second;
--- what is up to joined_seq was not read. In chats of more than 100, and of a reader who deleted the
--- account, there is no name; such readers are counted only. The planner puts it into the statement
--- that calls it.
-create or replace function page_readers(chat bigint, oldest bigint, newest bigint)
-returns table (
-    user_ids bigint[], usernames text[], joined_seqs bigint[], read_seqs bigint[],
-    read_ats timestamptz[])
-language sql stable as $$
-    select array_agg(p.user_id), array_agg(u.username), array_agg(p.joined_seq),
-           array_agg(stop.seq), array_agg(stop.read_at)
-    from chats c
-    join participants p on p.chat_id = c.id and p.joined_seq < newest and p.last_read_seq >= oldest
-    -- offset 0: each is looked up; else the planner may read all users
-    left join lateral (
-        select u.username from users u where u.id = p.user_id and u.deleted_at is null offset 0
-    ) u on c.participant_count <= 100
-    cross join lateral (
-        select p.last_read_seq as seq, p.last_read_at as read_at
-        union all
-        select r.seq, r.read_at from reads r
-        where c.participant_count <= 100 and r.chat_id = p.chat_id and r.user_id = p.user_id
-          and r.seq >= oldest and r.seq < least(newest, p.last_read_seq)
-        union all
-        (select r.seq, r.read_at from reads r
-         where c.participant_count <= 100 and p.last_read_seq > newest
-           and r.chat_id = p.chat_id and r.user_id = p.user_id
-           and r.seq >= newest and r.seq < p.last_read_seq
-         order by r.seq limit 1)
-    ) stop
-    where c.id = chat
-$$;
-
--- The first 100 participants of a chat of so many, oldest first, and of each when they read its
--- newest message (null: they did not). Who deleted the account but has not left yet has no name:
--- such a reader still counts, where all are here. The planner puts it into the statement that
--- calls it.
-create or replace function chat_people(chat bigint, size int, newest bigint)
-returns table (
-    user_id bigint, username text, role text, last_read_seq bigint, read_at timestamptz,
-    ordinal bigint)
-language sql stable as $$
-    select p.user_id, u.username, p.role, p.last_read_seq,
-           case when p.joined_seq < newest and p.last_read_seq >= newest then p.last_read_at end,
-           p.ordinal
-    from participants p
-    -- offset 0: each is looked up; else the planner may read all users
-    cross join lateral (
-        select u.username from users u
-        where u.id = p.user_id and (size <= 100 or u.deleted_at is null) offset 0) u
-    where p.chat_id = chat order by p.ordinal limit 100
 $$;
 
 -- Words in the form that message_words has.

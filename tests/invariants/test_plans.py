@@ -114,7 +114,11 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_SESSIONS": [(READER, 604_800, 0, PAGE)],
         "END_SESSION": [(77, 78, None), (77, 78, "")],
         "SELECT_SESSIONS_ENDED": [(10,)],
-        "SELECT_CHAT": [(BIG, READER), (2, READER)],
+        "SELECT_CHATS": [
+            (READER, 1, NEWEST, messenger.PLACE_MAX, NEWEST, PAGE),
+            (READER, BIG, BIG, messenger.PLACE_MAX, NEWEST, 1),
+            (READER, 2, 2, messenger.PLACE_MAX, NEWEST, 1),
+        ],
         "SELECT_PARTICIPANTS": [(BIG, READER, 0, PAGE)],
         "SELECT_MESSAGE": [(BIG, READER, stored)],
         "SELECT_MEMBERSHIP": [(BIG, READER)],
@@ -135,7 +139,6 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "COUNT_ATTEMPT": [("login:u1", 900, 10)],
         "CREATE_GROUP": [(READER, "a group", [LEAVER, JOINER])],
         "OPEN_PERSONAL_CHAT": [(4, 5), (READER, JOINER)],
-        "SELECT_CHATS_BEFORE": [(READER, messenger.PLACE_MAX, NEWEST, PAGE)],
         "RENAME_CHAT": [(BIG, READER, "another name")],
         "PUT_PARTICIPANT": [(BIG, READER, JOINER, None, 1000), (BIG, READER, 2, "owner", 1000)],
         "REMOVE_PARTICIPANT": [(BIG, READER, 2), (BIG, READER, READER)],
@@ -158,6 +161,10 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_MISSED": [
             (BIG, READER, FAR, NEWEST, PAGE), (BIG, READER, NEAR, NEAR + 10, PAGE),
             (BIG, READER, MESSAGES + 10, NEWEST, PAGE),
+        ],
+        "SELECT_READERS": [
+            (BIG, [NEAR], [NEAR + PAGE]),
+            (BIG, [*range(FAR, NEAR, NEAR // PAGE)], [*range(FAR, NEAR, NEAR // PAGE)]),
         ],
         "SELECT_UNINDEXED": [(BIG, PAGE)],
         "INDEX_WORDS": [(BIG, NEAR, NEAR + 2, [NEAR + 1, NEAR + 2], ["some words", "more"])],
