@@ -1009,7 +1009,9 @@ def chats_of(rows: list[Any]) -> list[Chat]:
     chats = {}
     for row in rows:
         chat_id, name, is_group, created_at, count, last_rev, version, unread = row[:8]
-        newest = Message(row[8], chat_id, *row[9:17], row["position"]) if row[8] else None
+        newest = None
+        if row["message_id"]:
+            newest = Message(row[8], chat_id, *row[9:17], position=row["position"])
         chats[chat_id] = Chat(
             chat_id, name, is_group, created_at, [], count, newest, last_rev,
             position_of(last_rev, row["last_mark"]), version, unread)
@@ -1591,7 +1593,7 @@ async def messages_of(database: Database, chat_id: int, rows: list[Any]) -> list
     """
     if not rows or rows[0]["id"] is None:
         return []
-    messages = [Message(*row[:10], row["position"]) for row in rows]
+    messages = [Message(*row[:10], position=row["position"]) for row in rows]
     rising = sorted(messages, key=SEQ)
     if rows[0]["read_seq"] >= rising[0].seq:
         ends = run_ends([message.seq for message in rising])

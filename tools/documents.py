@@ -106,9 +106,11 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.Chat(7, "Friends", True, AT, [ANN, BEN], 2, MESSAGE, 41, POSITION, 1, 0), m.Read(7, ID, 41, 2, AT),
     m.Health("ready"), endpoints.FieldError("$.text", "is missing"), m.ChatNotFound().details(),
     m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID), m.TypingIn(chat_id=7),
-    m.SyncIn(POSITION), m.SyncIn(chats={7: POSITION, 8: 12}), m.AuthIn("eyJhbGciOi…"), m.Ack(ID, 7, 41, AT),
+    m.SyncIn(POSITION), m.SyncIn(chats={7: POSITION, 8: 12}), m.AuthIn("eyJhbGciOi…"),
+    m.Ack(ID, 7, 41, AT),
     m.Hello(1, 3, AT, AT, 25, m.VERSION), m.ChatPositions({7: (POSITION, 2)}, False),
-    m.ReplayStart(7, "12.Zq0pLm4tYw8"), m.Ready(7, 41, POSITION), m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
+    m.ReplayStart(7, "12.Zq0pLm4tYw8"), m.Ready(7, 41, POSITION),
+    m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
     m.Expiry(AT))
 
 
