@@ -2966,11 +2966,9 @@ async def start_sites(
             shutdown_timeout=SHUTDOWN_SECONDS)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        site = web.SockSite(runner, port, backlog=process.BACKLOG)
-        await site.start()
         if served is app:  # its sockets first: once the runner cleans up, they answer no close
             stack.push_async_callback(close_sockets, app)
-            stack.push_async_callback(site.stop)
+        stack.callback(process.Acceptor(port, cast(web.Server, runner.server)).stop)
 
 
 async def start_workers(
