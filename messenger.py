@@ -120,6 +120,7 @@ from plumbing import guard, process
 from plumbing.bus import Bus
 from plumbing.database import (
     Database,
+    GroupReader,
     GroupWriter,
     Outcome,
     Unavailable,
@@ -663,9 +664,12 @@ def check_outcome(outcome: str) -> None:
 # Tokens are JWTs (RFC 7519) that name a session; a session is one login, and a refresh token is
 # good for one generation of it (RFC 9700, section 4.14). Who asks too often is asked to wait.
 
-SELECT_SESSION = """  -- session_id, user_id
+SELECT_SESSIONS_ALIVE = """  -- session_ids, user_ids
     -- sessions_pkey
-    select true from sessions where id = $1 and user_id = $2 and ended_at is null"""
+    select s.id, s.user_id
+    from unnest($1::bigint[], $2::bigint[]) asked (session_id, user_id)
+    join sessions s on s.id = asked.session_id and s.user_id = asked.user_id
+    where s.ended_at is null"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -691,6 +695,7 @@ class Sessions:
         self._database = database
         self._access_seconds = settings.access_token_expire_minutes * 60
         self._refresh_seconds = settings.refresh_token_expire_days * 86_400
+        self._look_ups = GroupReader(self._are_alive)
         self._alive: dict[int, float] = {}  # session id: until when it is believed, monotonic
         self._ended: set[int] = set()  # ended lately: a look-up under way may still say alive
 
@@ -727,13 +732,19 @@ class Sessions:
         asker = Asker(int(claims["sub"]), claims["sid"], claims["exp"])
         if self._alive.get(asker.session_id, 0) < time.monotonic():
             until = time.monotonic() + SESSION_TRUST_SECONDS
-            alive = await self._database.row(SELECT_SESSION, asker.session_id, asker.user_id)
+            alive = await self._look_ups.get((asker.session_id, asker.user_id))
             if not alive or asker.session_id in self._ended:
                 raise Unauthorized
             if len(self._alive) > SESSIONS_REMEMBERED_MAX:
                 self._alive.clear()
             self._alive[asker.session_id] = until
         return asker
+
+    async def _are_alive(self, asked: list[tuple[int, int]]) -> list[bool]:
+        """Tell of each session, with its user, whether it is alive. Raises Unavailable."""
+        rows = await self._database.rows(SELECT_SESSIONS_ALIVE, *zip(*asked, strict=True))
+        alive = set(map(tuple, rows))
+        return [each in alive for each in asked]
 
     def end(self, session_ids: Iterable[int]) -> None:
         """Believe no longer that these sessions are alive."""
@@ -844,11 +855,14 @@ SELECT_CHAT = """  -- chat_id, asker_id
     left join users u on u.id = m.sender_id and u.deleted_at is null
     left join people p on p.beside = c.id"""
 
-SELECT_FOLLOWED = """  -- chat_id, asker_id
+SELECT_FOLLOWED = """  -- chat_ids, asker_ids
     -- participants_of_user, chats_pkey
-    -- All chats of the asker, or (where it is not null) the one.
-    select c.id, c.last_rev, c.version from participants p join chats c on c.id = p.chat_id
-    where p.user_id = $2 and p.chat_id = coalesce($1, p.chat_id)"""
+    -- Of each asker, by their place: all of their chats, or (where it is not null) the one.
+    select asked.place, c.id, c.last_rev, c.version
+    from unnest($1::bigint[], $2::bigint[]) with ordinality asked (chat_id, user_id, place)
+    join participants p
+        on p.user_id = asked.user_id and p.chat_id = coalesce(asked.chat_id, p.chat_id)
+    join chats c on c.id = p.chat_id"""
 
 
 def chats_of(rows: list[Any]) -> list[Chat]:
@@ -978,6 +992,7 @@ class Rooms:
         self._sessions = sessions
         self._bus = bus
         self._tasks = tasks
+        self._look_ups = GroupReader(self._followed_by)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
@@ -1021,16 +1036,28 @@ class Rooms:
         self._of_users.setdefault(socket.asker.user_id, set()).add(socket)
         deadline = time.monotonic() + VERSION_SECONDS
         while True:
-            rows = await self.database.rows(
-                SELECT_FOLLOWED, socket.chat_id, socket.asker.user_id)
-            newer = [row["id"] for row in rows if self._knows_newer(row["id"], row["version"])]
+            followed = await self._look_ups.get((socket.chat_id, socket.asker.user_id))
+            newer = [chat_id for chat_id, _, version in followed
+                     if self._knows_newer(chat_id, version)]
             if not newer:
                 break
             await self._wait_for_version(newer, deadline)
-        if socket.chat_id is not None and not rows:
+        if socket.chat_id is not None and not followed:
             raise ChatNotFound
-        for row in rows:
-            self._join_room(socket, *row)
+        for chat in followed:
+            self._join_room(socket, *chat)
+
+    async def _followed_by(
+        self, asked: list[tuple[int | None, int]]
+    ) -> list[list[tuple[int, int, int]]]:
+        """List of each chat (None: all) and user: the id, rev and version of what they follow.
+
+        Raises Unavailable.
+        """
+        followed: list[list[tuple[int, int, int]]] = [[] for _ in asked]
+        for place, *chat in await self.database.rows(SELECT_FOLLOWED, *zip(*asked, strict=True)):
+            followed[place - 1].append(tuple(chat))
+        return followed
 
     def _knows_newer(self, chat_id: int, version: int) -> bool:
         """Tell whether a room knows of a later change of participants than a query saw."""
