@@ -939,6 +939,9 @@ class Replay:
 class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
+    __slots__ = (
+        "answered", "asker", "catching_up", "chat_id", "key", "replays", "rooms", "unanswered")
+
     def __init__(self, asker: Asker, chat_id: int | None) -> None:
         super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
         self.asker = asker
@@ -998,12 +1001,14 @@ class Rooms:
         self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
 
     async def close_all(self) -> None:
-        """Close every socket with 1001, all at once."""
-        handlers = [socket.task for socket in self._sockets]
-        for socket in list(self._sockets):
+        """Close every socket with 1001, all at once; cut those that do not answer soon."""
+        sockets = list(self._sockets)
+        for socket in sockets:
             self.close(socket, GOING_AWAY)
-        if handlers:
-            await asyncio.wait(handlers, timeout=CLOSE_ALL_SECONDS)
+        if sockets:
+            await asyncio.wait([socket.task for socket in sockets], timeout=CLOSE_ALL_SECONDS)
+        for socket in sockets:
+            socket.cut()
 
     def all_sockets(self) -> list[Socket]:
         """List every open socket."""
@@ -1157,7 +1162,7 @@ class Rooms:
             self.close(socket, NOT_IN_CHAT)
 
     def close(self, socket: Socket, code: int) -> None:
-        """Close a socket: it leaves, and its handler is woken to say why."""
+        """Close a socket: it leaves, and hears nothing but why."""
         self.leave(socket)
         socket.begin_close(code)
 
@@ -1174,6 +1179,14 @@ class Rooms:
         """Do what a `sync` asks for. Raises ChatNotFound, Unavailable."""
         await self._join_chat(socket, chat_id)  # where its user came in a moment ago
         if chat_id in socket.rooms:
+            self.resume(socket, chat_id, after)
+
+    def resume(self, socket: Socket, chat_id: int, after: int) -> None:
+        """Let a socket that has a chat up to a number be live there, once it has what it missed."""
+        room = socket.rooms[chat_id]
+        if after >= room.delivered and room.filling is None:
+            self.go_live(socket, room)
+        else:
             self.start_replay(socket, chat_id, after)
 
     def start_replay(self, socket: Socket, chat_id: int, after: int) -> None:
@@ -1185,7 +1198,7 @@ class Rooms:
 
     def go_live(self, socket: Socket, room: Room) -> None:
         """Let a socket be live: it has everything up to `delivered`. Nothing may await here."""
-        del socket.replays[room.chat_id]
+        socket.replays.pop(room.chat_id, None)
         room.live.add(socket)
         socket.send(ReadyOut(data=Ready(room.chat_id, room.delivered)))
 
@@ -1310,8 +1323,6 @@ SELECT_MISSED = """  -- chat_id, asker_id, after, upto, limit
 async def catch_up(rooms: Rooms, socket: Socket) -> None:
     """Bring a socket up to date in every chat that it has a replay of, at its own pace."""
     try:
-        if not socket.opened.done():
-            await asyncio.wait([socket.opened])
         await socket.drain()
         while socket.replays:
             chat_id = next(iter(socket.replays))
@@ -2600,22 +2611,20 @@ async def follow(request: web.Request, socket: Socket, after: int | None) -> web
         await rooms.join(socket)
         if socket.chat_id is not None:
             delivered = socket.rooms[socket.chat_id].delivered
-            rooms.start_replay(socket, socket.chat_id, delivered if after is None else after)
-        if not socket.can_prepare(request):
-            raise UpgradeRequired
-        await socket.open(request)
-        await take_frames(request, socket)
-    except ConnectionError:
-        return socket.ws  # the peer is gone
-    except asyncio.CancelledError:  # Connection.begin_close woke us
-        if socket.close_code is None:
-            raise  # or the server stops
-        socket.task.uncancel()
+            rooms.resume(socket, socket.chat_id, delivered if after is None else after)
+        with contextlib.suppress(ConnectionError):  # the peer is gone
+            await socket.open(request)
+            await take_frames(request, socket)
+    except web.HTTPBadRequest:
+        raise UpgradeRequired from None
+    except asyncio.CancelledError:
+        if socket.close_code is None or socket.is_open():
+            raise  # the server stops
+        socket.task.uncancel()  # Connection.begin_close
+        raise CLOSED_EARLY.get(socket.close_code, ServiceUnavailable) from None
     finally:
         rooms.leave(socket)
-    if not socket.opened.done():
-        raise CLOSED_EARLY.get(socket.close_code or 0, ServiceUnavailable)
-    await socket.finish()
+    socket.finish()
     return socket.ws
 
 
@@ -2624,6 +2633,8 @@ async def take_frames(request: web.Request, socket: Socket) -> None:
     taken = 0
     async for incoming in socket.ws:
         socket.heard_at = time.monotonic()
+        if socket.close_code is not None:
+            continue  # it is told to close: what it sends until it answers counts for nothing
         if incoming.type in (WSMsgType.TEXT, WSMsgType.BINARY):
             await take_frame(request, socket, incoming.data)
         elif incoming.type is WSMsgType.ERROR:
@@ -2910,9 +2921,10 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[ROOMS] = Rooms(app[DATABASE], app[SESSIONS], app[BUS], app[TASKS])
     app[INDEX] = SearchIndex(app[DATABASE])
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
-    app.middlewares.extend([  # the first is outermost
-        process.log_access(address_of), guard.guard_browsers(app[ORIGINS]),
-        answer_problems(observe_request)])
+    if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
+        app.middlewares.append(process.log_access(address_of))
+    app.middlewares.extend([
+        guard.guard_browsers(app[ORIGINS]), answer_problems(observe_request)])
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
     for endpoint in ENDPOINTS:
