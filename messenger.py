@@ -122,6 +122,7 @@ from plumbing import guard, process
 from plumbing.bus import Bus
 from plumbing.database import (
     Database,
+    GroupReader,
     GroupWriter,
     Outcome,
     Unavailable,
@@ -741,10 +742,14 @@ def check_outcome(outcome: str) -> None:
 # Tokens are JWTs (RFC 7519) that name a session; a session is one login, and a refresh token is
 # good for one generation of it (RFC 9700, section 4.14). Who asks too often is asked to wait.
 
-SELECT_SESSION = """  -- session_id, user_id, secret
+SELECT_SESSIONS_ALIVE = """  -- session_ids, user_ids, secrets
     -- sessions_pkey
-    select generation, is_used from sessions
-    where id = $1 and user_id = $2 and secret = $3 and ended_at is null"""
+    -- Those of some sessions that are alive, by their places.
+    select asked.place, s.generation, s.is_used
+    from unnest($1::bigint[], $2::bigint[], $3::text[])
+         with ordinality asked (session_id, user_id, secret, place)
+    join sessions s on s.id = asked.session_id
+    where s.user_id = asked.user_id and s.secret = asked.secret and s.ended_at is null"""
 
 USE_SESSION = """  -- session_id, generation
     -- sessions_pkey
@@ -775,6 +780,7 @@ class Sessions:
         self._database = database
         self._access_seconds = settings.access_token_expire_minutes * 60
         self._refresh_seconds = settings.refresh_token_expire_days * 86_400
+        self._look_ups = GroupReader(self._sessions_of)
         # By session: its secret and generation, and until when it is believed alive (monotonic).
         self._alive: dict[int, tuple[str, int, float]] = {}
         self._ended: dict[int, float] = {}  # by session: when it ended; a look-up may be under way
@@ -830,12 +836,24 @@ class Sessions:
 
         Raises Unauthorized, Unavailable.
         """
-        session = await self._database.row(
-            SELECT_SESSION, asker.session_id, asker.user_id, secret)
+        session = await self._look_ups.get((asker.session_id, asker.user_id, secret))
         if session is None:
             raise Unauthorized
-        if generation >= session["generation"] and not session["is_used"]:
+        newest, is_used = session
+        if generation >= newest and not is_used:
             await self._database.rows(USE_SESSION, asker.session_id, generation)
+
+    async def _sessions_of(
+        self, asked: list[tuple[int, int, str]]
+    ) -> list[tuple[int, bool] | None]:
+        """Tell of each session, by its id, user and secret, the newest generation and whether that
+        was used; None of one that is not alive. Raises Unavailable.
+        """
+        found: list[tuple[int, bool] | None] = [None] * len(asked)
+        rows = await self._database.rows(SELECT_SESSIONS_ALIVE, *zip(*asked, strict=True))
+        for place, generation, is_used in rows:
+            found[place - 1] = generation, is_used
+        return found
 
     def forget(self) -> None:
         """Believe of no session that it is alive."""
@@ -967,24 +985,25 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
                      and o.sender_id <> $1 and o.deleted_at is null
                    limit 100) unread) else 0 end as unread_count,
            m.id as message_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to, m.created_at,
-           m.edited_at, m.deleted_at, m.is_gone,
+           m.edited_at, m.deleted_at, m.position, m.is_gone,
            case when c.participant_count > 100 then (
                select count(*) from participants r
                where r.chat_id = c.id and r.user_id <> m.sender_id
                  and r.joined_seq < m.seq and r.last_read_seq >= m.seq) end as read_count,
-           c.last_mark, m.position,
-           (extract(epoch from c.active_at) * 1000000)::bigint as place, p.*
+           c.last_mark, (extract(epoch from c.active_at) * 1000000)::bigint as place, p.*
     from page c
     left join message_rows m on m.chat_id = c.id and m.seq = c.last_seq
     left join people p on p.beside = c.id
     order by c.active_at desc, c.id desc"""
 
-SELECT_FOLLOWED = """  -- chat_id, asker_id
+SELECT_FOLLOWED = """  -- chat_ids, asker_ids
     -- participants_of_user, chats_pkey
-    -- All chats of the asker, or (where it is not null) the one.
-    select c.id, c.last_rev, c.last_mark, c.version
-    from participants p join chats c on c.id = p.chat_id
-    where p.user_id = $2 and p.chat_id = coalesce($1, p.chat_id)"""
+    -- Of each asker, by their place: all of their chats, or (where it is not null) the one.
+    select asked.place, c.id, c.last_rev, c.last_mark, c.version
+    from unnest($1::bigint[], $2::bigint[]) with ordinality asked (chat_id, user_id, place)
+    join participants p
+        on p.user_id = asked.user_id and p.chat_id = coalesce(asked.chat_id, p.chat_id)
+    join chats c on c.id = p.chat_id"""
 
 SELECT_MARKS = """  -- asker_id, chat_ids, numbers
     -- participants_pkey, chats_pkey, messages_pkey, revisions_pkey
@@ -1009,9 +1028,7 @@ def chats_of(rows: list[Any]) -> list[Chat]:
     chats = {}
     for row in rows:
         chat_id, name, is_group, created_at, count, last_rev, version, unread = row[:8]
-        newest = None
-        if row["message_id"]:
-            newest = Message(row[8], chat_id, *row[9:17], position=row["position"])
+        newest = Message(row[8], chat_id, *row[9:18]) if row[8] else None
         chats[chat_id] = Chat(
             chat_id, name, is_group, created_at, [], count, newest, last_rev,
             position_of(last_rev, row["last_mark"]), version, unread)
@@ -1084,6 +1101,9 @@ class Replay:
 
 class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
+
+    __slots__ = (
+        "answered", "asker", "catching_up", "chat_id", "key", "replays", "rooms", "unanswered")
 
     def __init__(self, asker: Asker, chat_id: int | None) -> None:
         super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
@@ -1164,17 +1184,20 @@ class Rooms:
         self._sessions = sessions
         self._bus = bus
         self._tasks = tasks
+        self._look_ups = GroupReader(self._followed_by)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
 
     async def close_all(self) -> None:
-        """Close every socket with 1001, all at once."""
-        handlers = [socket.task for socket in self._sockets]
-        for socket in list(self._sockets):
+        """Close every socket with 1001, all at once; cut those that do not answer soon."""
+        sockets = list(self._sockets)
+        for socket in sockets:
             self.close(socket, GOING_AWAY)
-        if handlers:
-            await asyncio.wait(handlers, timeout=CLOSE_ALL_SECONDS)
+        if sockets:
+            await asyncio.wait([socket.task for socket in sockets], timeout=CLOSE_ALL_SECONDS)
+        for socket in sockets:
+            socket.cut()
 
     def all_sockets(self) -> list[Socket]:
         """List every open socket."""
@@ -1208,18 +1231,30 @@ class Rooms:
         self._of_users.setdefault(socket.asker.user_id, set()).add(socket)
         deadline = time.monotonic() + VERSION_SECONDS
         while True:
-            rows = await self.database.rows(
-                SELECT_FOLLOWED, socket.chat_id, socket.asker.user_id)
-            newer = [row["id"] for row in rows if self._knows_newer(row["id"], row["version"])]
+            followed = await self._look_ups.get((socket.chat_id, socket.asker.user_id))
+            newer = [chat_id for chat_id, _, _, version in followed
+                     if self._knows_newer(chat_id, version)]
             if not newer:
                 break
             await self._wait_for_version(newer, deadline)
-        if socket.chat_id is not None and not rows:
+        if socket.chat_id is not None and not followed:
             raise ChatNotFound
-        for row in rows:
-            self._join_room(socket, *row)
+        for chat in followed:
+            self._join_room(socket, *chat)
         if socket.chat_id is None:
             self._tell_chats(socket)
+
+    async def _followed_by(
+        self, asked: list[tuple[int | None, int]]
+    ) -> list[list[tuple[int, int, str, int]]]:
+        """List of each chat (None: all) and user what they follow: id, rev, mark and version.
+
+        Raises Unavailable.
+        """
+        followed: list[list[tuple[int, int, str, int]]] = [[] for _ in asked]
+        for place, *chat in await self.database.rows(SELECT_FOLLOWED, *zip(*asked, strict=True)):
+            followed[place - 1].append(tuple(chat))
+        return followed
 
     def _tell_chats(self, socket: Socket) -> None:
         """Tell a socket where each of its chats stands: there it is live."""
@@ -1301,7 +1336,8 @@ class Rooms:
                 socket.send(ChatOut(data=chat))
                 rev, mark = chat.last_rev, mark_of(chat)
                 self._join_room(socket, chat_id, rev, mark, chat.version)
-                self._replay(socket, chat_id, Replay(rev, rev, mark, [None]))
+                self._put_replay(socket, chat_id, Replay(rev, rev, mark, [None]))
+                self._go_on(socket, socket.rooms[chat_id])
 
     def leave(self, socket: Socket) -> None:
         """Forget a socket; what is on its way to it is dropped."""
@@ -1337,7 +1373,7 @@ class Rooms:
             self.close(socket, NOT_IN_CHAT)
 
     def close(self, socket: Socket, code: int) -> None:
-        """Close a socket: it leaves, and its handler is woken to say why."""
+        """Close a socket: it leaves, and hears nothing but why."""
         self.leave(socket)
         socket.begin_close(code)
 
@@ -1389,26 +1425,35 @@ class Rooms:
                 continue
             if mark is None:  # a bare number beyond the last
                 number, mark = room.delivered, room.mark
-            replay = self._replay(socket, chat_id, Replay(number, number, mark, [ref]))
+            replay = self._put_replay(socket, chat_id, Replay(number, number, mark, [ref]))
             start = ReplayStart(chat_id, position_of(replay.at, replay.mark))
             socket.send(ReplayOut(data=start, ref=ref))
+            self._go_on(socket, room)
         return refused
 
-    def _replay(self, socket: Socket, chat_id: int, replay: Replay) -> Replay:
-        """Give a socket what it misses of a chat, then let it be live there.
+    def _put_replay(self, socket: Socket, chat_id: int, replay: Replay) -> Replay:
+        """Let a socket be given what it misses of a chat; until then it is not live there.
 
         A replay that is under way goes on from the smaller number. Answers the one that there is.
         """
-        room = socket.rooms[chat_id]
-        room.live.discard(socket)
+        socket.rooms[chat_id].live.discard(socket)
         if before := socket.replays.get(chat_id):
             start = min(before, replay, key=attrgetter("at"))
             replay = Replay(
                 min(before.since, replay.since), start.at, start.mark, before.refs + replay.refs)
         socket.replays[chat_id] = replay
+        return replay
+
+    def _go_on(self, socket: Socket, room: Room) -> None:
+        """Let a socket be live at once where it misses nothing; else let it catch up."""
+        if socket.replays[room.chat_id].at >= room.delivered and room.filling is None:
+            self.go_live(socket, room)
+        else:
+            self._catch_up(socket)
+
+    def _catch_up(self, socket: Socket) -> None:
         if socket.catching_up is None:
             socket.catching_up = self._tasks.spawn(catch_up(self, socket))
-        return replay
 
     def go_live(self, socket: Socket, room: Room) -> None:
         """Let a socket be live: it has everything up to `delivered`. Nothing may await here."""
@@ -1422,7 +1467,8 @@ class Rooms:
         for chat_id, room in socket.rooms.items():
             if socket in room.live:
                 at = room.delivered
-                self._replay(socket, chat_id, Replay(at, at, room.mark, [None]))
+                self._put_replay(socket, chat_id, Replay(at, at, room.mark, [None]))
+                self._catch_up(socket)
 
     # ---- What goes out
 
@@ -1593,7 +1639,7 @@ async def messages_of(database: Database, chat_id: int, rows: list[Any]) -> list
     """
     if not rows or rows[0]["id"] is None:
         return []
-    messages = [Message(*row[:10], position=row["position"]) for row in rows]
+    messages = [Message(*row[:11]) for row in rows]
     rising = sorted(messages, key=SEQ)
     if rows[0]["read_seq"] >= rising[0].seq:
         ends = run_ends([message.seq for message in rising])
@@ -1645,8 +1691,6 @@ def add_readers(messages: list[Message], row: Mapping[str, Any]) -> None:
 async def catch_up(rooms: Rooms, socket: Socket) -> None:
     """Bring a socket up to date in every chat that it has a replay of, at its own pace."""
     try:
-        if not socket.opened.done():
-            await asyncio.wait([socket.opened])
         await socket.drain()
         while socket.replays:
             chat_id = next(iter(socket.replays))
@@ -2896,21 +2940,19 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
         await rooms.join(socket)
         if socket.chat_id is not None:
             await begin(rooms, socket, socket.chat_id, after)
-        if not socket.can_prepare(request):
-            raise UpgradeRequired
-        await socket.open(request)
-        await take_frames(request, socket)
-    except ConnectionError:
-        return socket.ws  # the peer is gone
-    except asyncio.CancelledError:  # Connection.begin_close woke us
-        if socket.close_code is None:
-            raise  # or the server stops
-        socket.task.uncancel()
+        with contextlib.suppress(ConnectionError):  # the peer is gone
+            await socket.open(request)
+            await take_frames(request, socket)
+    except web.HTTPBadRequest:
+        raise UpgradeRequired from None
+    except asyncio.CancelledError:
+        if socket.close_code is None or socket.is_open():
+            raise  # the server stops
+        socket.task.uncancel()  # Connection.begin_close
+        raise CLOSED_EARLY.get(socket.close_code, ServiceUnavailable) from None
     finally:
         rooms.leave(socket)
-    if not socket.opened.done():
-        raise CLOSED_EARLY.get(socket.close_code or 0, ServiceUnavailable)
-    await socket.finish()
+    socket.finish()
     return socket.ws
 
 
@@ -2928,6 +2970,8 @@ async def take_frames(request: web.Request, socket: Socket) -> None:
     taken = 0
     async for incoming in socket.ws:
         socket.heard_at = time.monotonic()
+        if socket.close_code is not None:
+            continue  # it is told to close: what it sends until it answers counts for nothing
         if incoming.type in (WSMsgType.TEXT, WSMsgType.BINARY):
             await take_frame(request, socket, incoming.data)
         elif incoming.type is WSMsgType.ERROR:
@@ -3220,9 +3264,10 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[INDEX] = SearchIndex(app[DATABASE])
     app[TURNS] = WeakValueDictionary()
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
-    app.middlewares.extend([  # the first is outermost
-        process.log_access(address_of), guard.guard_browsers(app[ORIGINS]),
-        answer_problems(observe_request)])
+    if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
+        app.middlewares.append(process.log_access(address_of))
+    app.middlewares.extend([
+        guard.guard_browsers(app[ORIGINS]), answer_problems(observe_request)])
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
     for endpoint in ENDPOINTS:
@@ -3303,11 +3348,9 @@ async def start_sites(
             shutdown_timeout=SHUTDOWN_SECONDS)
         stack.push_async_callback(runner.cleanup)
         await runner.setup()
-        site = web.SockSite(runner, port, backlog=process.BACKLOG)
-        await site.start()
         if served is app:  # its sockets first: once the runner cleans up, they answer no close
             stack.push_async_callback(close_sockets, app)
-            stack.push_async_callback(site.stop)
+        stack.callback(process.Acceptor(port, cast(web.Server, runner.server)).stop)
 
 
 async def start_workers(

@@ -19,12 +19,13 @@ import logins
 import posts
 import read_costs
 import reads
+import reconnect
 import uvloop
 import workers
 from picture import drawn
 from rig import ALL_CORES, Bench, Row, Server, bench_of, markdown, options_of
 
-PARTS = (posts, fan_out, reads, read_costs, idle, workers, logins, growth)
+PARTS = (posts, fan_out, reads, read_costs, idle, reconnect, workers, logins, growth)
 HERE = Path(__file__).parent
 QUIET_LOAD = 0.5  # processes that ran in the minute before
 README, PICTURE = HERE / "README.md", HERE / "results.svg"

@@ -1,8 +1,9 @@
 """Idle sockets: `./run bench idle [--quick]`.
 
 10,000 users in 5,000 chats, each with a socket that follows all of theirs and says nothing; the
-memory of each after 1,000 and 10,000, and the processor time of all. Beside it aiohttp's bare
-WebSocket. Memory does not vary from run to run, so there is one round.
+memory of each after 1,000 and 10,000, in the server's process and, as a figure of its own, in the
+kernel, and the processor time of all. Beside it aiohttp's bare WebSocket. Memory does not vary from
+run to run, so there is one round.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from functools import partial
 import ceilings
 from clients import Socket, close_all, open_all
 from fan_out import serving
-from rig import Bench, Figures, Row, Server, cpu_seconds, resident_bytes, run
+from rig import Bench, Figures, Row, Server, cpu_seconds, kernel_bytes, resident_bytes, run
 
 COUNTS = (1_000, 10_000)
 WATCH_SECONDS = 30
@@ -27,7 +28,7 @@ async def idle(bench: Bench, title: str, pid: int, port: int, makers: Sequence[M
     """Open the sockets and see what each costs."""
     close_all(await open_all(port, makers[:WARM_UP]))
     await asyncio.sleep(REST_SECONDS)
-    empty, figures = resident_bytes(pid), {}
+    empty, kernel, figures = resident_bytes(pid), kernel_bytes(), {}
     sockets: list[Socket] = []
     gc.freeze()  # ten thousand clients are no garbage: looking through them takes the load's time
     for count in COUNTS if not bench.quick else COUNTS[:1]:
@@ -35,6 +36,7 @@ async def idle(bench: Bench, title: str, pid: int, port: int, makers: Sequence[M
         sockets += await open_all(port, makers[len(sockets) : count])
         await asyncio.sleep(REST_SECONDS)
         figures[f"{count} bytes"] = (resident_bytes(pid) - empty) / count
+        figures[f"{count} kernel bytes"] = (kernel_bytes() - kernel) / count
     seconds = 3 if bench.quick else WATCH_SECONDS
     before = cpu_seconds(pid)
     await asyncio.sleep(seconds)
@@ -68,8 +70,13 @@ async def rows(bench: Bench) -> list[Row]:
         )
         for count in counts
     ]
+    theirs, bare = (found[f"{counts[-1]} kernel bytes"] / 1024 for found in (mine, best))
     return [
         *made,
+        Row(
+            f"{counts[-1]:,} idle sockets, the kernel's memory of both ends of each",
+            f"{theirs:.1f} KB", f"{bare:.1f} KB", theirs, "KB",
+        ),
         Row(
             f"{counts[-1]:,} idle sockets, of a core",
             f"{mine['core']:.1%}", f"{best['core']:.1%}", mine["core"] * 100, "%", at_most=10,

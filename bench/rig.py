@@ -79,21 +79,36 @@ class Server:
         self.sql: Any = None  # a connection of the bench's own
 
     async def __aenter__(self) -> "Server":
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="messenger-bench-"))
-        self._start(folder)
-        self._stack.callback(self._stop)
+        self._folder = self._stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="messenger-bench-"))
+        self._stack.push_async_callback(self.stop)
         self._bench.servers.append(self)
         self._stack.callback(self._bench.servers.remove, self)
-        self.dsn = embedded.Postgres(Path(folder)).dsn
-        self.sql = await asyncpg.connect(self.dsn)
-        self._stack.push_async_callback(self.sql.close)
+        self.dsn = embedded.Postgres(Path(self._folder)).dsn
+        await self.start()
         return self
 
     async def __aexit__(self, *error: object) -> None:
         await self._stack.aclose()
 
-    def _start(self, folder: str) -> None:
-        settings = {"PORT": "0", "DATA_DIR": folder, "SECRET_KEY": SECRET_KEY, "RATE_LIMITS": "off"}
+    async def start(self) -> None:
+        """Start the server, on the port that it had if it was stopped."""
+        self._start()
+        self.sql = await asyncpg.connect(self.dsn)
+
+    async def stop(self) -> float:
+        """Ask the server to stop; answer how many seconds passed until its process had ended."""
+        await self.sql.close()
+        began = time.perf_counter()
+        self._process.terminate()
+        await asyncio.to_thread(self._process.wait)
+        return time.perf_counter() - began
+
+    def _start(self) -> None:
+        settings = {
+            "PORT": str(self.port), "DATA_DIR": self._folder, "SECRET_KEY": SECRET_KEY,
+            "RATE_LIMITS": "off",
+        }
         environment = os.environ | settings | {"PYTHONWARNINGS": "ignore"} | self._settings
         environment.pop("DATABASE_URL", None)
         os.sched_setaffinity(0, ALL_CORES)  # a child inherits it, and PostgreSQL must float
@@ -125,10 +140,6 @@ class Server:
             assert time.monotonic() < deadline, "the workers did not start"
             time.sleep(0.1)
 
-    def _stop(self) -> None:
-        self._process.terminate()
-        self._process.wait()
-
     async def rest(self) -> None:
         """Wait until the server has ended what it was asked for, which may be after its answer."""
         used = -1.0
@@ -144,6 +155,10 @@ class Server:
     def cpu_seconds(self) -> float:
         """Answer the processor time that the server has used."""
         return sum(cpu_seconds(pid) for pid in self.pids)
+
+    def postgresql_cpu_seconds(self) -> float:
+        """Answer the processor time that its PostgreSQL has used."""
+        return postgresql_cpu_seconds(Path(self._folder))
 
     # ---- What is in it: by SQL, for ten thousand calls would take long
 
@@ -213,6 +228,15 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
 
 
+def postgresql_cpu_seconds(folder: Path) -> float:
+    """Answer the processor time of a PostgreSQL, also of its processes that have ended."""
+    postmaster = (folder / "postgres/postmaster.pid").read_text().split()[0]
+    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+    fields = Path(f"/proc/{postmaster}/stat").read_text().rpartition(")")[2].split()
+    ended = (int(fields[13]) + int(fields[14])) / TICKS_PER_SECOND
+    return ended + sum(cpu_seconds(int(pid)) for pid in (postmaster, *children))
+
+
 def cpu_milliseconds(pids: Iterable[int]) -> float:
     """Answer the processor time that processes have used, to the nanosecond, by their threads."""
     files = [file for pid in pids for file in Path(f"/proc/{pid}/task").glob("*/schedstat")]
@@ -224,6 +248,18 @@ def resident_bytes(pid: int) -> int:
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
+
+
+def kernel_bytes() -> int:
+    """Answer what the kernel holds for the whole machine: its objects, and TCP's buffers.
+
+    A connection of this machine with itself has both its ends in it.
+    """
+    memory = dict(re.findall(r"(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text()))
+    pages = re.search(r"TCP: .* mem (\d+)", Path("/proc/net/sockstat").read_text())
+    assert pages is not None
+    slab = (int(memory["SReclaimable"]) + int(memory["SUnreclaim"])) * 1024
+    return slab + int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---- Rounds

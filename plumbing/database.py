@@ -8,12 +8,13 @@ import abc
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import re
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -32,6 +33,7 @@ CLOSING_SECONDS = 2.0
 WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
 WRITE_PAUSE_SECONDS = 0.05
 GROUP_ITEMS_MAX = 512  # in one commit
+LOOKED_UP_MAX = 64  # items at once
 PENDING_MAX = 20_000  # items that wait for a commit
 POSTGRESQL_VERSION_MIN = 150_000  # as PostgreSQL counts them: 15.0
 
@@ -213,10 +215,59 @@ async def repeat(
         woken.clear()
 
 
-# ---- Commits in groups
+# ---- Look-ups in groups
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
+
+
+class GroupReader(Generic[Item, Outcome]):
+    """Looks up in groups: what piled up while another look-up ran.
+
+    There is no timer: an idle reader looks a lone item up at once. An item is looked up after it
+    was asked for, and once for all who ask meanwhile.
+    """
+
+    def __init__(self, look_up: Callable[[list[Item]], Awaitable[list[Outcome]]]) -> None:
+        self._look_up = look_up  # answers an outcome for each item
+        self._pending: dict[Item, list[asyncio.Future[Outcome]]] = {}
+        self._running: asyncio.Task[None] | None = None
+
+    async def get(self, item: Item) -> Outcome:
+        """Look an item up; raises what the look-up does."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._pending.setdefault(item, []).append(future)
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            while self._pending:
+                items = list(itertools.islice(self._pending, LOOKED_UP_MAX))
+                waiting = [self._pending.pop(item) for item in items]
+                try:
+                    outcomes = await self._look_up(items)
+                except Exception as error:
+                    if isinstance(error, Unavailable):  # nor would the others get an answer in time
+                        waiting += self._pending.values()
+                        self._pending.clear()
+                    for future in undone(waiting):
+                        future.set_exception(error)
+                else:
+                    for futures, outcome in zip(waiting, outcomes, strict=True):
+                        for future in undone([futures]):
+                            future.set_result(outcome)
+        finally:
+            self._running = None
+
+
+def undone(waiting: Iterable[list[asyncio.Future[Any]]]) -> Iterator[asyncio.Future[Any]]:
+    """List whom somebody still waits for."""
+    return (future for futures in waiting for future in futures if not future.done())
+
+
+# ---- Commits in groups
 
 
 @dataclass(eq=False, slots=True)

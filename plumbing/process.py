@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import copy
 import ctypes
+import errno
 import logging
 import os
 import resource
@@ -23,6 +24,9 @@ from typing import Any
 from aiohttp import http_parser, web
 
 BACKLOG = 4096  # connections that wait to be accepted: as many as Linux lets wait by default
+ACCEPTED_AT_ONCE = 64  # connections, until what else is to do had its turn
+ACCEPT_REST_SECONDS = 0.5  # where none can be accepted
+DESCRIPTORS_SPARE = 64  # that connections may not take
 CHILD_STOP_SECONDS = 2.7  # until a child that does not stop is killed
 CHILD_PAUSE_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal the end of the parent sends
@@ -83,6 +87,76 @@ def raise_descriptor_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # "unlimited", where the kernel has a limit
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Acceptor:
+    """Accepts the connections that come to a port, until it is stopped.
+
+    Some descriptors are kept back: for connections to the database, for files. Where no others are
+    left, or the kernel refuses for another reason, who comes waits in the port's queue until it is
+    well again. That is logged once, and so is its end.
+    """
+
+    def __init__(self, listener: Listener, make_protocol: Callable[[], Any]) -> None:
+        self._listener = listener
+        self._make_protocol = make_protocol
+        self._loop = asyncio.get_running_loop()
+        self._opening = Tasks()
+        self._resting: asyncio.TimerHandle | None = None
+        self._refusal = ""  # why none was accepted lately
+        listener.setblocking(False)
+        self._loop.add_reader(listener, self._accept)
+
+    def stop(self) -> None:
+        """Accept no more, and hang up on who waits."""
+        self._rest()
+        self._listener.close()
+
+    def _resume(self) -> None:
+        self._resting = None
+        self._loop.add_reader(self._listener, self._accept)
+        self._accept()  # where nobody waits any longer, nothing else would tell
+
+    def _rest(self) -> None:
+        if self._resting is not None:
+            self._resting.cancel()
+        self._loop.remove_reader(self._listener)
+
+    def _accept(self) -> None:
+        """Accept who waits, some at a time, so that the others have their turn."""
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                require_descriptors(self._listener)
+                connection, _ = self._listener.accept()
+            except BlockingIOError:  # nobody waits
+                if self._refusal:
+                    self._refusal = ""
+                    log.warning("connections are accepted again")
+                return
+            except ConnectionAbortedError:  # by who came
+                continue
+            except OSError as error:
+                if not self._refusal:
+                    self._refusal = os.strerror(error.errno or 0)
+                    log.warning("no connection is accepted (%s)", self._refusal)
+                self._rest()
+                self._resting = self._loop.call_later(ACCEPT_REST_SECONDS, self._resume)
+                return
+            connection.setblocking(False)
+            self._opening.spawn(self._open(connection))
+
+    async def _open(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it has gone
+            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+
+
+def require_descriptors(file: socket.socket) -> None:
+    """Insist on free descriptors beside those kept back. Raises OSError."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(file.fileno())  # of those that are free
+    os.close(lowest)
+    if 0 <= limit - DESCRIPTORS_SPARE <= lowest:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 # ---- Children

@@ -14,9 +14,10 @@ from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 
 PING, PONG = 0x89, 0x8A  # first bytes of whole frames (RFC 6455, section 5.2)
-TEXT = 0x81
+TEXT, CLOSE = 0x81, 0x88
 
 # Close codes: the protocol's own (RFC 6455, section 7.4.1), and one of those left to applications.
+OK = 1000
 GOING_AWAY = 1001
 STALLED = 4408
 
@@ -36,34 +37,45 @@ def text_frame(payload: bytes) -> bytes:
     return bytes((TEXT, 127)) + size.to_bytes(8, "big") + payload
 
 
+def close_frame(code: int) -> bytes:
+    """Frame a close without a reason (RFC 6455, section 5.5.1)."""
+    return bytes((CLOSE, 2)) + code.to_bytes(2, "big")
+
+
 class Connection:
     """One websocket, from before its handshake to after its close; made in its handler's task."""
+
+    # There are many, most of them idle.
+    __slots__ = (
+        "_early", "_pinged_at", "_taken", "_took_at", "_transport", "_writer", "_written",
+        "close_code", "heard_at", "task", "ws")
 
     def __init__(self, subprotocol: str, message_bytes_max: int) -> None:
         self.task = typing.cast("asyncio.Task[Any]", asyncio.current_task())  # its handler's
         self.ws: web.WebSocketResponse = web.WebSocketResponse(
             protocols=(subprotocol,), autoping=False, compress=False,
-            max_msg_size=message_bytes_max + 1, timeout=CLOSE_SECONDS)
-        self.opened = asyncio.get_running_loop().create_future()
+            max_msg_size=message_bytes_max + 1, timeout=CLOSE_SECONDS, autoclose=False)
         self.close_code: int | None = None  # once it is being closed
         self.heard_at = self._took_at = self._pinged_at = time.monotonic()
         self._written = self._taken = 0  # bytes in all; taken: at the last check
         self._transport: asyncio.Transport | None = None
         self._writer: AbstractStreamWriter | None = None
-        self._early: list[bytes] = []  # frames that wait for the handshake to be answered
-
-    def can_prepare(self, request: web.Request) -> bool:
-        """Tell whether a request is the handshake of a websocket."""
-        return bool(self.ws.can_prepare(request))
+        self._early = b""  # frames that wait for the handshake to be answered
 
     async def open(self, request: web.Request) -> None:
-        """Answer the handshake, then write what was to be written before."""
+        """Answer the handshake, then write what was to be written before.
+
+        Raises web.HTTPBadRequest where the request is no handshake, ConnectionError.
+        """
         self._writer = await self.ws.prepare(request)
         self._transport = request.transport
         self.heard_at = self._took_at = time.monotonic()
-        self.write(b"".join(self._early))
-        self._early.clear()
-        self.opened.set_result(None)
+        self.write(self._early)
+        self._early = b""
+
+    def is_open(self) -> bool:
+        """Tell whether the handshake was answered."""
+        return self._transport is not None
 
     async def drain(self) -> None:
         """Wait until most of what was written is taken. Raises ConnectionError."""
@@ -73,7 +85,7 @@ class Connection:
     def write(self, frames: bytes) -> None:
         """Write whole frames, at once and without waiting; none after the close began."""
         if self._transport is None:
-            self._early.append(frames)
+            self._early += frames
         elif self.close_code is None and not self._transport.is_closing():
             self._transport.write(frames)
             self._written += len(frames)
@@ -105,18 +117,26 @@ class Connection:
         return None
 
     def begin_close(self, code: int) -> None:
-        """Begin to close: nothing more goes out, and the handler is woken to `finish`.
+        """Send the close, after which nothing more goes out; cut the connection in a while.
 
-        The handler finishes, because aiohttp drops TCP at once where another task closes.
+        Its handler goes on until the peer has answered. Where the handshake is not answered yet,
+        the handler is cancelled.
         """
-        if self.close_code is None:
-            self.close_code = code
+        if self.close_code is not None:
+            return
+        if self._transport is None:
             self.task.cancel()
+        else:
+            self.write(close_frame(code))
+            asyncio.get_running_loop().call_later(CLOSE_SECONDS, self._transport.abort)
+        self.close_code = code
 
-    async def finish(self) -> None:
-        """Send the close, then end the connection once the peer answered or time is up."""
-        try:
-            await self.ws.close(code=self.close_code or GOING_AWAY, drain=False)
-        finally:
-            if self._transport is not None:
-                self._transport.abort()
+    def finish(self) -> None:
+        """Answer the peer's close, if it began, and end the connection."""
+        self.write(close_frame(OK))
+        self.cut()
+
+    def cut(self) -> None:
+        """End the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()

@@ -10,9 +10,8 @@
 begin;
 create or replace view message_rows as
 select m.id, m.chat_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to, m.created_at, m.edited_at,
-       m.deleted_at,
-       (select true from users u where u.id = m.sender_id and u.deleted_at is not null) as is_gone,
-       m.rev || '.' || coalesce(m.changed_mark, m.mark) as position
+       m.deleted_at, m.rev || '.' || coalesce(m.changed_mark, m.mark) as position,
+       (select true from users u where u.id = m.sender_id and u.deleted_at is not null) as is_gone
 from messages m;
 commit;
 

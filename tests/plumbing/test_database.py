@@ -211,3 +211,59 @@ async def test_many_senders_are_committed_in_groups(
     made = await commits(app, sql) - before
     assert (await alice.gets(f"/chats/{chat}"))["last_rev"] == 64 * 8
     assert made < 64 * 8 / 3, f"{made} commits for {64 * 8} messages"
+
+
+async def test_look_ups_share_a_statement_and_an_answer() -> None:
+    """What is asked for while a look-up runs is looked up together, and each item once."""
+    groups, go_on = [], asyncio.Event()
+
+    async def look_up(items: list[str]) -> list[str]:
+        groups.append(items)
+        await go_on.wait()
+        return [item.upper() for item in items]
+
+    reader = database.GroupReader(look_up)
+    asked = [asyncio.create_task(reader.get(item)) for item in ("a", "b", "c", "b")]
+    await asyncio.sleep(0)
+    asked.append(asyncio.create_task(reader.get("a")))  # it is under way: this one comes later
+    await asyncio.sleep(0)
+    asked[2].cancel()
+    go_on.set()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [each for each in found if isinstance(each, str)] == ["A", "B", "B", "A"]
+    assert isinstance(found[2], asyncio.CancelledError)
+    assert sum(map(len, groups)) <= len(asked)
+    assert len(groups) < len(asked)
+
+
+async def test_who_asks_while_the_database_is_away_is_refused_with_the_others() -> None:
+    """Where a look-up finds the database away, who waits for the next one does not wait for it."""
+    looked_up = []
+
+    async def look_up(items: list[int]) -> list[int]:
+        looked_up.append(items)
+        await asyncio.sleep(0.05)
+        raise database.Unavailable
+
+    reader = database.GroupReader(look_up)
+    first = asyncio.create_task(reader.get(1))
+    await asyncio.sleep(0.01)
+    outcomes = await asyncio.gather(first, reader.get(2), reader.get(3), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [database.Unavailable] * 3
+    assert looked_up == [[1]]
+
+
+async def test_look_up_that_fails_for_one_group_leaves_the_next_alone() -> None:
+    """Any other failure is told to who asked, and the next look-up is tried."""
+    async def look_up(items: list[int]) -> list[int]:
+        await asyncio.sleep(0.01)
+        return [10 // item for item in items]
+
+    reader = database.GroupReader(look_up)
+    first = asyncio.create_task(reader.get(0))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    second = await reader.get(5)
+    with pytest.raises(ZeroDivisionError):
+        await first
+    assert second == 2

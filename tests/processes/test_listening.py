@@ -1,18 +1,28 @@
 """How many may come at once: the queue of who waits to be accepted, and the descriptors."""
 
 import asyncio
+import contextlib
+import itertools
 import os
 import resource
 import signal
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import asyncpg
+import pytest
 from yarl import URL
 
+from plumbing import embedded, process
+from support.people import HEAR_SECONDS, SOON_SECONDS
 from support.servers import Server
 
 COMING = 600  # at once; the system's own default lets 128 wait
+ROOM = 20  # connections that may still come until descriptors run short
+REQUEST = b"GET /api/v1/health/liveness HTTP/1.1\r\nHost: x\r\n\r\n"
+REFUSING, WELL = "no connection is accepted", "connections are accepted again"
 
 
 async def test_hundreds_come_while_nobody_is_accepted(tmp_path: Path) -> None:
@@ -50,3 +60,97 @@ async def test_server_takes_as_many_descriptors_as_it_may(tmp_path: Path) -> Non
     assert await server.stops() == 0
     assert limits["soft"] == limits["hard"]
     assert limits["soft"] != "512"
+
+
+@contextlib.contextmanager
+def asking(port: int, count: int) -> Iterator[list[socket.socket]]:
+    """Connect so many times; each connection asks for something and stays."""
+    coming = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+    try:
+        for each in coming:
+            each.setblocking(False)
+            each.sendall(REQUEST)
+        yield coming
+    finally:
+        for each in coming:
+            each.close()
+
+
+def limit_descriptors(server: Server, room: int) -> None:
+    """Let a server have only so many descriptors beside those that it has."""
+    pid = server.process.pid
+    used = set(map(int, os.listdir(f"/proc/{pid}/fd")))
+    free = (number for number in itertools.count() if number not in used)
+    limit = next(itertools.islice(free, room, None))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
+
+
+async def answered(connection: socket.socket) -> bytes:
+    """Wait for an answer; nothing but the end is b""."""
+    async with asyncio.timeout(HEAR_SECONDS):
+        return await asyncio.get_running_loop().sock_recv(connection, 4096)
+
+
+def waits(connection: socket.socket) -> bool:
+    """Tell whether a connection was neither answered nor ended."""
+    with contextlib.suppress(BlockingIOError):
+        connection.recv(1, socket.MSG_PEEK)
+        return False
+    return True
+
+
+async def until_logged(server: Server, line: str) -> None:
+    """Wait until something stands in the log of a server."""
+    async with asyncio.timeout(SOON_SECONDS):
+        while line not in server.complaints():
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("room", [process.DESCRIPTORS_SPARE + ROOM, ROOM, 0])
+async def test_who_comes_when_descriptors_have_run_out_waits(
+    running: Server, people_of: Any, room: int
+) -> None:
+    """Where descriptors run out, who is connected notices nothing, and who comes waits and is
+    answered once there are some again; the log tells of it once.
+    """
+    alice, bob = await people_of(running, "alice"), await people_of(running, "bob")
+    chat = await alice.opens(bob)
+    line = await bob.listens_live(chat)
+    limit_descriptors(running, room)
+    with asking(running.port, room + ROOM) as coming:
+        await until_logged(running, REFUSING)
+        for number in range(3):
+            await alice.says(chat, f"still here {number}")
+            await line.hears_text(f"still here {number}")
+        waiting = [each for each in coming if waits(each)]
+        assert len(waiting) >= ROOM
+        for each in coming:
+            if each not in waiting:
+                each.close()
+        if len(waiting) == len(coming):
+            limit_descriptors(running, process.DESCRIPTORS_SPARE + len(coming) + 1)
+        for each in waiting:
+            assert (await answered(each)).startswith(b"HTTP/1.1 200")
+            each.close()
+        await until_logged(running, WELL)
+    assert running.complaints().count("\n") == 2, running.complaints()
+
+
+async def test_connections_take_no_descriptors_that_the_database_needs(
+    running: Server, people_of: Any
+) -> None:
+    """Where connections have used up their descriptors, the database is connected to anew."""
+    alice, bob = await people_of(running, "alice"), await people_of(running, "bob")
+    chat = await alice.opens(bob)
+    line = await bob.listens_live(chat)
+    limit_descriptors(running, process.DESCRIPTORS_SPARE + ROOM)
+    with asking(running.port, process.DESCRIPTORS_SPARE + 2 * ROOM):
+        await until_logged(running, REFUSING)
+        sql = await asyncpg.connect(embedded.Postgres(running.data).dsn)
+        await sql.execute(
+            "select pg_terminate_backend(pid) from pg_stat_activity"
+            " where application_name = 'messenger'")
+        await sql.close()
+        await alice.says(chat, "still here")
+        await line.hears_text("still here")
