@@ -676,11 +676,11 @@ def position_of(number: int, mark: str) -> str:
 
 
 def read_position(loc: str, given: int | str) -> tuple[int, str | None]:
-    """Read a position, or a bare number, which has no mark. Raises InvalidInput."""
+    """Read a position, or a bare number, which has no mark, as 0 has none. Raises InvalidInput."""
     number, _, mark = str(given).partition(".")
     if int(number) > INT8_MAX:
         raise invalid(loc, f"must be at most {INT8_MAX}")
-    return int(number), mark or None
+    return int(number), mark if mark and int(number) else None
 
 
 def mark_of(stands: Message | Chat) -> str:
@@ -1291,7 +1291,7 @@ class Rooms:
         """
         log.error("chat %d: its history was rewritten; closing all sockets", chat_id)
         self._sessions.forget()
-        for socket in list(self._sockets - {but}):
+        for socket in [each for each in self._sockets if each.rooms and each is not but]:
             self.close(socket, GOING_AWAY)
 
     def _join_room(self, socket: Socket, chat_id: int, rev: int, mark: str, version: int) -> None:
@@ -1386,6 +1386,11 @@ class Rooms:
 
     # ---- Who is live, and who catches up first
 
+    async def begin(self, socket: Socket, chat_id: int, after: str) -> dict[int, Exception]:
+        """Replay its chat to a new socket, as `sync` does: nothing of it comes before."""
+        socket.rooms[chat_id].live.discard(socket)
+        return await self.sync(socket, {chat_id: after}, None)
+
     async def sync(
         self, socket: Socket, given: Mapping[int, int | str], ref: Ref | None
     ) -> dict[int, Exception]:
@@ -1420,7 +1425,7 @@ class Rooms:
                 refused[chat_id] = ChatNotFound()
                 continue
             mark = marks[chat_id] if chat_id in asked else room.mark
-            if claimed is not None and number and claimed != mark:
+            if claimed is not None and claimed != mark:
                 refused[chat_id] = HistoryRewritten()
                 continue
             if mark is None:  # a bare number beyond the last
@@ -1457,9 +1462,9 @@ class Rooms:
 
     def go_live(self, socket: Socket, room: Room) -> None:
         """Let a socket be live: it has everything up to `delivered`. Nothing may await here."""
-        replay = socket.replays.pop(room.chat_id)
+        replay = socket.replays.pop(room.chat_id, None)
         room.live.add(socket)
-        for ref in replay.refs:
+        for ref in replay.refs if replay else [None]:
             socket.send(room.ready(ref))
 
     def _fall_behind(self, socket: Socket) -> None:
@@ -1856,9 +1861,10 @@ class Watch:
             rows = await self._database.rows(SELECT_POSITIONS, list(known))
             for chat_id, rev, mark, version in rows:
                 known_rev, known_mark, known_version = known.pop(chat_id)
-                rewritten = rev < known_rev or (rev == known_rev and mark != known_mark)
-                if rewritten or version < known_version:
+                if rev < known_rev or (rev == known_rev and mark != known_mark):
                     self._rooms.start_over(chat_id)
+                elif version < known_version:
+                    self._rooms.close_room(chat_id)
                 self._rooms.advance(chat_id, rev, version)
             for chat_id in known:  # a restored database does not have it
                 self._rooms.close_room(chat_id)
@@ -2958,11 +2964,11 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
 
 async def begin(rooms: Rooms, socket: Socket, chat_id: int, after: str | None) -> None:
     """Begin to follow one chat: live, or with what came after a position. Raises InvalidInput."""
-    refused = await rooms.sync(socket, {chat_id: after}, None) if after is not None else {}
+    refused = await rooms.begin(socket, chat_id, after) if after is not None else {}
     for error in refused.values():
         refuse_frame(socket, as_problem(error) or InternalError(), None, chat_id)
     if (after is None or refused) and (room := socket.rooms.get(chat_id)):
-        socket.send(room.ready())
+        rooms.go_live(socket, room)
 
 
 async def take_frames(request: web.Request, socket: Socket) -> None:

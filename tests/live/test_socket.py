@@ -9,7 +9,7 @@ from aiohttp import web
 
 import messenger
 from plumbing.guard import Rate
-from support.frames import drains
+from support.frames import drains, ready
 from support.people import NOBODYS, Heard, Line, Person, refusal
 
 
@@ -38,9 +38,9 @@ async def test_handshake_of_a_stranger_is_404(alice: Person, bob: Person, carol:
 
 
 async def test_handshake_with_a_wrong_number_is_422(alice: Person, bob: Person) -> None:
-    """An `after` that is not a number is refused before the socket opens."""
+    """An `after` that is neither a number nor a position is refused before the socket opens."""
     chat = await alice.opens(bob)
-    for after in ("junk", "-1", "1.5", "", str(2**63), "1&after=2"):
+    for after in ("junk", "-1", "1.", "", str(2**63), "1&after=2"):
         assert await refusal(alice, f"/ws/{chat}?after={after}") == 422, after
 
 
@@ -52,7 +52,7 @@ async def test_ready_tells_the_last_number(alice: Person, bob: Person) -> None:
     chat = await alice.opens(bob)
     for number in range(3):
         line = await bob.listens(chat)
-        assert await line.hears() == {"type": "ready", "data": {"chat_id": chat, "rev": number}}
+        assert await line.hears() == ready(chat, number)
         await alice.says(chat, "more")
 
 
@@ -164,7 +164,7 @@ async def test_after_replays_exactly_what_was_missed(
     for after in (0, 1, 3, 4, 6, 7, 9, 10):
         line = await bob.listens(chat, f"?after={after}")
         heard = [await line.hears() for _ in range(10 - after + 1)]
-        assert heard.pop() == {"type": "ready", "data": {"chat_id": chat, "rev": 10}}
+        assert heard.pop() == ready(chat, 10)
         assert heard == [{"type": "message", "data": one} for one in sent[after:]]
 
 
@@ -177,7 +177,7 @@ async def test_number_beyond_the_last_is_answered_by_the_lower_one(
     await alice.says(chat, "one")
     for after in (2, 100, 2**63 - 1):
         line = await bob.listens(chat, f"?after={after}")
-        assert await line.hears() == {"type": "ready", "data": {"chat_id": chat, "rev": 1}}
+        assert await line.hears() == ready(chat, 1)
     await alice.says(chat, "two")
     assert (await line.hears())["data"]["seq"] == 2
 

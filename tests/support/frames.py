@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+from support.model import Position
 from support.people import Heard, Line
 
 
@@ -61,7 +62,8 @@ def message(sent: Any) -> Heard:
 
 def ready(chat: int, rev: int) -> Heard:
     """The frame that says that a chat is live."""
-    return Heard({"type": "ready", "data": {"chat_id": chat, "rev": rev}})
+    data = {"chat_id": chat, "rev": rev, "position": Position(rev)}
+    return Heard({"type": "ready", "data": data})
 
 
 async def drains(line: Line, number: int) -> list[Heard]:

@@ -17,6 +17,8 @@ HEAR_SECONDS = 30  # a generous deadline: nothing waits that long unless it is b
 class Heard(dict[str, Any]):
     """A frame that a socket was sent."""
 
+OPENING = ("hello", "chats", "replay")
+
 
 class Line:
     """An open websocket: what is said on it, what is heard on it."""
@@ -33,14 +35,16 @@ class Line:
         await self.sends(type="message", text=text, **frame)
 
     async def hears(self, *types: str) -> Heard:
-        """Wait for the next frame of one of the types (any, if none is named)."""
+        """Wait for the next frame of one of the types; if none is named, for any that is not told
+        on opening or before a replay.
+        """
         async with asyncio.timeout(HEAR_SECONDS):
             while True:
                 heard = await self.ws.receive()
                 if heard.type is not aiohttp.WSMsgType.TEXT:
                     raise AssertionError(f"closed with {self.ws.close_code}, awaiting {types}")
                 frame = Heard(heard.json())
-                if not types or frame["type"] in types:
+                if frame["type"] in types or not (types or frame["type"] in OPENING):
                     return frame
 
     async def hears_text(self, text: str) -> Heard:
