@@ -129,6 +129,7 @@ from plumbing.database import (
     migrate_when_up,
     repeat,
 )
+from plumbing.deadline import deadline, request_deadline
 from plumbing.embedded import Postgres
 from plumbing.endpoints import (
     ENCODER,
@@ -183,6 +184,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     database_url: str = ""
+    database_connections: Annotated[int, Meta(ge=1, le=100)] = 10
     secret_key: str = ""
     secret_key_old: str = ""
     registration: Literal["open", "closed"] = "open"
@@ -2543,7 +2545,9 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     # A user in very many chats is answered before leaving them all; keep_tidy finishes what is
     # left over.
     leaving = request.app[TASKS].spawn(leave_chats(request.app, user_id))
-    await asyncio.wait([leaving], timeout=LEAVING_SECONDS)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(deadline()):
+            await asyncio.wait([leaving], timeout=LEAVING_SECONDS)
 
 
 async def list_users(
@@ -3030,7 +3034,8 @@ async def take_frame(request: web.Request, socket: Socket, text: str | bytes) ->
             take_message(request, socket, frame)
         else:
             await unanswered_below(socket, 1)
-            await FRAME_HANDLERS[type(frame)](request, socket, frame)
+            with request_deadline():
+                await FRAME_HANDLERS[type(frame)](request, socket, frame)
     except Exception as error:
         problem = as_problem(error)
         if problem is None:
@@ -3262,7 +3267,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[ORIGINS] = guard.read_origins(settings.cors_origins)
     app[RATES] = make_rates(settings)
     app[TASKS] = Tasks()
-    app[DATABASE] = Database(database_url)
+    app[DATABASE] = Database(database_url, settings.database_connections)
     app[BUS] = Bus(app[DATABASE])
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
     app[SESSIONS] = Sessions(settings, secret_key, app[DATABASE])

@@ -5,6 +5,7 @@ A file imports only those above it in this list, and none imports the applicatio
     text         text that compares without regard to case
     process      a port, signals, children, logs, and a word for a bad start
     embedded     the embedded PostgreSQL
+    deadline     how long a request may wait
     database     any PostgreSQL: connections, commits in groups, the schema
     bus          hints from one process to the others
     guard        who may ask: addresses, rates, passwords, tokens, browsers

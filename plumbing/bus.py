@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 
-from plumbing.database import CONNECT_SECONDS, Database
+from plumbing.database import CONNECT_SECONDS, WAIT_SECONDS, Database, keep_alive, reason_of
 
 LISTEN_CHECK_SECONDS = 3.0
 LISTEN_PAUSE_SECONDS = 0.2
@@ -94,23 +94,40 @@ class Bus:
                 self._alone_at = time.monotonic() + ALONE_SECONDS
                 hear_others(payload[ORIGIN_CHARS:])
 
+        is_deaf = False
         while True:
             connection = None
             try:
                 connection = await asyncpg.connect(self._database.url, timeout=CONNECT_SECONDS)
+                keep_alive(connection)
                 await connection.add_listener(self.channel, receive)
+                if is_deaf:
+                    log.warning("hints of other processes are heard again")
+                    is_deaf = False
                 poll_now()
                 while True:
                     await connection.execute(
-                        NOTIFY, self.channel, f"{self._origin}[]", timeout=CONNECT_SECONDS)
+                        NOTIFY, self.channel, f"{self._origin}[]", timeout=WAIT_SECONDS)
                     await asyncio.sleep(LISTEN_CHECK_SECONDS)
             except Exception as error:  # whatever it is: else nobody would listen
-                log.debug("the listening connection was lost: %r", error)
                 self._alone_at = time.monotonic() + ALONE_SECONDS  # others may hear us
+                is_deaf = is_deaf or await self._tell_loss(error)
                 await asyncio.sleep(LISTEN_PAUSE_SECONDS)
             finally:
                 if connection is not None:
                     connection.terminate()
+
+    async def _tell_loss(self, error: Exception) -> bool:
+        """Log that nothing is heard, and answer True; unless the whole database is away, which is
+        logged where statements are run.
+        """
+        try:
+            await self._database.rows(NOTIFY, self.channel, f"{self._origin}[]")
+        except Exception as reason:
+            log.debug("%r", reason)
+            return False
+        log.warning("no hints of other processes are heard (%s)", reason_of(error))
+        return True
 
     async def close(self) -> None:
         """Stop listening and sending."""

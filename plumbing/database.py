@@ -10,8 +10,10 @@ import contextlib
 import hashlib
 import itertools
 import logging
+import math
 import os
 import re
+import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
@@ -23,11 +25,24 @@ import asyncpg
 import psycopg
 import yoyo
 
+from plumbing.deadline import deadline
 from plumbing.process import StartError
 
-CONNECTIONS_MAX = 10
-CONNECT_SECONDS = 1.7
-WAIT_SECONDS = 1.8  # for a statement, with its connection: a request never waits over 2 s
+CONNECTIONS_MAX = 10  # of a process, where nobody says otherwise
+CONNECT_SECONDS = 5.0  # which no request waits for: on a slow line it takes several round trips
+RECONNECT_SECONDS = 0.1  # after a failure to connect, until the next try
+FULL_SECONDS = 1.0  # the same where some connections are open, and more are refused
+WAIT_SECONDS = 1.8  # for a statement outside of a request, and for any by PostgreSQL's own clock
+TEND_SECONDS = 0.25
+QUIET_SECONDS = 5.0  # after which an idle connection is asked whether it still answers
+DOUBT_SECONDS = 0.5  # without an answer on any connection: each idle one is asked
+SILENCE_SECONDS = 1.5  # and then the database is away
+FAR_SECONDS = 0.05  # a round trip that makes it worth while to prepare statements ahead
+FAR_SPARES = 3  # idle connections there
+FAR_QUERIES_MAX = 90  # prepared ahead; asyncpg keeps 100 on a connection
+COMPLAINT_SECONDS = 60.0  # before the same trouble is logged again
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # seconds, seconds, probes
+UNACKNOWLEDGED_MILLISECONDS = 10_000  # data, until the kernel gives a connection up
 START_SECONDS = 15.0  # for a database of one's own that is still starting
 CLOSING_SECONDS = 2.0
 WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
@@ -53,27 +68,50 @@ class Unavailable(Exception):
 
 ABSENT = "The database cannot be reached right now."
 
-# ---- Connections
+# ---- What is wrong, by SQLSTATE (appendix A of PostgreSQL's manual)
 
-# What says that the database is away, also to a connection that was good before ...
-AWAY = (
-    asyncpg.PostgresConnectionError,
-    asyncpg.InterfaceError,
-    asyncpg.InternalClientError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.ReadOnlySQLTransactionError,  # a standby, or told to be: maybe its next one is not
-    OSError,
-)
-# ... and what says that it is too busy to answer in time.
-BUSY = (
-    asyncpg.OperatorInterventionError,
-    asyncpg.InsufficientResourcesError,
-    asyncpg.LockNotAvailableError,
-    asyncpg.DeadlockDetectedError,
-    TimeoutError,
-)
+# What says that the database is away, also to a connection that was good before: a lost connection,
+# one that was ended, a standby or whatever else can only be read (maybe the next one is not) ...
+AWAY_STATES = ("08", "25006", "25P0", "57P")
+AWAY_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+# ... and what says that it cannot now: deadlocks, no disk or memory, held locks, cancelled, I/O.
+BUSY_STATES = ("40", "53", "55006", "55P03", "57", "58")
+GRAVE_STATES = ("53", "58")  # of these, what an operator must hear of
+
+
+def has_state(error: BaseException, states: tuple[str, ...]) -> bool:
+    """Tell whether PostgreSQL said one of these, or of their classes."""
+    return isinstance(error, asyncpg.PostgresError) and str(error.sqlstate).startswith(states)
+
+
+def is_away(error: BaseException) -> bool:
+    """Tell whether an error says that its connection will not do any more."""
+    is_lost = isinstance(error, AWAY_ERRORS) and not isinstance(error, TimeoutError)
+    return is_lost or has_state(error, AWAY_STATES)
+
+
+def is_unavailable(error: Exception) -> bool:
+    """Tell whether an error is the database's own: away, or too busy to answer in time."""
+    return isinstance(error, TimeoutError) or is_away(error) or has_state(error, BUSY_STATES)
+
+
+def reason_of(error: BaseException) -> str:
+    """Name the reason of a failure in a line for whoever runs the server.
+
+    PostgreSQL's own words name at most a role, a database or a file.
+    """
+    if isinstance(error, asyncpg.PostgresError):
+        return f"{str(error).partition(chr(10))[0]}, SQLSTATE {error.sqlstate}"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno).lower()
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return type(error).__name__
+
+
+# ---- Connections
 
 
 def is_writable(connection: Any) -> bool:
@@ -84,30 +122,82 @@ def is_writable(connection: Any) -> bool:
     return "on" not in [getattr(told, name, "off") for name in names]
 
 
-class Database:
-    """Connections that are used in turn; not one of them is held by anybody for longer than a call.
+def keep_alive(connection: Any) -> None:
+    """Let the kernel notice that the other end of a connection is gone."""
+    wire = connection._transport.get_extra_info("socket")
+    if wire.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    wire.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = KEEPALIVE | {"TCP_USER_TIMEOUT": UNACKNOWLEDGED_MILLISECONDS}
+    for name, value in options.items():
+        if hasattr(socket, name):  # not every system has each
+            wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
-    Any failure to connect means that the database is away. That is logged once, with its reason,
-    and so is its return.
+
+ASK = "select"  # whether there is an answer
+# asyncpg asks PostgreSQL for what it does not know of a type, in half a dozen round trips.
+KNOW_TYPES = """
+    select null::smallint[], null::int[], null::bigint[], null::bool[], null::text[], null::uuid[],
+        null::timestamptz[]"""
+
+
+@dataclass(slots=True, eq=False)
+class Pooled:
+    """A connection of a pool; times are by the loop's clock."""
+
+    connection: Any
+    generation: int  # the pool's when it was opened
+    heard_at: float  # when it last answered
+    asked_at: float = 0.0  # when it was last lent
+    prepared: int = 0  # how many of the pool's queries were prepared ahead
+
+
+class Pool:
+    """Connections that are used in turn, the one used last first.
+
+    Tasks of its own open them, as calls need them: a call waits until its deadline, and what was
+    begun for it is there for the next. Where PostgreSQL allows no more, calls share what there is.
+
+    The database is away when no connection can be had, when one is told so, or when none answers.
+    Then a new generation begins: no connection of an older one is used again. Each reason is logged
+    once, and so is the return.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, size: int) -> None:
         self.url = url
-        self._idle: list[Any] = []  # connections that nobody uses
-        self._free = asyncio.Semaphore(CONNECTIONS_MAX)  # how many more may be in use
-        self._doubtful: set[Any] = set()  # connections made before the database was away
-        self._in_use: set[Any] = set()
-        self._away = ""  # the reason, while the database is away
+        self._size = size
+        self._idle: list[Pooled] = []
+        self._lent: set[Pooled] = set()
+        self._waiting: deque[asyncio.Future[Pooled]] = deque()  # calls that wait for a connection
+        self._opening: set[asyncio.Task[None]] = set()
+        self._tending: set[asyncio.Task[None]] = set()
+        self._keeper: asyncio.Task[None] | None = None
+        self._closed = False
+        self._dropped = asyncio.Event()  # a connection was given up
+        self._generation = 0
+        self._count = 0  # of this generation's connections, idle and lent
+        self._is_paused = False  # after a failure to connect
+        self._heard_at = 0.0  # when any connection last answered
+        self._reasons: set[str] = set()  # logged ones, while the database is away
+        self._complaints: dict[str, float] = {}  # by SQLSTATE or class: when it was logged
+        self._is_far = False
+        self.queries: dict[str, None] = {}  # that were run, in the order of their first time
 
     async def close(self) -> None:
         """Close every connection, by force where one does not answer."""
-        with contextlib.suppress(*AWAY, *BUSY):
+        self._closed = True
+        keepers = [*self._opening, *self._tending, *([self._keeper] if self._keeper else [])]
+        for task in keepers:
+            task.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSING_SECONDS):
-                for _ in range(CONNECTIONS_MAX):  # once nobody uses one
-                    await self._free.acquire()
-                await asyncio.gather(*[connection.close() for connection in self._idle])
-        for connection in self._idle:
-            connection.terminate()
+                while self._lent:  # until nobody uses one
+                    self._dropped.clear()
+                    await self._dropped.wait()
+                await asyncio.gather(*[each.connection.close() for each in self._idle])
+        for pooled in (*self._idle, *self._lent):
+            pooled.connection.terminate()
 
     async def _connect(self) -> Any:
         """Connect. Raises Unavailable, whatever the reason."""
@@ -125,65 +215,287 @@ class Database:
             self._lose(error)
             raise Unavailable(ABSENT) from error
 
-    def _lose(self, error: Exception) -> None:
+    def _lose(self, error: BaseException) -> None:
+        """Take note of a lost connection, or one that was refused: which does not count while there
+        are others that work, unless nobody is let in at all.
+        """
+        if self._count and not is_away(error):
+            self.complain("no more connections can be had", error)
+        else:
+            self._begin_anew(reason_of(error))
+
+    def _begin_anew(self, reason: str) -> None:
         """Take note that the database is away: every connection made until now is in doubt."""
-        if not self._away:
-            self._away = type(error).__name__
-            log.warning("the database is away (%s)", self._away)
-        for connection in self._idle:
-            connection.terminate()
+        self._note_away(reason)
+        for pooled in self._idle:
+            pooled.connection.terminate()
         self._idle.clear()
-        self._doubtful |= self._in_use
+        self._generation += 1
+        self._count = 0
+
+    def _note_away(self, reason: str) -> None:
+        if reason not in self._reasons:
+            self._reasons.add(reason)
+            log.warning("the database is away (%s)", reason)
+
+    def complain(self, what: str, error: BaseException) -> None:
+        """Log what is wrong, unless it was logged within the last minute."""
+        key, now = getattr(error, "sqlstate", type(error).__name__), time.monotonic()
+        if now > self._complaints.get(key, -math.inf) + COMPLAINT_SECONDS:
+            self._complaints[key] = now
+            log.warning("%s (%s)", what, reason_of(error))
+
+    # ---- Lending
+
+    def take(self) -> Pooled | None:
+        """Lend an idle connection, if there is one."""
+        while self._idle:
+            pooled = self._idle.pop()
+            if not pooled.connection.is_closed():
+                return self._lend(pooled)
+            self._count -= 1
+        return None
+
+    def _lend(self, pooled: Pooled) -> Pooled:
+        pooled.asked_at = asyncio.get_running_loop().time()
+        self._lent.add(pooled)
+        return pooled
+
+    async def wait(self, until: float) -> Pooled:
+        """Wait for a connection, and lend it. Raises Unavailable, TimeoutError."""
+        if self._closed:
+            raise Unavailable(ABSENT)
+        waiter: asyncio.Future[Pooled] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        self._open_more()
+        try:
+            async with asyncio.timeout_at(until):
+                return await waiter
+        except BaseException:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            elif not waiter.cancelled() and waiter.exception() is None:
+                self.put_back(waiter.result())  # lent at the moment when nobody waited any more
+            raise
+
+    def put_back(self, pooled: Pooled) -> None:
+        """Take back a connection that answered, and lend it to who waits longest."""
+        self._lent.discard(pooled)
+        if pooled.generation != self._generation or self._closed:
+            self._drop(pooled)
+            return
+        pooled.heard_at = self._heard_at = asyncio.get_running_loop().time()
+        if self._reasons:
+            self._note_return(pooled.connection)
+        while self._waiting:
+            waiter = self._waiting.popleft()
+            if not waiter.done():
+                waiter.set_result(self._lend(pooled))
+                return
+        self._idle.append(pooled)
+
+    def _note_return(self, connection: Any) -> None:
+        if is_writable(connection):
+            self._reasons.clear()
+            log.warning("the database is back")
+        else:
+            self._note_away("it can only be read")
+
+    def fail(self, pooled: Pooled, error: BaseException) -> None:
+        """Take back a connection on which a statement failed; it is kept where it answered."""
+        answered = isinstance(error, asyncpg.PostgresError) and not is_away(error)
+        if answered and not pooled.connection.is_closed():
+            self.put_back(pooled)
+            return
+        self._lent.discard(pooled)
+        self._drop(pooled)
+        if pooled.generation == self._generation:
+            self._count -= 1
+            if is_away(error):
+                self._lose(error)
+        if not self._closed:
+            self._open_more()
+
+    def _drop(self, pooled: Pooled) -> None:
+        pooled.connection.terminate()
+        self._dropped.set()
+
+    # ---- Opening
+
+    def _open_more(self, least: int = 0) -> None:
+        """Open connections for the calls that wait, and some to spare on a far database, where each
+        takes seconds; while the database is away, one at a time.
+        """
+        if self._closed or self._is_paused:
+            return
+        if self._keeper is None:
+            self._keeper = asyncio.create_task(self._keep())
+        limit = 1 if self._reasons and not self._count else self._size - self._count
+        spare = FAR_SPARES - len(self._idle) if self._is_far else 0
+        wanted = min(max(len(self._waiting) + spare, least), limit)
+        for _ in range(wanted - len(self._opening)):
+            task = asyncio.create_task(self._open())
+            self._opening.add(task)
+            task.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self._opening.discard(task)
+        if not self._closed:
+            self._open_more()
+
+    async def _open(self) -> None:
+        """Open a connection and make it ready; where that fails and there is none, nobody waits."""
+        try:
+            connection = await self._connect()
+        except Unavailable:
+            self._pause()
+            return
+        pooled = Pooled(connection, self._generation, 0.0)
+        try:
+            await self._make_ready(pooled)
+        except BaseException as error:
+            connection.terminate()
+            if not isinstance(error, Exception):
+                raise
+            self._lose(error)
+            self._pause()
+            return
+        if pooled.generation == self._generation:
+            self._count += 1
+        self.put_back(pooled)
+
+    async def _make_ready(self, pooled: Pooled) -> None:
+        """Do on a new connection what takes several round trips."""
+        keep_alive(pooled.connection)
+        async with asyncio.timeout(CONNECT_SECONDS):
+            began = time.monotonic()
+            await pooled.connection.execute(ASK)
+            self._is_far = time.monotonic() - began > FAR_SECONDS
+            await pooled.connection.fetch(KNOW_TYPES)
+        await self._prepare_ahead(pooled, CONNECT_SECONDS)
+
+    async def _prepare_ahead(self, pooled: Pooled, seconds: float) -> None:
+        """On a far database, prepare on a connection what was run on any, as far as the time goes.
+
+        Else a request whose statements are all new to its connection would never be in time: each
+        takes two round trips, and where it is cut off the next connection knows none of them.
+        """
+        until = time.monotonic() + seconds
+        queries = list(self.queries) if self._is_far else []
+        while pooled.prepared < len(queries) and time.monotonic() < until:
+            query = queries[pooled.prepared]
+            pooled.prepared += 1
+            try:
+                await pooled.connection.executemany(query, [], timeout=WAIT_SECONDS)
+            except asyncpg.PostgresError as error:
+                if is_away(error):
+                    raise
+            pooled.asked_at = self._heard_at = asyncio.get_running_loop().time()
+
+    def _pause(self) -> None:
+        """Try again to open a connection in a while; where there is none, tell all who wait."""
+        self._is_paused = True
+        seconds = FULL_SECONDS if self._count else RECONNECT_SECONDS
+        asyncio.get_running_loop().call_later(seconds, self._go_on)
+        if not self._count:
+            for waiter in self._waiting:
+                if not waiter.done():
+                    waiter.set_exception(Unavailable(ABSENT))
+            self._waiting.clear()
+
+    def _go_on(self) -> None:
+        self._is_paused = False
+        self._open_more()
+
+    # ---- Tending
+
+    async def _keep(self) -> None:
+        """Look after the connections, for as long as there is the pool."""
+        while True:
+            await asyncio.sleep(TEND_SECONDS)
+            try:
+                self._tend()
+            except Exception:
+                log.exception("the connections could not be looked after")
+
+    def _tend(self) -> None:
+        """See that the database answers. Nothing may await here."""
+        now = asyncio.get_running_loop().time()
+        lent = [each.asked_at for each in self._lent if each.generation == self._generation]
+        asked_at = min(lent, default=now)
+        silent = now - asked_at if self._heard_at <= asked_at else 0.0
+        if silent > SILENCE_SECONDS:
+            self._begin_anew("no answer in time")
+        heard_before = asked_at if silent > DOUBT_SECONDS else now - QUIET_SECONDS
+        for pooled in list(self._idle):
+            lacks = self._is_far and pooled.prepared < len(self.queries)
+            if pooled.connection.is_closed():
+                self._idle.remove(pooled)
+                self._count -= 1
+            elif lacks or pooled.heard_at <= heard_before:
+                self._idle.remove(pooled)
+                task = asyncio.create_task(self._ask(self._lend(pooled)))
+                self._tending.add(task)
+                task.add_done_callback(self._tending.discard)
+        is_unsure = not self._count or (silent > DOUBT_SECONDS and not self._tending)
+        self._open_more(least=1 if is_unsure else 0)
+
+    async def _ask(self, pooled: Pooled) -> None:
+        """See that a connection answers."""
+        try:
+            await pooled.connection.execute(ASK, timeout=WAIT_SECONDS)
+            await self._prepare_ahead(pooled, DOUBT_SECONDS)
+        except BaseException as error:
+            self.fail(pooled, error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self.put_back(pooled)
+
+
+class Database:
+    """A database by its statements, each on a connection that it has for as long as it runs.
+
+    A statement waits, its connection included, until the deadline of the request that it serves, or
+    for WAIT_SECONDS.
+    """
+
+    def __init__(self, url: str, connections: int = CONNECTIONS_MAX) -> None:
+        self.url = url
+        self._pool = Pool(url, connections)
+
+    async def close(self) -> None:
+        """Close every connection, by force where one does not answer."""
+        await self._pool.close()
 
     async def rows(self, query: str, *arguments: Any) -> list[Any]:
         """Run a statement and answer its rows.
 
         Raises Unavailable, asyncpg.PostgresError for the rest.
         """
+        pool, loop = self._pool, asyncio.get_running_loop()
+        now = loop.time()
+        until = deadline() or now + WAIT_SECONDS
+        if until <= now:
+            raise Unavailable(ABSENT)
+        if query not in pool.queries and len(pool.queries) < FAR_QUERIES_MAX:
+            pool.queries[query] = None
         try:
-            async with asyncio.timeout(WAIT_SECONDS), self._free:
-                while self._idle and self._idle[-1].is_closed():
-                    self._idle.pop()
-                connection = self._idle.pop() if self._idle else await self._connect()
-                return await self._fetch(connection, query, arguments)
-        except asyncpg.DataError:  # an InterfaceError by class, but about a value
-            raise
-        except (*AWAY, *BUSY) as error:
-            log.debug("%r", error)
+            pooled = pool.take() or await pool.wait(until)
+            try:
+                found: list[Any] = await pooled.connection.fetch(
+                    query, *arguments, timeout=until - loop.time())
+            except BaseException as error:
+                pool.fail(pooled, error)
+                raise
+        except Exception as error:
+            if not is_unavailable(error):
+                raise
+            if has_state(error, GRAVE_STATES):
+                pool.complain("the database cannot do what it is asked", error)
             raise Unavailable(ABSENT) from error
-
-    async def _fetch(self, connection: Any, query: str, arguments: Sequence[Any]) -> list[Any]:
-        """Run a statement on a connection; where no answer came the connection is dropped."""
-        is_sound = False
-        self._in_use.add(connection)
-        try:
-            found: list[Any] = await connection.fetch(query, *arguments)
-            is_sound = True
-            return found
-        except asyncpg.DataError:
-            is_sound = not connection.is_closed()
-            raise
-        except AWAY as error:
-            self._lose(error)
-            raise
-        except asyncpg.PostgresError:
-            is_sound = not connection.is_closed()
-            raise
-        finally:
-            self._in_use.discard(connection)
-            self._put_back(connection, is_sound)
-
-    def _put_back(self, connection: Any, is_sound: bool) -> None:
-        """Keep a connection for the next statement, or close it."""
-        is_doubtful = connection in self._doubtful
-        self._doubtful.discard(connection)
-        if not is_sound or is_doubtful:
-            connection.terminate()
-            return
-        self._idle.append(connection)
-        if self._away and is_writable(connection):
-            self._away = ""
-            log.warning("the database is back")
+        pool.put_back(pooled)
+        return found
 
     async def row(self, query: str, *arguments: Any) -> Any:
         """Run a statement and answer its first row, or None; raises what `rows` does."""
@@ -359,7 +671,11 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
                 future.set_result(outcome)
 
         self.put(item, settle)
-        return await future
+        try:
+            async with asyncio.timeout_at(deadline()):
+                return await future
+        except TimeoutError:  # it may still be committed
+            raise Unavailable(ABSENT) from None
 
     async def finish(self) -> None:
         """Wait until everything that was put is answered."""

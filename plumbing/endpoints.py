@@ -26,6 +26,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from plumbing.database import Unavailable
+from plumbing.deadline import request_deadline, uncounted
 from plumbing.guard import SAFE_HEADERS, Busy
 from plumbing.process import Handler
 
@@ -224,7 +225,8 @@ async def read_body(request: web.Request) -> bytes:
     """Read a body. Raises MalformedRequest, RequestTimeout, BodyTooLarge (by aiohttp)."""
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            return await request.read()
+            with uncounted():
+                return await request.read()
     except TimeoutError:
         raise RequestTimeout from None
     except web.RequestPayloadError:
@@ -265,11 +267,15 @@ def bind(
     """Make the aiohttp handler of an endpoint.
 
     `authenticate` is awaited first, unless the endpoint is public; a malformed id in a path
-    is refused with the problem of its name.
+    is refused with the problem of its name. One deadline bounds all that both wait for.
     """
     signature = Signature.of(endpoint)
 
     async def handle(request: web.Request) -> web.StreamResponse:
+        with request_deadline():
+            return await answer(request)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
         if not endpoint.public:
             await authenticate(request)
         arguments = {

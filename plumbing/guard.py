@@ -22,6 +22,7 @@ import bcrypt
 import jwt
 from aiohttp import web
 
+from plumbing.deadline import uncounted
 from plumbing.process import Handler, StartError
 
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
@@ -189,8 +190,10 @@ class Passwords:
     async def _run(self, function: Callable[..., Result], *args: bytes) -> Result:
         self.check_queue()
         self._waiting += 1
+        loop = asyncio.get_running_loop()
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+            with uncounted():  # the length of the queue bounds it
+                return await loop.run_in_executor(self._threads, function, *args)
         finally:
             self._waiting -= 1
 

@@ -107,3 +107,28 @@ async def test_listener_that_was_cut_off_polls_and_hears_again(
     assert there.polls == 2
     here.bus.notify("again", b'"again"')
     await there.hears("again")
+
+
+def spoken(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says of the bus."""
+    return [each.getMessage() for each in caplog.records if each.name == "messenger.bus"]
+
+
+async def test_listener_lost_alone_is_logged_once_and_so_is_its_return(
+    stations: list[Station], sql: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who runs the server reads that hints are not heard, while all else works, and when again."""
+    _, there = stations
+    there.listening.clear()
+    await sql.fetch(
+        "select pg_terminate_backend(pid) from pg_stat_activity"
+        " where query ~ 'pg_notify' and pid <> pg_backend_pid()"
+        " and datname = current_database()")
+    async with asyncio.timeout(2 * SOON_SECONDS):
+        await there.listening.wait()
+        while len(spoken(caplog)) < 4:  # two stations lost it
+            await asyncio.sleep(0.05)
+    assert sorted(each.split(" (")[0] for each in spoken(caplog)) == [
+        "hints of other processes are heard again"] * 2 + [
+        "no hints of other processes are heard"] * 2
+    assert sum("SQLSTATE 57P01" in each for each in spoken(caplog)) <= 2

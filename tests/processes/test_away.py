@@ -1,7 +1,11 @@
-"""A database that refuses whom it let in before, or may only be read: 503, and good again after."""
+"""A database that refuses whom it let in before, hangs or may only be read: 503, and good after.
+"""
 
 import asyncio
+import itertools
 import logging
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -77,11 +81,19 @@ async def becomes_ready(client: TestClient[Any, Any]) -> None:
             await asyncio.sleep(0.05)
 
 
+def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says of the database; it says nothing twice."""
+    said = [
+        record.getMessage() for record in caplog.records
+        if record.levelno >= logging.WARNING and record.name == "messenger.database"]
+    assert len(set(said)) == len(said), said
+    return said
+
+
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the log says of the database, once each time."""
-    return [
-        record.getMessage().split(" (")[0] for record in caplog.records
-        if record.levelno >= logging.WARNING and record.name.startswith("messenger")]
+    """Whether it is away or back by the log, however many reasons that had."""
+    return [kind for kind, _ in itertools.groupby(
+        each.split(" (")[0] for each in reasons(caplog))]
 
 
 REFUSALS = {
@@ -158,3 +170,98 @@ async def test_read_only_database_is_503_and_heals(
     await asyncio.gather(*[alice.says(chat, text, id=new_id()) for text in texts])
     assert sorted(await alice.history(chat)) == sorted(texts)
     assert told(caplog) == ["the database is away", "the database is back"]
+
+
+# ---- Why it is away
+
+
+async def test_each_new_reason_is_logged(
+    cluster_of_one: Cluster, app_of_one: Any, caplog: Any
+) -> None:
+    """Who runs the server reads why the database lets nobody in, and when that changes; never a
+    password."""
+    _, client = app_of_one
+    assert await status(client) == 200
+    await cluster_of_one.does("alter role app nologin", HANG_UP)
+    wanted = ["is not permitted to log in, SQLSTATE 28000", "password authentication failed"]
+    for reason, then in zip(
+        wanted, (["alter role app login password 'new'"], ["alter role app password 'old'"]),
+        strict=True,
+    ):
+        async with asyncio.timeout(SOON_SECONDS):
+            while not any(reason in each for each in reasons(caplog)):
+                assert await status(client) == 503
+                await asyncio.sleep(0.05)
+        await cluster_of_one.does(*then)
+    await becomes_ready(client)
+    assert told(caplog) == ["the database is away", "the database is back"]
+    assert not any("old" in each or "new" in each for each in reasons(caplog))
+
+
+async def test_stopped_database_is_logged_without_any_call(
+    cluster_of_one: Cluster, app_of_one: Any, caplog: Any
+) -> None:
+    """That PostgreSQL was stopped, and that it is up again, is logged though nobody asks."""
+    _, client = app_of_one
+    assert await status(client) == 200
+    await cluster_of_one.postgres.stop()
+    async with asyncio.timeout(SOON_SECONDS):
+        while told(caplog) != ["the database is away"]:
+            await asyncio.sleep(0.05)
+    await cluster_of_one.postgres.start()
+    async with asyncio.timeout(SOON_SECONDS):
+        while told(caplog) != ["the database is away", "the database is back"]:
+            await asyncio.sleep(0.05)
+    await becomes_ready(client)
+
+
+async def test_hanging_database_is_503_and_logged(
+    cluster_of_one: Cluster, app_of_one: Any, caplog: Any, tmp_path: Path
+) -> None:
+    """While PostgreSQL is there and does not answer, calls are 503; both ends of that are logged.
+    """
+    _, client = app_of_one
+    assert await status(client) == 200
+    postmaster = int((tmp_path / "postgres/postmaster.pid").read_text().split()[0])
+    children = Path(f"/proc/{postmaster}/task/{postmaster}/children").read_text().split()
+    pids = [postmaster, *map(int, children)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        for _ in range(2):
+            assert await status(client) == 503
+        assert reasons(caplog) == ["the database is away (no answer in time)"]
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    async with asyncio.timeout(4 * SOON_SECONDS):
+        while await status(client) != 200:
+            await asyncio.sleep(0.05)
+    assert told(caplog) == ["the database is away", "the database is back"]
+
+
+# ---- Few connections
+
+
+@pytest.mark.parametrize("whose", ["role app", "database postgres"])
+async def test_fewer_connections_than_wanted_serve_all(
+    cluster_of_one: Cluster, app_of_one: Any, caplog: Any, whose: str
+) -> None:
+    """Where PostgreSQL allows five connections, thirty reads at once share them; once it allows
+    more, more are opened."""
+    _, client = app_of_one
+    alice = Person(client, "alice")
+    await alice.register()
+    await alice.logs_in()
+    await cluster_of_one.does(f"alter {whose} connection limit 5")
+    for _ in range(3):
+        answers = await asyncio.gather(*[alice.asks("GET", "/chats") for _ in range(30)])
+        assert [answer.status for answer in answers] == [200] * 30
+    assert "the database is away" not in told(caplog)
+    await cluster_of_one.does(f"alter {whose} connection limit 20")
+    superuser = await asyncpg.connect(cluster_of_one.postgres.dsn)
+    async with asyncio.timeout(SOON_SECONDS):
+        while await superuser.fetchval(
+            "select count(*) from pg_stat_activity where usename = 'app'") <= 5:
+            await asyncio.gather(*[alice.asks("GET", "/chats") for _ in range(30)])
+    await superuser.close()

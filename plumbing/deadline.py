@@ -1,0 +1,46 @@
+"""One deadline over all that a request waits for.
+
+It belongs to the task that serves the request, and a frame of a websocket counts as a request. A
+task that a request starts has none: what it does may go on after the answer.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+REQUEST_SECONDS = 1.9  # for all waits of a request together, so that its answer takes no 2 s
+
+_deadlines: dict[asyncio.Task[Any] | None, float] = {}  # by the loop's clock
+
+
+def deadline() -> float | None:
+    """Tell until when the task that asks may wait, by the loop's clock; None for ever."""
+    return _deadlines.get(asyncio.current_task())
+
+
+@contextlib.contextmanager
+def request_deadline() -> Iterator[None]:
+    """Let what is done within be a request, which begins now."""
+    task = asyncio.current_task()
+    outer = _deadlines.get(task)
+    _deadlines[task] = asyncio.get_running_loop().time() + REQUEST_SECONDS
+    try:
+        yield
+    finally:
+        if outer is None:
+            del _deadlines[task]
+        else:
+            _deadlines[task] = outer
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Put the deadline off by the time that is spent within: it has a bound of its own."""
+    task, loop = asyncio.current_task(), asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        yield
+    finally:
+        if task in _deadlines:
+            _deadlines[task] += loop.time() - began
