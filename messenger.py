@@ -117,6 +117,7 @@ from aiohttp import WSMessage, WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing import guard, process
+from plumbing.address import read_address, with_password
 from plumbing.bus import Bus
 from plumbing.database import (
     Database,
@@ -180,6 +181,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     database_url: str = ""
+    database_password: str = ""
     secret_key: str = ""
     secret_key_old: str = ""
     registration: Literal["open", "closed"] = "open"
@@ -210,10 +212,10 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
             reason, _, name = str(error).rpartition(" - at `$.")
             name = name.rstrip("`")
             raise StartError(f"{name}={environ.get(name)!r}: {reason}") from None
-        if not re.match("(postgres(ql)?://|$)", settings.database_url):
-            raise StartError("DATABASE_URL must be like postgresql://user:password@host/database")
-        if settings.database_url and not settings.secret_key:
-            raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
+        if settings.database:
+            read_address(settings.database)
+            if not settings.secret_key:
+                raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
         for name in ("secret_key", "secret_key_old"):
             size, least = len(getattr(settings, name).encode()), guard.SECRET_BYTES_MIN
             if 0 < size < least:
@@ -221,6 +223,12 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
         guard.read_networks(settings.trusted_proxies)
         guard.read_origins(settings.cors_origins)
         return settings
+
+    @property
+    def database(self) -> str:
+        """The connection string of a database of one's own, with its password; empty for none."""
+        url, password = self.database_url.strip(), self.database_password.rstrip("\r\n")
+        return with_password(url, password) if url else ""
 
 
 BODY_BYTES_MAX = 64 * 1024
@@ -2925,16 +2933,17 @@ async def serve(settings: Settings) -> None:
         listener = stack.enter_context(
             process.hold_port(settings.host, settings.port) if has_workers
             else process.listen_on(settings.host, settings.port, shared=is_worker))
-        url, secret_key = settings.database_url, settings.secret_key
-        where = "your PostgreSQL (DATABASE_URL)"
+        url, secret_key = settings.database, settings.secret_key
+        where, name = "your PostgreSQL (DATABASE_URL)", "DATABASE_URL"
         if not url:
             server = Postgres(Path(settings.data_dir))
             stack.push_async_callback(server.stop)
             await server.start()
             url, where = server.dsn, f"{server.folder} (embedded PostgreSQL)"
+            name = "the embedded PostgreSQL"
             secret_key = secret_key or guard.kept_secret(server.folder / "secret_key")
         if not is_worker:
-            await migrate_when_up(url, SQL)
+            await migrate_when_up(url, SQL, name)
         port = listener.getsockname()[1]
         if has_workers:
             await start_workers(settings, stack, DATABASE_URL=url, SECRET_KEY=secret_key, PORT=port)

@@ -4,6 +4,7 @@ A file imports only those above it in this list, and none imports the applicatio
 
     text         text that compares without regard to case
     process      a port, signals, children, logs, and a word for a bad start
+    address      where PostgreSQL is, and the one way to connect
     embedded     the embedded PostgreSQL
     database     any PostgreSQL: connections, commits in groups, the schema
     bus          hints from one process to the others

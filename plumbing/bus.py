@@ -8,9 +8,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import asyncpg
-
-from plumbing.database import CONNECT_SECONDS, Database
+from plumbing.address import connect
+from plumbing.database import CONNECT_SECONDS, SESSION, Database
 
 LISTEN_CHECK_SECONDS = 3.0
 LISTEN_PAUSE_SECONDS = 0.2
@@ -93,7 +92,7 @@ class Bus:
         while True:
             connection = None
             try:
-                connection = await asyncpg.connect(self._database.url, timeout=CONNECT_SECONDS)
+                connection = await connect(self._database.url, SESSION, CONNECT_SECONDS)
                 await connection.add_listener(self.channel, receive)
                 poll_now()
                 while True:

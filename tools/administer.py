@@ -114,13 +114,13 @@ async def obey(
 async def administer(settings: m.Settings, command: str, arguments: Sequence[str]) -> None:
     """Find the database, starting it where no server runs, and obey. Raises StartError, Problem."""
     async with contextlib.AsyncExitStack() as stack:
-        url = settings.database_url
+        url, name = settings.database, "DATABASE_URL"
         if not url:
             server = Postgres(Path(settings.data_dir))
             stack.push_async_callback(server.stop)
             await server.start_or_join()
-            url = server.dsn
-        await migrate_when_up(url, m.SQL)
+            url, name = server.dsn, "the embedded PostgreSQL"
+        await migrate_when_up(url, m.SQL, name)
         database = Database(url)
         stack.push_async_callback(database.close)
         passwords = Passwords(settings.bcrypt_cost)
