@@ -55,7 +55,7 @@ class Place:
         """A connection string to it."""
         given = {"user": self.name, "password": PASSWORD, "database": self.name} | other
         user, password = quote(given["user"], safe=""), quote(given["password"], safe="")
-        host = host or quote(self.folder, safe="")
+        query = query if host else f"?host={self.folder}{query.replace('?', '&')}"
         return f"postgresql://{user}:{password}@{host}/{quote(given['database'])}{query}"
 
     async def does(self, *statements: str) -> None:
