@@ -119,16 +119,9 @@ from aiohttp import WSMessage, WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing import guard, process
+from plumbing.address import read_address, with_password
 from plumbing.bus import Bus
-from plumbing.database import (
-    Database,
-    GroupReader,
-    GroupWriter,
-    Outcome,
-    Unavailable,
-    migrate_when_up,
-    repeat,
-)
+from plumbing.database import Database, Unavailable, repeat
 from plumbing.deadline import deadline, request_deadline
 from plumbing.embedded import Postgres
 from plumbing.endpoints import (
@@ -154,8 +147,10 @@ from plumbing.endpoints import (
     invalid,
     page,
 )
+from plumbing.groups import GroupReader, GroupWriter, Outcome
 from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
 from plumbing.process import Listener, StartError, Tasks
+from plumbing.schema import migrate_when_up
 from plumbing.text import folded, stream_safe
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
@@ -184,6 +179,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     database_url: str = ""
+    database_password: str = ""
     database_connections: Annotated[int, Meta(ge=1, le=100)] = 10
     secret_key: str = ""
     secret_key_old: str = ""
@@ -215,10 +211,10 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
             reason, _, name = str(error).rpartition(" - at `$.")
             name = name.rstrip("`")
             raise StartError(f"{name}={environ.get(name)!r}: {reason}") from None
-        if not re.match("(postgres(ql)?://|$)", settings.database_url):
-            raise StartError("DATABASE_URL must be like postgresql://user:password@host/database")
-        if settings.database_url and not settings.secret_key:
-            raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
+        if settings.database:
+            read_address(settings.database)
+            if not settings.secret_key:
+                raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
         for name in ("secret_key", "secret_key_old"):
             size, least = len(getattr(settings, name).encode()), guard.SECRET_BYTES_MIN
             if 0 < size < least:
@@ -226,6 +222,12 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
         guard.read_networks(settings.trusted_proxies)
         guard.read_origins(settings.cors_origins)
         return settings
+
+    @property
+    def database(self) -> str:
+        """The connection string of a database of one's own, with its password; empty for none."""
+        url, password = self.database_url.strip(), self.database_password.rstrip("\r\n")
+        return with_password(url, password) if url else ""
 
 
 BODY_BYTES_MAX = 64 * 1024
@@ -1494,7 +1496,7 @@ class Rooms:
         if posted is not None and version <= room.version:
             fresh = [message for message in posted.messages if message.rev > room.delivered]
             before = posted.mark_before if len(fresh) == len(posted.messages) else posted.mark
-            if len(fresh) == rev - room.delivered and before == room.mark:
+            if fresh and len(fresh) == rev - room.delivered and before == room.mark:
                 frames = b"".join([encode_change(message, room.delivered) for message in fresh])
                 self.deliver(room.live, frames)
                 room.delivered, room.mark = rev, posted.mark
@@ -3318,16 +3320,17 @@ async def serve(settings: Settings) -> None:
         listener = stack.enter_context(
             process.hold_port(settings.host, settings.port) if has_workers
             else process.listen_on(settings.host, settings.port, shared=is_worker))
-        url, secret_key = settings.database_url, settings.secret_key
-        where = "your PostgreSQL (DATABASE_URL)"
+        url, secret_key = settings.database, settings.secret_key
+        where, name = "your PostgreSQL (DATABASE_URL)", "DATABASE_URL"
         if not url:
             server = Postgres(Path(settings.data_dir))
             stack.push_async_callback(server.stop)
             await server.start()
             url, where = server.dsn, f"{server.folder} (embedded PostgreSQL)"
+            name = "the embedded PostgreSQL"
             secret_key = secret_key or guard.kept_secret(server.folder / "secret_key")
         if not is_worker:
-            await migrate_when_up(url, SQL)
+            await migrate_when_up(url, SQL, name)
         port = listener.getsockname()[1]
         if has_workers:
             await start_workers(settings, stack, DATABASE_URL=url, SECRET_KEY=secret_key, PORT=port)

@@ -6,8 +6,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import messenger
-from plumbing import database
+from plumbing import groups
 
 if __name__ == "__main__":
-    database.GROUP_ITEMS_MAX = 1
+    groups.GROUP_ITEMS_MAX = 1
     sys.exit(messenger.main())

@@ -4,9 +4,12 @@ A file imports only those above it in this list, and none imports the applicatio
 
     text         text that compares without regard to case
     process      a port, signals, children, logs, and a word for a bad start
+    address      where PostgreSQL is, and the one way to connect
     embedded     the embedded PostgreSQL
     deadline     how long a request may wait
-    database     any PostgreSQL: connections, commits in groups, the schema
+    database     any PostgreSQL: connections, and statements on them
+    groups       look-ups and commits in groups
+    schema       the schema, and the start
     bus          hints from one process to the others
     guard        who may ask: addresses, rates, passwords, tokens, browsers
     websocket    one connection of a websocket

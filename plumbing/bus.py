@@ -8,9 +8,15 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import asyncpg
-
-from plumbing.database import CONNECT_SECONDS, WAIT_SECONDS, Database, keep_alive, reason_of
+from plumbing.address import connect
+from plumbing.database import (
+    CONNECT_SECONDS,
+    SESSION,
+    WAIT_SECONDS,
+    Database,
+    keep_alive,
+    reason_of,
+)
 
 LISTEN_CHECK_SECONDS = 3.0
 LISTEN_PAUSE_SECONDS = 0.2
@@ -98,7 +104,7 @@ class Bus:
         while True:
             connection = None
             try:
-                connection = await asyncpg.connect(self._database.url, timeout=CONNECT_SECONDS)
+                connection = await connect(self._database.url, SESSION, CONNECT_SECONDS)
                 keep_alive(connection)
                 await connection.add_listener(self.channel, receive)
                 if is_deaf:

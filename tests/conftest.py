@@ -13,10 +13,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
-from plumbing import database
 from support.databases import Databases, cluster_with_template, with_database
 from support.fuzzing import Population, fuzzed_server
-from support.patience import PATIENCE
+from support.patience import begin
 from support.people import Person
 from support.raw import RawLine
 from support.servers import (
@@ -41,8 +40,7 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Whether servers wait longer than usual for their database; see tests/support/patience.py."""
     is_longer = request.node.get_closest_marker("real_deadlines") is None
     if is_longer:
-        for name, seconds in PATIENCE.items():
-            monkeypatch.setattr(database, name, seconds)
+        begin(monkeypatch)
     return is_longer
 
 

@@ -24,11 +24,12 @@ from asyncpg import UniqueViolationError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import messenger as m
-from plumbing.database import Database, Unavailable, migrate_when_up
+from plumbing.database import Database, Unavailable
 from plumbing.embedded import Postgres
 from plumbing.endpoints import InternalError, Problem, as_problem
 from plumbing.guard import Passwords
 from plumbing.process import StartError, start_logs
+from plumbing.schema import migrate_when_up
 
 # How many arguments each command takes.
 COMMANDS = {
@@ -114,13 +115,13 @@ async def obey(
 async def administer(settings: m.Settings, command: str, arguments: Sequence[str]) -> None:
     """Find the database, starting it where no server runs, and obey. Raises StartError, Problem."""
     async with contextlib.AsyncExitStack() as stack:
-        url = settings.database_url
+        url, name = settings.database, "DATABASE_URL"
         if not url:
             server = Postgres(Path(settings.data_dir))
             stack.push_async_callback(server.stop)
             await server.start_or_join()
-            url = server.dsn
-        await migrate_when_up(url, m.SQL)
+            url, name = server.dsn, "the embedded PostgreSQL"
+        await migrate_when_up(url, m.SQL, name)
         database = Database(url)
         stack.push_async_callback(database.close)
         passwords = Passwords(settings.bcrypt_cost)

@@ -10,7 +10,8 @@ import pytest
 from aiohttp import web
 
 import messenger
-from plumbing.database import GROUP_ITEMS_MAX, Unavailable
+from plumbing.database import Unavailable
+from plumbing.groups import GROUP_ITEMS_MAX
 from support.databases import until_waiting
 from support.people import SOON_SECONDS, Heard, Line, Person, new_id
 from support.posts import numbers_of, post, written
@@ -122,7 +123,7 @@ async def test_commit_that_was_never_answered_is_heard_and_its_retry_is_one_mess
             raise Unavailable("lost")
         return found
 
-    monkeypatch.setattr("plumbing.database.WRITE_SECONDS", 1.0)
+    monkeypatch.setattr("plumbing.groups.WRITE_SECONDS", 1.0)
     with monkeypatch.context() as patch:
         patch.setattr(database, "rows", loses_every_answer)
         refused = await alice.asks("POST", f"/chats/{chat}/messages", body)

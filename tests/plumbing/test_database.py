@@ -1,269 +1,280 @@
-"""The writer of groups by itself: several items to a commit, and none that holds up the others."""
+"""The pool of connections: lines that fail, databases that are full, hang or are far away."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
 from typing import Any
-from uuid import UUID
 
 import asyncpg
 import pytest
-from aiohttp import web
 
-import messenger
 from plumbing import database
-from support.people import Line, Person
-from support.posts import numbers_of, post, written
+from plumbing.database import Database, Unavailable
+from support.people import SOON_SECONDS
+from support.wire import Wire
+
+NAP = "select pg_sleep(0.2)"
+ONE = "select 1"
+Make = Callable[..., Database]
 
 
-async def crowd(
-    people: Callable[[str], Awaitable[Person]], founder: Person, number: int
-) -> tuple[int, list[Person], list[Line]]:
-    """Make a group of so many people, each with a socket."""
-    others = [await people(f"person_{each}") for each in range(number)]
-    chat = await founder.founds(*others)
-    return chat, others, [await each.listens_live(chat) for each in others]
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    """Make databases that are closed after the test."""
+    async with contextlib.AsyncExitStack() as stack:
+        def made(url: str, *arguments: Any) -> Database:
+            one = Database(url, *arguments)
+            stack.push_async_callback(one.close)
+            return one
+
+        yield made
 
 
-async def commits(app: web.Application, sql: asyncpg.Connection) -> int:
-    """Ask PostgreSQL how many transactions of this database were committed."""
-    flush = "select pg_stat_force_next_flush(), pg_sleep(0.2)"
-    everyone = database.CONNECTIONS_MAX  # each connection counts for itself
-    await asyncio.gather(*[app[messenger.DATABASE].rows(flush) for _ in range(everyone)])
-    await sql.execute("select pg_stat_clear_snapshot()")
-    count = "select xact_commit from pg_stat_database where datname = current_database()"
-    return int(await sql.fetchval(count))
+@pytest.fixture
+async def wire(database_url: str) -> AsyncIterator[Wire]:
+    """The way to the test's database."""
+    async with Wire(database_url).open() as wire:
+        yield wire
 
 
-async def test_bad_item_fails_alone(
-    app: web.Application, alice: Person, bob: Person, carol: Person
+async def many(there: Database, query: str, number: int) -> list[Any]:
+    """Run a statement so many times at once; answer the values, and the exceptions."""
+    return await asyncio.gather(
+        *[there.value(query) for _ in range(number)], return_exceptions=True)
+
+
+async def answers_soon(there: Database) -> None:
+    """Wait until a statement is answered."""
+    async with asyncio.timeout(SOON_SECONDS):
+        while True:
+            with contextlib.suppress(Unavailable):
+                assert await there.value(ONE) == 1
+                return
+            await asyncio.sleep(0.05)
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says of the database."""
+    return [
+        each.getMessage() for each in caplog.records
+        if each.levelno >= logging.WARNING and each.name == "messenger.database"]
+
+
+async def test_swallowed_connections_are_replaced_together(wire: Wire, make: Make) -> None:
+    """Where a firewall forgot every connection, one call that fails is enough for the others."""
+    there = make(wire.url)
+    await many(there, NAP, 10)
+    wire.swallow()
+    await answers_soon(there)
+    assert await many(there, ONE, 20) == [1] * 20
+
+
+async def test_connections_swallowed_while_idle_fail_no_call(
+    wire: Wire, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An item that makes its whole group fail is refused alone; its neighbours are committed in
-    their order."""
-    chat, other = await alice.opens(bob), await bob.founds(carol)
-    line = await bob.listens_live(chat)
-    outcomes = await written(
-        app,
-        post(chat, alice, "one"),
-        post(chat, alice, "a\0b"),  # PostgreSQL cannot take it: the statement fails
-        post(chat, bob, "two"),
-        post(other, alice, "not hers"),
-        post(2**62, alice, "no such chat"),
-        post(chat, alice, "three", reply_to=messenger.uuid7()),
-        post(chat, alice, "three"),
-    )
-    no_chat = messenger.ChatNotFound
-    assert numbers_of(outcomes) == [
-        1, asyncpg.CharacterNotInRepertoireError, 2, no_chat, no_chat, messenger.ReplyNotFound, 3,
-    ]
-    assert [(await line.hears("message"))["data"]["seq"] for _ in range(3)] == [1, 2, 3]
-    assert await alice.history(chat) == ["one", "two", "three"]
+    """Idle connections are asked whether they answer, before a call is."""
+    monkeypatch.setattr(database, "QUIET_SECONDS", 0.2, raising=False)
+    there = make(wire.url)
+    await many(there, NAP, 10)
+    wire.swallow()
+    await asyncio.sleep(4)
+    assert await many(there, ONE, 20) == [1] * 20
 
 
-async def posts_in_turn(app: web.Application, chat: int, sender: Person, end: float) -> list[Any]:
-    """Post one message after the other until a time by the loop's clock; answer the outcomes."""
-    outcomes: list[Any] = []
-    while asyncio.get_running_loop().time() < end:
-        outcomes += await written(app, post(chat, sender))
-        await asyncio.sleep(0.02)
-    return outcomes
-
-
-@pytest.mark.real_deadlines
-async def test_chat_whose_row_is_held_delays_no_other(
-    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+async def test_calls_under_way_on_swallowed_connections_hold_up_no_later_one(
+    wire: Wire, make: Make
 ) -> None:
-    """While somebody holds a chat's row for seconds, what is posted there is refused in time; every
-    post to the other chats is committed, most of them at once; then the chat goes on by itself."""
-    held, *others = [await alice.founds(bob) for _ in range(4)]
-    loop = asyncio.get_running_loop()
-    async with sql.transaction():
-        await sql.execute("select 1 from chats where id = $1 for update", held)
-        end = loop.time() + 4
-        refused, *posted = await asyncio.gather(
-            *[posts_in_turn(app, chat, alice, end) for chat in (held, *others)])
-    assert set(numbers_of(refused)) == {database.Unavailable}
-    for outcomes in posted:
-        assert numbers_of(outcomes) == list(range(1, len(outcomes) + 1))
-        assert len(outcomes) >= 30, "it waited for the chat that is held again and again"
-    first, *others = numbers_of(await written(app, *[post(held, alice) for _ in range(3)]))
-    assert others == [first + 1, first + 2]  # what was refused may have been committed after all
+    """While ten calls wait on dead connections, new connections serve those that come after."""
+    there = make(wire.url)
+    await many(there, NAP, 10)
+    naps = asyncio.create_task(many(there, NAP, 10))
+    await asyncio.sleep(0.05)
+    wire.swallow()
+    await asyncio.sleep(1.7)
+    later = await many(there, ONE, 20)
+    assert later == [1] * 20
+    assert {type(each) for each in await naps} == {Unavailable}
 
 
-@pytest.mark.real_deadlines
-async def test_posts_to_a_held_chat_keep_their_order(
-    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+async def test_statement_on_a_far_database_is_served(wire: Wire, make: Make) -> None:
+    """With a round trip of 400 ms a connection comes to be, though no call waits so long for it,
+    and a statement with arrays is served."""
+    wire.delay = 0.2
+    there = make(wire.url)
+    async with asyncio.timeout(20):
+        while True:
+            with contextlib.suppress(Unavailable):
+                sizes = "select cardinality($1::bigint[]) + cardinality($2::uuid[])"
+                assert await there.value(sizes, [1, 2], []) == 2
+                return
+
+
+async def test_call_that_was_given_up_leaves_its_connection_to_the_next(
+    wire: Wire, make: Make
 ) -> None:
-    """What waits for a held chat is posted in its order once the chat is free, before what came
-    later; it is written out in that order too."""
-    held, other = await alice.founds(bob), await alice.founds(bob)
-    line = await bob.listens_live(held)
-    texts = [str(number) for number in range(60)]
-    async with sql.transaction():
-        await sql.execute("select 1 from chats where id = $1 for update", held)
-        first = asyncio.create_task(
-            written(app, post(other, alice), *[post(held, alice, text) for text in texts[:20]]))
-        await asyncio.sleep(1.1)  # now they wait aside
-        second = asyncio.create_task(
-            written(app, *[post(held, alice, text) for text in texts[20:40]]))
-        await asyncio.sleep(0.1)
-    third = asyncio.create_task(written(app, *[post(held, alice, text) for text in texts[40:]]))
-    assert numbers_of(await first) == [1, *range(1, 21)]
-    assert numbers_of(await second + await third) == list(range(21, 61))
-    assert [(await line.hears("message"))["data"]["text"] for _ in texts] == texts
+    """A call does not wait for a slow connect beyond its deadline, but the connect goes on."""
+    wire.delay = 0.3
+    there = make(wire.url)
+    with pytest.raises(Unavailable):
+        await there.value(ONE)
+    wire.delay = 0.0
+    await answers_soon(there)
 
 
-@pytest.mark.real_deadlines
-async def test_many_held_chats_delay_no_other(
-    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+@pytest.mark.parametrize("size", [1, 3, 12])
+async def test_pool_has_as_many_connections_as_it_is_told(
+    database_url: str, sql: asyncpg.Connection, make: Make, size: int
 ) -> None:
-    """Somebody holds more chats than the server has connections: the other chat goes on, and once
-    they are free so does each of them."""
-    *held, other = [await alice.founds(bob) for _ in range(database.CONNECTIONS_MAX + 5)]
-    loop = asyncio.get_running_loop()
-    async with sql.transaction():
-        await sql.execute("select 1 from chats where id = any ($1) for update", held)
-        end = loop.time() + 3
-        *refused, posted = await asyncio.gather(
-            *[posts_in_turn(app, chat, alice, end) for chat in (*held, other)])
-    assert {database.Unavailable} == {outcome for each in refused for outcome in numbers_of(each)}
-    assert numbers_of(posted) == list(range(1, len(posted) + 1))
-    assert len(posted) >= 15, "it waited for one chat after the other"
-    outcomes = await written(app, *[post(chat, alice) for chat in held])
-    assert set(map(type, outcomes)) == {messenger.Posted}
-
-
-@pytest.mark.real_deadlines
-async def test_held_reader_delays_no_other(
-    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
-) -> None:
-    """While somebody holds one reader's row, the steps of other readers are committed."""
-    chat = await alice.founds(bob)
-    ids = [(await alice.says(chat, str(number)))["id"] for number in range(3)]
-    reads = app[messenger.READS]
-    stuck = messenger.NewRead(chat, bob.id, UUID(ids[0]))
-    async with sql.transaction():
-        await sql.execute(
-            "select 1 from participants where chat_id = $1 and user_id = $2 for update",
-            chat, bob.id)
-        waits = asyncio.create_task(reads.submit(stuck))
-        for number in ids:
-            moved = await reads.submit(messenger.NewRead(chat, alice.id, UUID(number)))
-            assert str(moved.message_id) == number
-        with pytest.raises(database.Unavailable):
-            await waits
-    assert (await reads.submit(stuck)).seq == 1
-
-
-@pytest.mark.real_deadlines
-async def test_writer_that_ends_answers_what_waits_for_a_held_chat(
-    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
-) -> None:
-    """When the server stops, what waits aside is still committed, or refused; none is left."""
-    held, other = await alice.founds(bob), await alice.founds(bob)
-    async with sql.transaction():
-        await sql.execute("select 1 from chats where id = $1 for update", held)
-        late = asyncio.create_task(written(app, post(held, alice)))
-        waits = asyncio.create_task(written(app, post(other, alice), post(held, alice, "aside")))
-        await asyncio.sleep(1.2)
-        ends = asyncio.create_task(app[messenger.POSTS].finish())
-        await asyncio.sleep(0.1)
-        assert not ends.done()
-    async with asyncio.timeout(5):
-        await ends
-    assert numbers_of(await waits) == [1, 2]
-    assert numbers_of(await late) == [1]
-
-
-@pytest.mark.real_deadlines
-async def test_held_chat_leaves_connections_for_others(
-    sql: asyncpg.Connection, alice: Person, bob: Person
-) -> None:
-    """However many rename a chat that somebody holds, one connection waits for it."""
-    held = await alice.founds(bob)
-    async with sql.transaction():
-        await sql.execute("select 1 from chats where id = $1 for update", held)
-        renames = [asyncio.create_task(alice.asks("PATCH", f"/chats/{held}", {"name": "new"}))
-                   for _ in range(3 * database.CONNECTIONS_MAX)]
-        await asyncio.sleep(0.5)
-        waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
-        assert await sql.fetchval(waiting) == 1
-        await bob.gets("/chats")
-    answers = await asyncio.gather(*renames)
-    assert {answer.status for answer in answers} <= {200, 503}
-
-
-async def test_many_senders_are_committed_in_groups(
-    app: web.Application,
-    sql: asyncpg.Connection,
-    alice: Person,
-    people: Callable[[str], Awaitable[Person]],
-) -> None:
-    """Of 64 senders at once several messages share a commit, by PostgreSQL's own counter."""
-    chat, _, lines = await crowd(people, alice, 64)
-    before = await commits(app, sql)
-
-    async def sends(line: Line) -> None:
-        for number in range(8):
-            await line.says("hello", ref=number)
-            assert (await line.hears("ack", "error"))["ref"] == number
-
-    await asyncio.gather(*[sends(line) for line in lines])
-    made = await commits(app, sql) - before
-    assert (await alice.gets(f"/chats/{chat}"))["last_rev"] == 64 * 8
-    assert made < 64 * 8 / 3, f"{made} commits for {64 * 8} messages"
-
-
-async def test_look_ups_share_a_statement_and_an_answer() -> None:
-    """What is asked for while a look-up runs is looked up together, and each item once."""
-    groups, go_on = [], asyncio.Event()
-
-    async def look_up(items: list[str]) -> list[str]:
-        groups.append(items)
-        await go_on.wait()
-        return [item.upper() for item in items]
-
-    reader = database.GroupReader(look_up)
-    asked = [asyncio.create_task(reader.get(item)) for item in ("a", "b", "c", "b")]
-    await asyncio.sleep(0)
-    asked.append(asyncio.create_task(reader.get("a")))  # it is under way: this one comes later
-    await asyncio.sleep(0)
-    asked[2].cancel()
-    go_on.set()
-    found = await asyncio.gather(*asked, return_exceptions=True)
-    assert [each for each in found if isinstance(each, str)] == ["A", "B", "B", "A"]
-    assert isinstance(found[2], asyncio.CancelledError)
-    assert sum(map(len, groups)) <= len(asked)
-    assert len(groups) < len(asked)
-
-
-async def test_who_asks_while_the_database_is_away_is_refused_with_the_others() -> None:
-    """Where a look-up finds the database away, who waits for the next one does not wait for it."""
-    looked_up = []
-
-    async def look_up(items: list[int]) -> list[int]:
-        looked_up.append(items)
-        await asyncio.sleep(0.05)
-        raise database.Unavailable
-
-    reader = database.GroupReader(look_up)
-    first = asyncio.create_task(reader.get(1))
-    await asyncio.sleep(0.01)
-    outcomes = await asyncio.gather(first, reader.get(2), reader.get(3), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [database.Unavailable] * 3
-    assert looked_up == [[1]]
-
-
-async def test_look_up_that_fails_for_one_group_leaves_the_next_alone() -> None:
-    """Any other failure is told to who asked, and the next look-up is tried."""
-    async def look_up(items: list[int]) -> list[int]:
+    """However many calls there are, no more connections are open at once."""
+    there = make(database_url, size)
+    calls = asyncio.create_task(many(there, "select pg_sleep(0.05)", 20))
+    seen = set()
+    while not calls.done():
         await asyncio.sleep(0.01)
-        return [10 // item for item in items]
+        seen.add(await sql.fetchval(
+            "select count(*) from pg_stat_activity where application_name = 'messenger'"
+            " and datname = current_database()"))
+    assert max(seen) == size
+    assert not any(isinstance(each, Exception) for each in await calls)
 
-    reader = database.GroupReader(look_up)
-    first = asyncio.create_task(reader.get(0))
+
+@pytest.mark.parametrize("state", [
+    "53000", "53100", "53200", "53300", "53400",  # no disk, no memory, no connections
+    "55P03", "40P01", "40001", "55006",  # locks
+    "25006",  # read-only
+    "57014", "57P01", "57P02", "57P03", "57P05",  # cancelled, shut down, starting up
+    "58000", "58030", "08006",  # input and output
+])
+async def test_trouble_of_the_database_is_unavailable(
+    database_url: str, make: Make, state: str
+) -> None:
+    """What is the database's own trouble may be tried again; afterwards it is as good as before."""
+    there = make(database_url)
+    with pytest.raises(Unavailable):
+        await there.rows(
+            f"do $$ begin raise exception 'trouble' using errcode = '{state}'; end $$")
+    await answers_soon(there)
+
+
+@pytest.mark.parametrize("state", ["22012", "23505", "42P01", "P0001", "XX000"])
+async def test_fault_of_a_statement_is_not(database_url: str, make: Make, state: str) -> None:
+    """What is a statement's own fault is raised as it is, and its connection goes on."""
+    there = make(database_url, 1)
+    pid = await there.value("select pg_backend_pid()")
+    with pytest.raises(asyncpg.PostgresError):
+        await there.rows(f"do $$ begin raise exception 'fault' using errcode = '{state}'; end $$")
+    assert await there.value("select pg_backend_pid()") == pid
+
+
+async def test_full_disk_is_logged_once(
+    database_url: str, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trouble that an operator must end is logged once, not with each call."""
+    there = make(database_url)
+    full = "do $$ begin raise exception 'no space left' using errcode = '53100'; end $$"
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            await there.rows(full)
+    assert told(caplog) == [
+        "the database cannot do what it is asked (no space left, SQLSTATE 53100)"]
+
+
+async def test_silence_is_logged_once_and_so_is_its_end(
+    wire: Wire, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A database that does not answer is away, though no connection was lost."""
+    there = make(wire.url)
+    await many(there, NAP, 3)
+    wire.delay = 3600
+    assert {type(each) for each in await many(there, ONE, 3)} == {Unavailable}
+    assert {type(each) for each in await many(there, ONE, 3)} == {Unavailable}
+    assert told(caplog) == ["the database is away (no answer in time)"]
+    wire.delay = 0
+    async with asyncio.timeout(4 * SOON_SECONDS):
+        while len(told(caplog)) < 2:
+            await asyncio.sleep(0.05)
+    assert told(caplog)[1:] == ["the database is back"]
+    await answers_soon(there)
+
+
+async def test_slow_statement_is_no_silence(
+    database_url: str, make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A statement that PostgreSQL ends because it takes too long does not make it away."""
+    there = make(database_url)
+    with pytest.raises(Unavailable):
+        await there.rows("select pg_sleep(30)")
+    assert await there.value(ONE) == 1
+    assert told(caplog) == []
+
+
+async def test_connection_lost_alone_is_replaced(
+    database_url: str, sql: asyncpg.Connection, make: Make
+) -> None:
+    """After its backends were ended, idle as they were, a call is served at once."""
+    there = make(database_url)
+    await many(there, NAP, 3)
+    ended = await sql.fetch(
+        "select pg_terminate_backend(pid, 1000) from pg_stat_activity"
+        " where application_name = 'messenger' and datname = current_database()")
+    assert len(ended) >= 3
+    await asyncio.sleep(0.1)
+    assert await many(there, ONE, 5) == [1] * 5
+
+
+async def test_cancelled_statement_costs_its_connection(database_url: str, make: Make) -> None:
+    """No later call gets a connection on which a statement was cancelled."""
+    there = make(database_url, 1)
+    pid = await there.value("select pg_backend_pid()")
+    call = asyncio.create_task(there.rows("select pg_sleep(30)"))
+    await asyncio.sleep(0.1)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert await there.value("select pg_backend_pid()") != pid
+
+
+async def test_call_cancelled_while_it_waits_loses_no_connection(
+    database_url: str, make: Make
+) -> None:
+    """Calls that are cancelled while they wait for the only connection leave it to the others."""
+    there = make(database_url, 1)
+    nap = asyncio.create_task(there.rows("select pg_sleep(0.1)"))
+    await asyncio.sleep(0.05)
+    calls = [asyncio.create_task(there.value(ONE)) for _ in range(20)]
     await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    second = await reader.get(5)
-    with pytest.raises(ZeroDivisionError):
-        await first
-    assert second == 2
+    for call in calls[::2]:
+        call.cancel()
+    await nap
+    for call in calls[1::4]:
+        call.cancel()  # maybe just as it is lent the connection
+    assert await there.value(ONE) == 1
+    done = await asyncio.gather(*calls, return_exceptions=True)
+    assert done[3::4] == [1] * 5
+
+
+async def test_closed_database_refuses(database_url: str) -> None:
+    """After its end a database opens no connection any more."""
+    there = Database(database_url)
+    await there.rows(ONE)
+    await there.close()
+    with pytest.raises(Unavailable):
+        await there.rows(ONE)
+
+
+async def test_kernel_watches_the_connection(wire: Wire, make: Make) -> None:
+    """Keepalive and the bound of unacknowledged data are set on each connection."""
+    await make(wire.url).rows(ONE)
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as wired:
+            if wired.family == socket.AF_INET and wired.getpeername()[1] == wire.port:
+                tcp = socket.IPPROTO_TCP
+                found.append((
+                    wired.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                    wired.getsockopt(tcp, socket.TCP_KEEPIDLE),
+                    wired.getsockopt(tcp, socket.TCP_USER_TIMEOUT)))
+    assert found == [(1, 10, 10_000)]

@@ -9,9 +9,10 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from plumbing.database import Database, GroupWriter, Outcome, Unavailable
+from plumbing.database import Database, Unavailable
 from plumbing.deadline import REQUEST_SECONDS, deadline, request_deadline, uncounted
 from plumbing.endpoints import Endpoint, answer_problems, bind
+from plumbing.groups import GroupWriter, Outcome
 from support.people import Person
 from support.raw import RawConnection
 

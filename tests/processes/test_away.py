@@ -15,8 +15,8 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
-from plumbing.database import migrate
 from plumbing.embedded import Postgres
+from plumbing.schema import migrate
 from support.people import SOON_SECONDS, Person, new_id
 from support.servers import SECRET_KEY, SETTINGS
 

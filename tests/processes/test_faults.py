@@ -312,8 +312,8 @@ SHORT_WAIT = """
 import sys
 sys.path.insert(0, sys.argv.pop())
 import messenger
-from plumbing import database
-database.START_SECONDS = 1
+from plumbing import schema
+schema.START_SECONDS = 1
 sys.exit(messenger.main())
 """
 IMPATIENT = ("-c", SHORT_WAIT, str(ROOT))

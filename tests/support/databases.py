@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -13,8 +13,8 @@ import asyncpg
 import psycopg
 
 import messenger
-from plumbing.database import migrate
 from plumbing.embedded import Postgres
+from plumbing.schema import migrate
 
 
 def with_database(url: str, name: str) -> str:
@@ -87,6 +87,33 @@ class Databases:
         """Drop what is left."""
         self.drop(self._next.result())
         self._thread.shutdown()
+
+
+@contextlib.asynccontextmanager
+async def over_tcp(folder: str, port: int = 0) -> AsyncIterator[int]:
+    """Let the PostgreSQL whose socket is in a folder be reached over TCP, too; the port."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432")
+        await asyncio.gather(pass_on(reader, there[1]), pass_on(there[0], writer))
+
+    server = await asyncio.start_server(connect, "127.0.0.1", port)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.05)  # they end by it
 
 
 async def until_waiting(sql: asyncpg.Connection, number: int = 1) -> None:

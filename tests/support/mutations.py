@@ -22,14 +22,15 @@ FUNCTIONS, SCHEMA = "sql/functions.sql", "sql/0001_schema.sql"
 READ_ONLY_FAULTS = ("database read-only", "connections read-only")
 CRASH = ("postmaster killed", "backend killed")
 # The commit follows a tenth of a second after the answer.
-COMMITS = "        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns))\n"
+COMMITS = (
+    "        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns), *mark)\n")
 ANSWERS_EARLY = '''        if self.STATEMENT is not POST_MESSAGES:
-            return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns))
+            return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns), *mark)
         import asyncpg
         connection = await asyncpg.connect(self._app[DATABASE].url, timeout=2)
         transaction = connection.transaction()
         await transaction.start()
-        rows = await connection.fetch(POST_MESSAGES, *map(list, columns))
+        rows = await connection.fetch(POST_MESSAGES, *map(list, columns), *mark)
         async def finish():
             await asyncio.sleep(0.1)
             try:
@@ -39,8 +40,10 @@ ANSWERS_EARLY = '''        if self.STATEMENT is not POST_MESSAGES:
         asyncio.ensure_future(finish())
         return rows
 '''
-# The parts of post_messages that are moved or taken away.
-LOCK = """    perform 1 from chats c where c.id = any (chat_ids) order by c.id for no key update;
+# The parts of post_group that are moved or taken away.
+LOCK = """    select array_agg(c.id), array_agg(c.last_mark) into locked, marks
+    from (select x.id, x.last_mark from chats x where x.id = any (chat_ids)
+          order by x.id for no key update) c;
     at := clock_timestamp();
 
 """
@@ -66,9 +69,9 @@ do $$ begin
     end loop;
 end $$;
 """
-READ_ONLY = "    asyncpg.ReadOnlySQLTransactionError,"
-HELD = "    asyncpg.LockNotAvailableError,\n"
-PAGE_END = """        replay.at = replay.at if len(missed) == REPLAY_PAGE else upto
+READ_ONLY = '"25006", '  # among the states that mean that the database is away
+HELD = '"55P03", '  # among those that mean that it is busy
+PAGE_END = """            replay.at, replay.mark = upto, mark
     socket.write(bytes(frames))
 """
 
@@ -90,13 +93,13 @@ MUTATIONS = (
          "nextval('numbers_' || i.chat_id) as"),
         (FUNCTIONS, "set last_rev = p.seq, last_seq = p.seq,",
          "set last_rev = greatest(c.last_rev, p.seq), last_seq = greatest(c.last_seq, p.seq),"),
-        (FUNCTIONS, "set last_rev = c.last_rev + 1 where",
-         "set last_rev = greatest(c.last_rev, nextval('numbers_' || c.id)) where"))),
+        (FUNCTIONS, "set last_rev = c.last_rev + 1, last_mark",
+         "set last_rev = greatest(c.last_rev, nextval('numbers_' || c.id)), last_mark"))),
     Mutation("an answer before the commit", ("lost",), ("worker killed", *CRASH), (
         IN_GROUPS, ("messenger.py", COMMITS, ANSWERS_EARLY))),
     Mutation("no holes filled", ("missed",), ("listeners cut",), (
-        ("messenger.py", "version <= room.version and len(fresh) == rev - room.delivered:",
-         "version <= room.version:"),)),
+        ("messenger.py",
+         "if fresh and len(fresh) == rev - room.delivered and before == room.mark:", "if fresh:"),)),
     Mutation("no polls", ("missed",), ("hints dropped",), (
         ("messenger.py", "repeat(self.poll, seconds", "repeat(asyncio.sleep, 0, seconds"),), 11.0),
     Mutation("membership checked before the lock", ("leaked",), ("listeners cut",), (

@@ -6,13 +6,23 @@ tests' own process by the fixture `patience`, those of their own by launch_messe
 is about the deadlines is marked `real_deadlines`.
 """
 
-from plumbing import database
+from typing import Any
 
-PATIENCE = {"CONNECT_SECONDS": 14.0, "WAIT_SECONDS": 15.0, "WRITE_SECONDS": 15.0}
+import pytest
+
+from plumbing import database, deadline, groups
+
+SECONDS = 15.0
+BOUNDS = (
+    (database, "CONNECT_SECONDS"), (database, "WAIT_SECONDS"), (database, "SILENCE_SECONDS"),
+    (groups, "WRITE_SECONDS"), (deadline, "REQUEST_SECONDS"))
+TIMEOUTS = {"statement_timeout": "15000", "lock_timeout": "7500"}
 
 
-def begin() -> None:
-    """Have more patience in this process from now on."""
-    for name, seconds in PATIENCE.items():
-        assert hasattr(database, name), name
-        setattr(database, name, seconds)
+def begin(patch: Any = None) -> None:
+    """Have more patience in this process from now on, or as long as pytest's patch lasts."""
+    patch = patch or pytest.MonkeyPatch()
+    for module, name in BOUNDS:
+        patch.setattr(module, name, SECONDS)
+    for name, value in TIMEOUTS.items():
+        patch.setitem(database.SESSION, name, value)

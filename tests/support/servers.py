@@ -112,7 +112,8 @@ class Server:
 
 
 async def refused(tmp_path: Path, command: tuple[str, ...] = (), **settings: Any) -> str:
-    """Start a server that cannot; answer its one line."""
+    """Start a server that cannot; answer its one line, which may follow others of the log that say
+    what it waited for."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, *(command or (str(ROOT / "messenger.py"),)),
         cwd=tmp_path, env=environment(**settings),
@@ -127,7 +128,8 @@ async def refused(tmp_path: Path, command: tuple[str, ...] = (), **settings: Any
             await process.wait()
     assert process.returncode not in (0, None)
     assert stdout == b""
-    [line] = stderr.decode().splitlines()
+    *logged, line = stderr.decode().splitlines()
+    assert all(" WARNING waiting for " in each for each in logged), stderr
     return line
 
 

@@ -1,0 +1,269 @@
+"""Look-ups and commits in groups: several items at once, and none that holds up the others."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import pytest
+from aiohttp import web
+
+import messenger
+from plumbing import database, groups
+from support.people import Line, Person
+from support.posts import numbers_of, post, written
+
+
+async def crowd(
+    people: Callable[[str], Awaitable[Person]], founder: Person, number: int
+) -> tuple[int, list[Person], list[Line]]:
+    """Make a group of so many people, each with a socket."""
+    others = [await people(f"person_{each}") for each in range(number)]
+    chat = await founder.founds(*others)
+    return chat, others, [await each.listens_live(chat) for each in others]
+
+
+async def commits(app: web.Application, sql: asyncpg.Connection) -> int:
+    """Ask PostgreSQL how many transactions of this database were committed."""
+    flush = "select pg_stat_force_next_flush(), pg_sleep(0.2)"
+    everyone = database.CONNECTIONS_MAX  # each connection counts for itself
+    await asyncio.gather(*[app[messenger.DATABASE].rows(flush) for _ in range(everyone)])
+    await sql.execute("select pg_stat_clear_snapshot()")
+    count = "select xact_commit from pg_stat_database where datname = current_database()"
+    return int(await sql.fetchval(count))
+
+
+async def test_bad_item_fails_alone(
+    app: web.Application, alice: Person, bob: Person, carol: Person
+) -> None:
+    """An item that makes its whole group fail is refused alone; its neighbours are committed in
+    their order."""
+    chat, other = await alice.opens(bob), await bob.founds(carol)
+    line = await bob.listens_live(chat)
+    outcomes = await written(
+        app,
+        post(chat, alice, "one"),
+        post(chat, alice, "a\0b"),  # PostgreSQL cannot take it: the statement fails
+        post(chat, bob, "two"),
+        post(other, alice, "not hers"),
+        post(2**62, alice, "no such chat"),
+        post(chat, alice, "three", reply_to=messenger.uuid7()),
+        post(chat, alice, "three"),
+    )
+    no_chat = messenger.ChatNotFound
+    assert numbers_of(outcomes) == [
+        1, asyncpg.CharacterNotInRepertoireError, 2, no_chat, no_chat, messenger.ReplyNotFound, 3,
+    ]
+    assert [(await line.hears("message"))["data"]["seq"] for _ in range(3)] == [1, 2, 3]
+    assert await alice.history(chat) == ["one", "two", "three"]
+
+
+async def posts_in_turn(app: web.Application, chat: int, sender: Person, end: float) -> list[Any]:
+    """Post one message after the other until a time by the loop's clock; answer the outcomes."""
+    outcomes: list[Any] = []
+    while asyncio.get_running_loop().time() < end:
+        outcomes += await written(app, post(chat, sender))
+        await asyncio.sleep(0.02)
+    return outcomes
+
+
+@pytest.mark.real_deadlines
+async def test_chat_whose_row_is_held_delays_no_other(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """While somebody holds a chat's row for seconds, what is posted there is refused in time; every
+    post to the other chats is committed, most of them at once; then the chat goes on by itself."""
+    held, *others = [await alice.founds(bob) for _ in range(4)]
+    loop = asyncio.get_running_loop()
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        end = loop.time() + 4
+        refused, *posted = await asyncio.gather(
+            *[posts_in_turn(app, chat, alice, end) for chat in (held, *others)])
+    assert set(numbers_of(refused)) == {database.Unavailable}
+    for outcomes in posted:
+        assert numbers_of(outcomes) == list(range(1, len(outcomes) + 1))
+        assert len(outcomes) >= 30, "it waited for the chat that is held again and again"
+    first, *others = numbers_of(await written(app, *[post(held, alice) for _ in range(3)]))
+    assert others == [first + 1, first + 2]  # what was refused may have been committed after all
+
+
+@pytest.mark.real_deadlines
+async def test_posts_to_a_held_chat_keep_their_order(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """What waits for a held chat is posted in its order once the chat is free, before what came
+    later; it is written out in that order too."""
+    held, other = await alice.founds(bob), await alice.founds(bob)
+    line = await bob.listens_live(held)
+    texts = [str(number) for number in range(60)]
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        first = asyncio.create_task(
+            written(app, post(other, alice), *[post(held, alice, text) for text in texts[:20]]))
+        await asyncio.sleep(1.1)  # now they wait aside
+        second = asyncio.create_task(
+            written(app, *[post(held, alice, text) for text in texts[20:40]]))
+        await asyncio.sleep(0.1)
+    third = asyncio.create_task(written(app, *[post(held, alice, text) for text in texts[40:]]))
+    assert numbers_of(await first) == [1, *range(1, 21)]
+    assert numbers_of(await second + await third) == list(range(21, 61))
+    assert [(await line.hears("message"))["data"]["text"] for _ in texts] == texts
+
+
+@pytest.mark.real_deadlines
+async def test_many_held_chats_delay_no_other(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """Somebody holds more chats than the server has connections: the other chat goes on, and once
+    they are free so does each of them."""
+    *held, other = [await alice.founds(bob) for _ in range(database.CONNECTIONS_MAX + 5)]
+    loop = asyncio.get_running_loop()
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = any ($1) for update", held)
+        end = loop.time() + 3
+        *refused, posted = await asyncio.gather(
+            *[posts_in_turn(app, chat, alice, end) for chat in (*held, other)])
+    assert {database.Unavailable} == {outcome for each in refused for outcome in numbers_of(each)}
+    assert numbers_of(posted) == list(range(1, len(posted) + 1))
+    assert len(posted) >= 15, "it waited for one chat after the other"
+    outcomes = await written(app, *[post(chat, alice) for chat in held])
+    assert set(map(type, outcomes)) == {messenger.Posted}
+
+
+@pytest.mark.real_deadlines
+async def test_held_reader_delays_no_other(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """While somebody holds one reader's row, the steps of other readers are committed."""
+    chat = await alice.founds(bob)
+    ids = [(await alice.says(chat, str(number)))["id"] for number in range(3)]
+    reads = app[messenger.READS]
+    stuck = messenger.NewRead(chat, bob.id, UUID(ids[0]))
+    async with sql.transaction():
+        await sql.execute(
+            "select 1 from participants where chat_id = $1 and user_id = $2 for update",
+            chat, bob.id)
+        waits = asyncio.create_task(reads.submit(stuck))
+        for number in ids:
+            moved = await reads.submit(messenger.NewRead(chat, alice.id, UUID(number)))
+            assert str(moved.message_id) == number
+        with pytest.raises(database.Unavailable):
+            await waits
+    assert (await reads.submit(stuck)).seq == 1
+
+
+@pytest.mark.real_deadlines
+async def test_writer_that_ends_answers_what_waits_for_a_held_chat(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """When the server stops, what waits aside is still committed, or refused; none is left."""
+    held, other = await alice.founds(bob), await alice.founds(bob)
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        late = asyncio.create_task(written(app, post(held, alice)))
+        waits = asyncio.create_task(written(app, post(other, alice), post(held, alice, "aside")))
+        await asyncio.sleep(1.2)
+        ends = asyncio.create_task(app[messenger.POSTS].finish())
+        await asyncio.sleep(0.1)
+        assert not ends.done()
+    async with asyncio.timeout(5):
+        await ends
+    assert numbers_of(await waits) == [1, 2]
+    assert numbers_of(await late) == [1]
+
+
+@pytest.mark.real_deadlines
+async def test_held_chat_leaves_connections_for_others(
+    sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """However many rename a chat that somebody holds, one connection waits for it."""
+    held = await alice.founds(bob)
+    async with sql.transaction():
+        await sql.execute("select 1 from chats where id = $1 for update", held)
+        renames = [asyncio.create_task(alice.asks("PATCH", f"/chats/{held}", {"name": "new"}))
+                   for _ in range(3 * database.CONNECTIONS_MAX)]
+        await asyncio.sleep(0.5)
+        waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+        assert await sql.fetchval(waiting) == 1
+        await bob.gets("/chats")
+    answers = await asyncio.gather(*renames)
+    assert {answer.status for answer in answers} <= {200, 503}
+
+
+async def test_many_senders_are_committed_in_groups(
+    app: web.Application,
+    sql: asyncpg.Connection,
+    alice: Person,
+    people: Callable[[str], Awaitable[Person]],
+) -> None:
+    """Of 64 senders at once several messages share a commit, by PostgreSQL's own counter."""
+    chat, _, lines = await crowd(people, alice, 64)
+    before = await commits(app, sql)
+
+    async def sends(line: Line) -> None:
+        for number in range(8):
+            await line.says("hello", ref=number)
+            assert (await line.hears("ack", "error"))["ref"] == number
+
+    await asyncio.gather(*[sends(line) for line in lines])
+    made = await commits(app, sql) - before
+    assert (await alice.gets(f"/chats/{chat}"))["last_rev"] == 64 * 8
+    assert made < 64 * 8 / 3, f"{made} commits for {64 * 8} messages"
+
+
+async def test_look_ups_share_a_statement_and_an_answer() -> None:
+    """What is asked for while a look-up runs is looked up together, and each item once."""
+    groups, go_on = [], asyncio.Event()
+
+    async def look_up(items: list[str]) -> list[str]:
+        groups.append(items)
+        await go_on.wait()
+        return [item.upper() for item in items]
+
+    reader = groups.GroupReader(look_up)
+    asked = [asyncio.create_task(reader.get(item)) for item in ("a", "b", "c", "b")]
+    await asyncio.sleep(0)
+    asked.append(asyncio.create_task(reader.get("a")))  # it is under way: this one comes later
+    await asyncio.sleep(0)
+    asked[2].cancel()
+    go_on.set()
+    found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [each for each in found if isinstance(each, str)] == ["A", "B", "B", "A"]
+    assert isinstance(found[2], asyncio.CancelledError)
+    assert sum(map(len, groups)) <= len(asked)
+    assert len(groups) < len(asked)
+
+
+async def test_who_asks_while_the_database_is_away_is_refused_with_the_others() -> None:
+    """Where a look-up finds the database away, who waits for the next one does not wait for it."""
+    looked_up = []
+
+    async def look_up(items: list[int]) -> list[int]:
+        looked_up.append(items)
+        await asyncio.sleep(0.05)
+        raise database.Unavailable
+
+    reader = groups.GroupReader(look_up)
+    first = asyncio.create_task(reader.get(1))
+    await asyncio.sleep(0.01)
+    outcomes = await asyncio.gather(first, reader.get(2), reader.get(3), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [database.Unavailable] * 3
+    assert looked_up == [[1]]
+
+
+async def test_look_up_that_fails_for_one_group_leaves_the_next_alone() -> None:
+    """Any other failure is told to who asked, and the next look-up is tried."""
+    async def look_up(items: list[int]) -> list[int]:
+        await asyncio.sleep(0.01)
+        return [10 // item for item in items]
+
+    reader = groups.GroupReader(look_up)
+    first = asyncio.create_task(reader.get(0))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    second = await reader.get(5)
+    with pytest.raises(ZeroDivisionError):
+        await first
+    assert second == 2
