@@ -54,9 +54,9 @@ never goes back; no input makes a 5xx; a reader who stalls delays nobody.
 A statement is a constant: its first line names the parameters, always in the order chat, asker,
 bounds, limit; the second the index that serves it. Each one that answers a user about a chat takes
 the asker and joins participants: permission lives in the statement. Messages and chats are read as
-plain rows and put together here (messages_of, chats_of); who read messages is asked once they are
-known, and only where anybody got so far (SELECT_READERS). What needs a lock and then a fresh
-snapshot, or pinned plans, is a function in sql/functions.sql.
+plain rows and put together here (messages_of, chats_of); who read messages that may lie anywhere is
+asked once they are known, and only where anybody got so far (SELECT_READERS). What needs a lock and
+then a fresh snapshot, or pinned plans, is a function in sql/functions.sql.
 
 To add an endpoint: its shapes, its statement at the head of its section, a handler whose signature
 says what it takes and answers and whose docstring's first line is its summary, and its line in
@@ -104,7 +104,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import UUID
@@ -1604,40 +1604,7 @@ SELECT_MISSED = """  -- chat_id, asker_id, after, upto, limit
 
 SELECT_READERS = """  -- chat_id, firsts, lasts
     -- participants_pkey, users_pkey, reads_pkey
-    -- Who read the messages of some runs, each from its first number to its last, in rising order:
-    -- in one row, as arrays. A reader is in them once for each number where they stopped, and with
-    -- when that was: where they stand now, of which the participant's own row tells, and of each
-    -- run at the steps that end within it and at the first beyond it. Whatever lies between two
-    -- stops was passed at the second; what is up to joined_seq was not read. In chats of more than
-    -- 100, and of a reader who deleted the account, there is no name; such readers are counted
-    -- only. `offset 0`: each user is looked up; else the planner may read all.
-    select array_agg(p.user_id) as user_ids, array_agg(u.username) as usernames,
-           array_agg(p.joined_seq) as joined_seqs, array_agg(stop.seq) as read_seqs,
-           array_agg(stop.read_at) as read_ats
-    from chats c
-    join participants p on p.chat_id = c.id
-    left join lateral (
-        select u.username from users u where u.id = p.user_id and u.deleted_at is null offset 0
-    ) u on c.participant_count <= 100
-    cross join lateral (
-        select p.last_read_seq as seq, p.last_read_at as read_at
-        union all
-        select step.seq, step.read_at
-        from unnest($2::bigint[], $3::bigint[]) run (first, last)
-        cross join lateral (
-            select r.seq, r.read_at from reads r
-            where r.chat_id = p.chat_id and r.user_id = p.user_id
-              and r.seq >= run.first and r.seq < least(run.last, p.last_read_seq)
-            union all
-            (select r.seq, r.read_at from reads r
-             where r.chat_id = p.chat_id and r.user_id = p.user_id
-               and r.seq >= run.last and r.seq < p.last_read_seq
-             order by r.seq limit 1)
-        ) step
-        where c.participant_count <= 100
-    ) stop
-    where c.id = $1 and p.last_read_seq >= ($2::bigint[])[1]
-      and p.joined_seq < ($3::bigint[])[cardinality($3::bigint[])]"""
+    select * from select_readers(chat => $1, firsts => $2, lasts => $3)"""
 
 
 async def messages_of(database: Database, chat_id: int, rows: list[Any]) -> list[Message]:
@@ -1648,11 +1615,18 @@ async def messages_of(database: Database, chat_id: int, rows: list[Any]) -> list
     """
     if not rows or rows[0]["id"] is None:
         return []
+    seqs = sorted([row["seq"] for row in rows])
+    readers = None
+    if rows[0]["read_seq"] >= seqs[0]:
+        readers = await database.row(SELECT_READERS, chat_id, *run_ends(seqs))
+    return messages_with(rows, readers)
+
+
+def messages_with(rows: list[Any], readers: Mapping[str, Any] | None) -> list[Message]:
+    """Put messages together, in the order of their rows, and who read them, by select_readers."""
     messages = [Message(*row[:11]) for row in rows]
-    rising = sorted(messages, key=SEQ)
-    if rows[0]["read_seq"] >= rising[0].seq:
-        ends = run_ends([message.seq for message in rising])
-        add_readers(rising, await database.row(SELECT_READERS, chat_id, *ends))
+    if readers is not None and readers["user_ids"] is not None:
+        add_readers(sorted(messages, key=SEQ), readers)
     for message, row in zip(messages, rows, strict=True):
         if row["is_gone"]:
             message.sender_id = None
@@ -1669,9 +1643,7 @@ def run_ends(seqs: list[int]) -> tuple[list[int], list[int]]:
 
 
 def add_readers(messages: list[Message], row: Mapping[str, Any]) -> None:
-    """Name and count who read each message, oldest first, from the row of SELECT_READERS."""
-    if row["user_ids"] is None:
-        return
+    """Name and count who read each message, oldest first, from the row of select_readers."""
     seqs = [message.seq for message in messages]
     names = ("user_ids", "usernames", "joined_seqs", "read_seqs", "read_ats")
     reached: dict[int, int] = {}  # by each reader: how many of the messages
@@ -2745,26 +2717,40 @@ SELECT_MESSAGE = """  -- chat_id, asker_id, message_id
     where p.chat_id = $1 and p.user_id = $2"""
 
 SELECT_MESSAGES_BEFORE = """  -- chat_id, asker_id, before, limit
-    -- messages_pkey, participants_pkey, chats_pkey, users_pkey
-    -- Rows of messages, newest first, each beside the furthest that anybody has read and the newest
-    -- number of the chat. No rows: an empty page, or a stranger. Neither joins what is the same for
-    -- each row: it is looked up once.
-    select m.*, (select max(p.last_read_seq) from participants p where p.chat_id = $1) as read_seq,
-           (select c.last_seq from chats c where c.id = $1) as last_seq
-    from message_rows m
-    where m.chat_id = $1 and m.seq < $3
-      and exists (select from participants p where p.chat_id = $1 and p.user_id = $2)
-    order by m.seq desc limit $4"""
+    -- messages_pkey, participants_pkey, chats_pkey, users_pkey, reads_pkey
+    -- Rows of messages, each beside the newest number of the chat, the newest of them also beside
+    -- who read the page: most pages have been read, and to ask twice would cost more. No rows: an
+    -- empty page, or a stranger.
+    with page as materialized (
+        select m.* from message_rows m
+        where m.chat_id = $1 and m.seq < $3
+          and exists (select from participants p where p.chat_id = $1 and p.user_id = $2)
+        order by m.seq desc limit $4
+    ), readers as materialized (
+        select b.newest, r.*
+        from (select min(seq) as oldest, max(seq) as newest from page) b
+        cross join lateral select_readers(
+            chat => $1, firsts => array[b.oldest], lasts => array[b.newest]) r
+    )
+    select m.*, (select c.last_seq from chats c where c.id = $1) as last_seq, r.*
+    from page m left join readers r on r.newest = m.seq"""
 
 SELECT_MESSAGES_AFTER = """  -- chat_id, asker_id, after, limit
-    -- messages_pkey, participants_pkey, chats_pkey, users_pkey
-    -- Answers like SELECT_MESSAGES_BEFORE, but oldest first.
-    select m.*, (select max(p.last_read_seq) from participants p where p.chat_id = $1) as read_seq,
-           (select c.last_seq from chats c where c.id = $1) as last_seq
-    from message_rows m
-    where m.chat_id = $1 and m.seq > $3
-      and exists (select from participants p where p.chat_id = $1 and p.user_id = $2)
-    order by m.seq limit $4"""
+    -- messages_pkey, participants_pkey, chats_pkey, users_pkey, reads_pkey
+    -- Answers like SELECT_MESSAGES_BEFORE.
+    with page as materialized (
+        select m.* from message_rows m
+        where m.chat_id = $1 and m.seq > $3
+          and exists (select from participants p where p.chat_id = $1 and p.user_id = $2)
+        order by m.seq limit $4
+    ), readers as materialized (
+        select b.newest, r.*
+        from (select min(seq) as oldest, max(seq) as newest from page) b
+        cross join lateral select_readers(
+            chat => $1, firsts => array[b.oldest], lasts => array[b.newest]) r
+    )
+    select m.*, (select c.last_seq from chats c where c.id = $1) as last_seq, r.*
+    from page m left join readers r on r.newest = m.seq"""
 
 SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
     -- message_words_search, messages_pkey, participants_pkey, users_pkey
@@ -2851,7 +2837,8 @@ async def list_messages(
     else:
         bound = INT8_MAX if before is None else before
         rows = await database.rows(SELECT_MESSAGES_BEFORE, chat_id, me, bound, limit)
-    messages = sorted(await messages_of(database, chat_id, rows), key=SEQ)
+    rows.sort(key=itemgetter("seq"))
+    messages = messages_with(rows, rows[-1]) if rows else []
     rows = rows or await database.rows(SELECT_MEMBERSHIP, chat_id, me)
     if not rows:
         raise ChatNotFound

@@ -28,6 +28,48 @@ returns setof message_rows language sql stable as $$
     order by rev limit at_most
 $$;
 
+-- Who read the messages of some runs, each from its first number to its last, in rising order: in
+-- one row, as arrays. A reader is in them once for each number where they stopped, and with when
+-- that was: where they stand now, of which the participant's own row tells, and of each run at the
+-- steps that end within it and at the first beyond it. Whatever lies between two stops was passed
+-- at the second; what is up to joined_seq was not read. In chats of more than 100, and of a reader
+-- who deleted the account, there is no name; such readers are counted only. `offset 0`: each user
+-- is looked up; else the planner may read all. The planner puts it into the statement that calls
+-- it.
+create or replace function select_readers(chat bigint, firsts bigint[], lasts bigint[])
+returns table (
+    user_ids bigint[], usernames text[], joined_seqs bigint[], read_seqs bigint[],
+    read_ats timestamptz[])
+language sql stable as $$
+    select array_agg(p.user_id) as user_ids, array_agg(u.username) as usernames,
+           array_agg(p.joined_seq) as joined_seqs, array_agg(stop.seq) as read_seqs,
+           array_agg(stop.read_at) as read_ats
+    from chats c
+    join participants p on p.chat_id = c.id
+    left join lateral (
+        select u.username from users u where u.id = p.user_id and u.deleted_at is null offset 0
+    ) u on c.participant_count <= 100
+    cross join lateral (
+        select p.last_read_seq as seq, p.last_read_at as read_at
+        union all
+        select step.seq, step.read_at
+        from unnest(firsts, lasts) run (first, last)
+        cross join lateral (
+            select r.seq, r.read_at from reads r
+            where r.chat_id = p.chat_id and r.user_id = p.user_id
+              and r.seq >= run.first and r.seq < least(run.last, p.last_read_seq)
+            union all
+            (select r.seq, r.read_at from reads r
+             where r.chat_id = p.chat_id and r.user_id = p.user_id
+               and r.seq >= run.last and r.seq < p.last_read_seq
+             order by r.seq limit 1)
+        ) step
+        where c.participant_count <= 100
+    ) stop
+    where c.id = chat and p.last_read_seq >= (firsts)[1]
+      and p.joined_seq < (lasts)[cardinality(lasts)]
+$$;
+
 -- Words in the form that message_words has.
 create or replace function search_keys(chat bigint, stretch bigint, words text[])
 returns text[] language sql immutable as $$

@@ -99,6 +99,24 @@ async def test_page_says_what_the_view_says(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+async def test_changes_say_what_the_view_says(
+    sql: asyncpg.Connection, people: Any, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Changes, which may lie anywhere in a chat and so in several runs, are what the view says."""
+    monkeypatch.setattr(messenger, "RUN_GAP", 3)
+    alice, chats = await peopled(sql, people, seed)
+    for chat in chats[:2]:
+        await sql.execute(
+            "update messages set rev = 1000 + seq where chat_id = $1 and seq % 5 = 0", chat)
+        viewed = [as_shape(messenger.Message, row[0]) for row in await sql.fetch(VIEWED, chat)]
+        viewed.sort(key=lambda message: message.rev)
+        for after in range(0, viewed[-1].rev + 2, 35):
+            changed = [each for each in viewed if each.rev > after]
+            got = await alice.gets(f"/chats/{chat}/changes?after={after}")
+            assert as_shape(list[messenger.Message], got) == changed
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 async def test_list_says_what_the_view_says(
     sql: asyncpg.Connection, people: Any, seed: int
 ) -> None:

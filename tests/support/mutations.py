@@ -99,7 +99,8 @@ MUTATIONS = (
         IN_GROUPS, ("messenger.py", COMMITS, ANSWERS_EARLY))),
     Mutation("no holes filled", ("missed",), ("listeners cut",), (
         ("messenger.py",
-         "if fresh and len(fresh) == rev - room.delivered and before == room.mark:", "if fresh:"),)),
+         "if fresh and len(fresh) == rev - room.delivered and before == room.mark:",
+         "if fresh:"),)),
     Mutation("no polls", ("missed",), ("hints dropped",), (
         ("messenger.py", "repeat(self.poll, seconds", "repeat(asyncio.sleep, 0, seconds"),), 11.0),
     Mutation("membership checked before the lock", ("leaked",), ("listeners cut",), (
