@@ -239,7 +239,7 @@ SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without aski
 SESSIONS_REMEMBERED_MAX = 10_000
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
-IDLE_SECONDS = 30  # of a connection between two requests, and how long a request's headers may take
+IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which is up to 600
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
@@ -623,7 +623,7 @@ class NotAllowed(Problem, status=403, title="You may not do this"): ...
 class SenderOnly(Problem, status=403, title="Only the sender may do this"): ...
 class WrongPassword(Problem, status=403, title="The current password is wrong"): ...
 class RegistrationClosed(Problem, status=403, title="Ask an administrator for an account"): ...
-class ForeignOrigin(Problem, status=403, title="Pages of other sites may not connect"): ...
+class ForeignOrigin(Problem, status=403, title="Pages of other sites may not do this"): ...
 class UserNotFound(Problem, status=404, title="There is no such user"): ...
 class SessionNotFound(Problem, status=404, title="There is no such session"): ...
 class ChatNotFound(Problem, status=404, title="There is no such chat"): ...
@@ -756,12 +756,31 @@ ORIGINS = web.AppKey("origins", frozenset[str])
 RATES = web.AppKey("rates", dict[type[Problem] | int, Rate])
 
 
+def is_of_socket(request: web.Request) -> bool:
+    """Tell whether a request is to a socket."""
+    return request.path.startswith("/ws")
+
+
+@web.middleware
+async def refuse_foreign_pages(
+    request: web.Request, handler: process.Handler
+) -> web.StreamResponse:
+    """Let pages of other sites read what is public, as they may anywhere, and do nothing else.
+
+    They could use a visitor's address to register and to guess, and a visitor's token on a socket.
+    """
+    may_do = request.method not in ("GET", "HEAD", "OPTIONS") or is_of_socket(request)
+    if may_do and guard.is_foreign(request, request.app[ORIGINS]):
+        raise ForeignOrigin
+    return await handler(request)
+
+
 def bearer_token(request: web.Request) -> str:
     """Find the token of a request: in Authorization, and for sockets also where browsers can."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token:
         return token.strip()
-    if request.path.startswith("/ws"):
+    if is_of_socket(request):
         offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
         protocols = [protocol.strip() for protocol in offered]
         if protocols[0] == SUBPROTOCOL and len(protocols) == 2:
@@ -784,15 +803,12 @@ def charge(app: web.Application, problem: type[Problem], key: Hashable) -> None:
 async def authenticate(request: web.Request) -> None:
     """Find out who sends a request.
 
-    Raises Unauthorized, ForeignOrigin, TooManyHandshakes, Unavailable.
+    Raises Unauthorized, TooManyHandshakes, Unavailable.
     """
-    is_socket = request.path.startswith("/ws")
-    if is_socket and guard.is_foreign(request, request.app[ORIGINS]):
-        raise ForeignOrigin  # a page of another site may not use its visitor's token
     try:
         request[ASKER] = await request.app[SESSIONS].asker(bearer_token(request))
     except Unauthorized:
-        if is_socket:
+        if is_of_socket(request):
             charge(request.app, TooManyHandshakes, address_of(request))
         raise
     request[ME] = request[ASKER].user_id
@@ -2547,7 +2563,7 @@ async def follow_chat(
 ) -> web.WebSocketResponse:
     """Follow one chat over a websocket, live or from a number on.
 
-    Raises ChatNotFound, ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes.
+    Raises ChatNotFound, UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
     return await follow(request, Socket(request[ASKER], chat_id), after)
 
@@ -2555,7 +2571,7 @@ async def follow_chat(
 async def follow_chats(request: web.Request) -> web.WebSocketResponse:
     """Follow every chat of the user over a websocket, those joined later too.
 
-    Raises ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes.
+    Raises UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
     return await follow(request, Socket(request[ASKER], None), None)
 
@@ -2885,7 +2901,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
     app.middlewares.extend([  # the first is outermost
         process.log_access(address_of), guard.guard_browsers(app[ORIGINS]),
-        answer_problems(observe_request)])
+        answer_problems(observe_request), refuse_foreign_pages])
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
     for endpoint in ENDPOINTS:

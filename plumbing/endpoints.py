@@ -94,7 +94,8 @@ class Problem(Exception):
         return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
 
 PROBLEM_HEADERS = {
-    401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"},
+    401: {"WWW-Authenticate": "Bearer"},
+    426: {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
     429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 
 
@@ -104,6 +105,7 @@ class NotFound(Problem, status=404, title="There is nothing here"): ...
 class MethodNotAllowed(Problem, status=405, title="This method is not allowed here"): ...
 class RequestTimeout(Problem, status=408, title="The body took too long to arrive"): ...
 class BodyTooLarge(Problem, status=413, title="The body is too large"): ...
+class ExpectationFailed(Problem, status=417, title="Expect nothing but 100-continue"): ...
 class InvalidInput(Problem, status=422, title="Some of the input is not valid"): ...
 class UpgradeRequired(Problem, status=426, title="Only websockets can connect here"): ...
 class InternalError(Problem, status=500, title="Something went wrong on the server"): ...
@@ -340,6 +342,7 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
     async def answer_problem(request: web.Request, handler: Handler) -> web.StreamResponse:
         began = time.perf_counter()
         try:
+            check_expectation(request)
             answer = await handler(request)
         except (ConnectionError, asyncio.CancelledError):
             raise
@@ -358,6 +361,18 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
     return answer_problem
 
 
+def check_expectation(request: web.Request) -> None:
+    """Raise ExpectationFailed where a client expects what nobody here does."""
+    if request.headers.get("Expect", "").lower() not in ("", "100-continue"):
+        raise ExpectationFailed
+
+
+async def continue_if_expected(route: web.AbstractRoute, request: web.Request) -> None:
+    """Tell a client to go on that waits for it; what else is expected is refused as a problem."""
+    with contextlib.suppress(web.HTTPExpectationFailed):
+        await HANDLE_EXPECTATION(route, request)
+
+
 def refuse_unreadable(
     _connection: web.RequestHandler, request: web.BaseRequest, status: int = 500, *_: Any
 ) -> web.Response:
@@ -370,5 +385,8 @@ def refuse_unreadable(
     return answer
 
 
-# aiohttp calls this for a request that it cannot parse.
+# aiohttp calls these for a request with `Expect`, before any middleware, and for one that it cannot
+# parse.
+HANDLE_EXPECTATION = web.AbstractRoute.handle_expect_header
+web.AbstractRoute.handle_expect_header = continue_if_expected  # type: ignore[assignment]
 web.RequestHandler.handle_error = refuse_unreadable  # type: ignore[assignment]

@@ -53,8 +53,8 @@ class Connection:
         self._early: list[bytes] = []  # frames that wait for the handshake to be answered
 
     def can_prepare(self, request: web.Request) -> bool:
-        """Tell whether a request is the handshake of a websocket."""
-        return bool(self.ws.can_prepare(request))
+        """Tell whether a request is the handshake of a websocket (RFC 6455, section 4.1)."""
+        return request.method == "GET" and bool(self.ws.can_prepare(request))
 
     async def open(self, request: web.Request) -> None:
         """Answer the handshake, then write what was to be written before."""
