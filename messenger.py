@@ -90,6 +90,7 @@ import secrets
 import signal
 import sys
 import time
+import typing
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import (
@@ -171,13 +172,15 @@ SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 # the bounds that are part of the contract or guard the process.
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+PORT_MAX = 65_535
+SURROGATE = re.compile("[\ud800-\udfff]")  # what stands in os.environ for what is not UTF-8
 
 
 class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     """What is set from outside; README.md tells what each is for."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    port: Annotated[int, Meta(ge=0, le=PORT_MAX)] = 8080
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     database_url: str = ""
     secret_key: str = ""
@@ -199,28 +202,43 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
     workers: Annotated[int, Meta(ge=1, le=16)] = 1
-    metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    metrics_port: Annotated[int, Meta(ge=0, le=PORT_MAX)] = 0
+    metrics_host: str = "127.0.0.1"
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> "Settings":
         """Read the settings from environment variables. Raises StartError naming a wrong one."""
+        for name in cls.__struct_encode_fields__:
+            if name != "DATA_DIR" and SURROGATE.search(environ.get(name, "")):
+                raise StartError(f"{name} must be in UTF-8")  # a path may hold any bytes
         try:
             settings = msgspec.convert(environ, cls, strict=False)
         except msgspec.ValidationError as error:
             reason, _, name = str(error).rpartition(" - at `$.")
             name = name.rstrip("`")
+            if choices := typing.get_args(typing.get_type_hints(cls)[name.lower()]):
+                reason = f"must be {' or '.join(choices)}"
             raise StartError(f"{name}={environ.get(name)!r}: {reason}") from None
-        if not re.match("(postgres(ql)?://|$)", settings.database_url):
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise StartError where a text is not what it stands for, or two settings do not agree."""
+        if not re.match("(postgres(ql)?://|$)", self.database_url):
             raise StartError("DATABASE_URL must be like postgresql://user:password@host/database")
-        if settings.database_url and not settings.secret_key:
+        if self.database_url and not self.secret_key:
             raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
         for name in ("secret_key", "secret_key_old"):
-            size, least = len(getattr(settings, name).encode()), guard.SECRET_BYTES_MIN
+            size, least = len(getattr(self, name).encode()), guard.SECRET_BYTES_MIN
             if 0 < size < least:
                 raise StartError(f"{name.upper()} must have at least {least} bytes")
-        guard.read_networks(settings.trusted_proxies)
-        guard.read_origins(settings.cors_origins)
-        return settings
+        guard.read_networks(self.trusted_proxies)
+        guard.read_origins(self.cors_origins)
+        first, last = self.metrics_port, self.metrics_port + self.workers - 1  # a worker, a port
+        if first and last > PORT_MAX:
+            raise StartError(f"METRICS_PORT={first}: WORKERS={self.workers} need a port each")
+        if first and first <= self.port <= last:
+            raise StartError(f"METRICS_PORT={first}: PORT={self.port} is one of the ports it takes")
 
 
 BODY_BYTES_MAX = 64 * 1024
@@ -2957,9 +2975,7 @@ async def serve(settings: Settings) -> None:
         else:
             await start_sites(settings, stack, listener, make_app(settings, url, secret_key))
         if not is_worker:
-            everywhere = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104
-            host = "localhost" if settings.host in everywhere else settings.host
-            print(f"messenger {VERSION} serves http://{host}:{port}")
+            print(f"messenger {VERSION} serves {process.url_of(listener)}")
             print(f"data      {where}")
             print("next      register a user: the README's first block of curl does it", flush=True)
         await asyncio.Event().wait()
@@ -2974,7 +2990,8 @@ async def start_sites(
     metrics.router.add_get("/metrics", get_metrics)
     sites = [(app, listener)]
     if settings.metrics_port:
-        private = stack.enter_context(process.listen_on(settings.host, settings.metrics_port))
+        private = stack.enter_context(process.listen_on(
+            settings.metrics_host, settings.metrics_port, names=("METRICS_HOST", "METRICS_PORT")))
         sites.append((metrics, private))
     for served, port in sites:
         runner = web.AppRunner(
@@ -3006,6 +3023,7 @@ async def start_workers(
 
 def main() -> int:
     """Start the server; answer the exit status. `messenger.py user …` is tools/administer.py."""
+    process.be_init()
     if sys.argv[1:]:
         os.execv(sys.executable, [sys.executable, str(ADMINISTER), *sys.argv[1:]])  # noqa: S606
     if PARENT in os.environ:
@@ -3014,6 +3032,7 @@ def main() -> int:
         process.require_parser()
         process.raise_descriptor_limit()
         settings = Settings.load(os.environ)
+        process.escape_unwritable(sys.stdout)
         process.start_logs(settings.access_log == "on")
         with contextlib.suppress(asyncio.CancelledError):
             uvloop.run(serve(settings))
