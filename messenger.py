@@ -12,6 +12,7 @@
 #   "psycopg[binary]>=3.3",
 #   "pyjwt>=2.10",
 #   "uvloop>=0.22",
+#   "yarl>=1.17",
 #   "yoyo-migrations>=9",
 # ]
 # ///

@@ -335,8 +335,9 @@ def read_origins(text: str) -> frozenset[str]:
     for each in filter(None, map(str.strip, text.split(","))):
         origin = read_origin(each.removesuffix("/"))
         if origin is None or origin.startswith(PAGELESS):
+            shown = each.rpartition("@")[2]  # without a password, which would be wrong, too
             raise StartError(
-                f"CORS_ORIGINS={each!r} must be like https://app.example.com, without a path")
+                f"CORS_ORIGINS={shown!r} must be like https://app.example.com, without a path")
         origins.add(origin)
     return frozenset(origins)
 

@@ -312,6 +312,13 @@ def test_wrong_network_or_origin_is_named(name: str, value: str) -> None:
         messenger.Settings.load({name: value})
 
 
+def test_password_in_an_origin_is_not_shown() -> None:
+    """An origin with a password in it is refused without showing it."""
+    with pytest.raises(StartError, match=r"app.example.com' must be like") as refusal:
+        read_origins("https://root:hunter2@app.example.com")
+    assert "hunter2" not in str(refusal.value)
+
+
 # ---- Passwords
 
 
