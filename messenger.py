@@ -780,18 +780,14 @@ def is_of_socket(request: web.Request) -> bool:
     return request.path.startswith("/ws")
 
 
-@web.middleware
-async def refuse_foreign_pages(
-    request: web.Request, handler: process.Handler
-) -> web.StreamResponse:
-    """Let pages of other sites read what is public, as they may anywhere, and do nothing else.
+def refuse_foreign_page(request: web.Request) -> None:
+    """Raise ForeignOrigin where a page of another site does more than read what is public.
 
-    They could use a visitor's address to register and to guess, and a visitor's token on a socket.
+    It could use a visitor's address to register and to guess, and a visitor's token on a socket.
     """
     may_do = request.method not in ("GET", "HEAD", "OPTIONS") or is_of_socket(request)
     if may_do and guard.is_foreign(request, request.app[ORIGINS]):
         raise ForeignOrigin
-    return await handler(request)
 
 
 def bearer_token(request: web.Request) -> str:
@@ -2920,7 +2916,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
     app.middlewares.extend([  # the first is outermost
         process.log_access(address_of), guard.guard_browsers(app[ORIGINS]),
-        answer_problems(observe_request), refuse_foreign_pages])
+        answer_problems(observe_request, refuse_foreign_page)])
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
     for endpoint in ENDPOINTS:

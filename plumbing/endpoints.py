@@ -330,10 +330,14 @@ def as_http_problem(error: web.HTTPException) -> Problem:
     return problem
 
 
-def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
+def answer_problems(
+    observe_request: Callable[[str, int, float], None],
+    refuse_foreign_page: Callable[[web.Request], None],
+) -> Any:
     """Make the middleware that answers what was refused as a problem, and what nobody foresaw as a
     blank 500, logged.
 
+    `refuse_foreign_page` is called before any handler, and may raise a Problem.
     Once a call is answered, `observe_request` is told its operation, its status and the seconds
     that it took; of a websocket it is not told.
     """
@@ -343,6 +347,7 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
         began = time.perf_counter()
         try:
             check_expectation(request)
+            refuse_foreign_page(request)
             answer = await handler(request)
         except (ConnectionError, asyncio.CancelledError):
             raise
