@@ -12,6 +12,7 @@
 #   "psycopg[binary]>=3.3",
 #   "pyjwt>=2.10",
 #   "uvloop>=0.22",
+#   "yarl>=1.17",
 #   "yoyo-migrations>=9",
 # ]
 # ///
@@ -91,6 +92,7 @@ import secrets
 import signal
 import sys
 import time
+import typing
 import unicodedata
 from collections import Counter
 from collections.abc import (
@@ -170,13 +172,15 @@ SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 # the bounds that are part of the contract or guard the process.
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+PORT_MAX = 65_535
+SURROGATE = re.compile("[\ud800-\udfff]")  # what stands in os.environ for what is not UTF-8
 
 
 class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     """What is set from outside; README.md tells what each is for."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    port: Annotated[int, Meta(ge=0, le=PORT_MAX)] = 8080
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     database_url: str = ""
     database_password: str = ""
@@ -200,28 +204,43 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
     workers: Annotated[int, Meta(ge=1, le=16)] = 1
-    metrics_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    metrics_port: Annotated[int, Meta(ge=0, le=PORT_MAX)] = 0
+    metrics_host: str = "127.0.0.1"
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> "Settings":
         """Read the settings from environment variables. Raises StartError naming a wrong one."""
+        for name in cls.__struct_encode_fields__:
+            if name != "DATA_DIR" and SURROGATE.search(environ.get(name, "")):
+                raise StartError(f"{name} must be in UTF-8")  # a path may hold any bytes
         try:
             settings = msgspec.convert(environ, cls, strict=False)
         except msgspec.ValidationError as error:
             reason, _, name = str(error).rpartition(" - at `$.")
             name = name.rstrip("`")
+            if choices := typing.get_args(typing.get_type_hints(cls)[name.lower()]):
+                reason = f"must be {' or '.join(choices)}"
             raise StartError(f"{name}={environ.get(name)!r}: {reason}") from None
-        if settings.database:
-            read_address(settings.database)
-            if not settings.secret_key:
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raise StartError where a text is not what it stands for, or two settings do not agree."""
+        if self.database:
+            read_address(self.database)
+            if not self.secret_key:
                 raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
         for name in ("secret_key", "secret_key_old"):
-            size, least = len(getattr(settings, name).encode()), guard.SECRET_BYTES_MIN
+            size, least = len(getattr(self, name).encode()), guard.SECRET_BYTES_MIN
             if 0 < size < least:
                 raise StartError(f"{name.upper()} must have at least {least} bytes")
-        guard.read_networks(settings.trusted_proxies)
-        guard.read_origins(settings.cors_origins)
-        return settings
+        guard.read_networks(self.trusted_proxies)
+        guard.read_origins(self.cors_origins)
+        first, last = self.metrics_port, self.metrics_port + self.workers - 1  # a worker, a port
+        if first and last > PORT_MAX:
+            raise StartError(f"METRICS_PORT={first}: WORKERS={self.workers} need a port each")
+        if first and first <= self.port <= last:
+            raise StartError(f"METRICS_PORT={first}: PORT={self.port} is one of the ports it takes")
 
     @property
     def database(self) -> str:
@@ -250,7 +269,7 @@ SESSIONS_REMEMBERED_MAX = 10_000
 SESSION_SECRET_BYTES = 8
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
-IDLE_SECONDS = 30  # of a connection between two requests, and how long a request's headers may take
+IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which is up to 600
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
@@ -704,7 +723,7 @@ class NotAllowed(Problem, status=403, title="You may not do this"): ...
 class SenderOnly(Problem, status=403, title="Only the sender may do this"): ...
 class WrongPassword(Problem, status=403, title="The current password is wrong"): ...
 class RegistrationClosed(Problem, status=403, title="Ask an administrator for an account"): ...
-class ForeignOrigin(Problem, status=403, title="Pages of other sites may not connect"): ...
+class ForeignOrigin(Problem, status=403, title="Pages of other sites may not do this"): ...
 class UserNotFound(Problem, status=404, title="There is no such user"): ...
 class SessionNotFound(Problem, status=404, title="There is no such session"): ...
 class ChatNotFound(Problem, status=404, title="There is no such chat"): ...
@@ -884,12 +903,27 @@ ORIGINS = web.AppKey("origins", frozenset[str])
 RATES = web.AppKey("rates", dict[type[Problem] | int, Rate])
 
 
+def is_of_socket(request: web.Request) -> bool:
+    """Tell whether a request is to a socket."""
+    return request.path.startswith("/ws")
+
+
+def refuse_foreign_page(request: web.Request) -> None:
+    """Raise ForeignOrigin where a page of another site does more than read what is public.
+
+    It could use a visitor's address to register and to guess, and a visitor's token on a socket.
+    """
+    may_do = request.method not in ("GET", "HEAD", "OPTIONS") or is_of_socket(request)
+    if may_do and guard.is_foreign(request, request.app[ORIGINS]):
+        raise ForeignOrigin
+
+
 def bearer_token(request: web.Request) -> str:
     """Find the token of a request: in Authorization, and for sockets also where browsers can."""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() == "bearer" and token:
         return token.strip()
-    if request.path.startswith("/ws"):
+    if is_of_socket(request):
         offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
         protocols = [protocol.strip() for protocol in offered]
         if protocols[0] == SUBPROTOCOL and len(protocols) == 2:
@@ -912,15 +946,12 @@ def charge(app: web.Application, problem: type[Problem], key: Hashable) -> None:
 async def authenticate(request: web.Request) -> None:
     """Find out who sends a request.
 
-    Raises Unauthorized, ForeignOrigin, TooManyHandshakes, Unavailable.
+    Raises Unauthorized, TooManyHandshakes, Unavailable.
     """
-    is_socket = request.path.startswith("/ws")
-    if is_socket and guard.is_foreign(request, request.app[ORIGINS]):
-        raise ForeignOrigin  # a page of another site may not use its visitor's token
     try:
         request[ASKER] = await request.app[SESSIONS].asker(bearer_token(request))
     except Unauthorized:
-        if is_socket:
+        if is_of_socket(request):
             charge(request.app, TooManyHandshakes, address_of(request))
         raise
     request[ME] = request[ASKER].user_id
@@ -2912,8 +2943,7 @@ async def follow_chat(
 ) -> web.WebSocketResponse:
     """Follow one chat over a websocket, live or from a position or a number on.
 
-    Raises ChatNotFound, ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes,
-    InvalidInput.
+    Raises ChatNotFound, UpgradeRequired, TooManySockets, TooManyHandshakes, InvalidInput.
     """
     return await follow(request, Socket(request[ASKER], chat_id), after)
 
@@ -2921,7 +2951,7 @@ async def follow_chat(
 async def follow_chats(request: web.Request) -> web.WebSocketResponse:
     """Follow every chat of the user over a websocket, those joined later too.
 
-    Raises ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes.
+    Raises UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
     return await follow(request, Socket(request[ASKER], None), None)
 
@@ -2939,6 +2969,8 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
         await rooms.join(socket)
         if socket.chat_id is not None:
             await begin(rooms, socket, socket.chat_id, after)
+        if request.method != "GET":  # aiohttp would open a socket to a HEAD
+            raise UpgradeRequired
         with contextlib.suppress(ConnectionError):  # the peer is gone
             await socket.open(request)
             await take_frames(request, socket)
@@ -3267,7 +3299,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
         app.middlewares.append(process.log_access(address_of))
     app.middlewares.extend([
-        guard.guard_browsers(app[ORIGINS]), answer_problems(observe_request)])
+        guard.guard_browsers(app[ORIGINS]), answer_problems(observe_request, refuse_foreign_page)])
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
     for endpoint in ENDPOINTS:
@@ -3324,9 +3356,7 @@ async def serve(settings: Settings) -> None:
         else:
             await start_sites(settings, stack, listener, make_app(settings, url, secret_key))
         if not is_worker:
-            everywhere = ("127.0.0.1", "0.0.0.0", "::")  # noqa: S104
-            host = "localhost" if settings.host in everywhere else settings.host
-            print(f"messenger {VERSION} serves http://{host}:{port}")
+            print(f"messenger {VERSION} serves {process.url_of(listener)}")
             print(f"data      {where}")
             print("next      register a user: the README's first block of curl does it", flush=True)
         await asyncio.Event().wait()
@@ -3341,7 +3371,8 @@ async def start_sites(
     metrics.router.add_get("/metrics", get_metrics)
     sites = [(app, listener)]
     if settings.metrics_port:
-        private = stack.enter_context(process.listen_on(settings.host, settings.metrics_port))
+        private = stack.enter_context(process.listen_on(
+            settings.metrics_host, settings.metrics_port, names=("METRICS_HOST", "METRICS_PORT")))
         sites.append((metrics, private))
     for served, port in sites:
         runner = web.AppRunner(
@@ -3371,6 +3402,7 @@ async def start_workers(
 
 def main() -> int:
     """Start the server; answer the exit status. `messenger.py user …` is tools/administer.py."""
+    process.be_init()
     if sys.argv[1:]:
         os.execv(sys.executable, [sys.executable, str(ADMINISTER), *sys.argv[1:]])  # noqa: S606
     if PARENT in os.environ:
@@ -3379,6 +3411,7 @@ def main() -> int:
         process.require_parser()
         process.raise_descriptor_limit()
         settings = Settings.load(os.environ)
+        process.escape_unwritable(sys.stdout)
         process.start_logs(settings.access_log == "on")
         with contextlib.suppress(asyncio.CancelledError):
             uvloop.run(serve(settings))

@@ -71,9 +71,9 @@ def _enter_user_namespace() -> None:
     libc = ctypes.CDLL(None, use_errno=True)  # os.unshare came with Python 3.12
     if libc.unshare(CLONE_NEWUSER):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"{account.pw_uid} {uid} 1")
-    Path("/proc/self/gid_map").write_text(f"{account.pw_gid} {gid} 1")
+    Path("/proc/self/setgroups").write_text("deny", "ascii")
+    Path("/proc/self/uid_map").write_text(f"{account.pw_uid} {uid} 1", "ascii")
+    Path("/proc/self/gid_map").write_text(f"{account.pw_gid} {gid} 1", "ascii")
 
 
 if __name__ == "__main__":  # as a script there are no packages: what follows is not for it
@@ -96,6 +96,7 @@ ENDING = ((signal.SIGINT, 10.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
 # folders give a meaning to commas, spaces and quotes: such paths get a folder elsewhere.
 SOCKET = ".s.PGSQL.5432"
 SOCKET_PATH = re.compile(r"/[\w./+-]{1,99}", re.ASCII)
+OTHERS_MODE = 0o027  # what PostgreSQL refuses: all for others, writing for the group
 COMPLAINT = re.compile(r"(?:FATAL|PANIC|ERROR|error): +(.+)")
 
 INITDB_OPTIONS = (
@@ -214,13 +215,14 @@ class Postgres:
             os.rename(fresh, self._cluster)
             _sync(self.folder)
         try:
-            version = (self._cluster / "PG_VERSION").read_text().strip()
+            version = (self._cluster / "PG_VERSION").read_text("utf-8").strip()
         except FileNotFoundError:
             raise StartError(f"{self._cluster} is not a PostgreSQL cluster") from None
         if version != VERSION:
             raise StartError(
                 f"{self._cluster} is of PostgreSQL {version}, and this is PostgreSQL {VERSION}"
             )
+        _close_to_others(self._cluster)
 
     async def _launch(self) -> None:
         """Start the server on a folder that nobody else uses; return when it can be used."""
@@ -380,6 +382,17 @@ def _make_private(folder: Path) -> None:
     folder.chmod(0o700)
 
 
+def _close_to_others(cluster: Path) -> None:
+    """Take from others what PostgreSQL lets nobody have: a volume's group may have been given all
+    (Kubernetes' fsGroup). Raises StartError where that is not ours to do.
+    """
+    if cluster.stat().st_mode & OTHERS_MODE:
+        try:
+            cluster.chmod(0o700)
+        except PermissionError:
+            raise StartError(f"{cluster} is open to others: chmod 700 it") from None
+
+
 def _sync(folder: Path) -> None:
     """Make a rename in `folder` outlast a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -418,7 +431,7 @@ def _inhabitants(cluster: Path) -> set[int]:
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             lives_here = os.readlink(f"/proc/{pid}/cwd") == str(cluster)
-            if lives_here and Path(f"/proc/{pid}/comm").read_text() == "postgres\n":
+            if lives_here and Path(f"/proc/{pid}/comm").read_bytes() == b"postgres\n":
                 found.add(int(pid))
     return found
 

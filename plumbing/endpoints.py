@@ -97,7 +97,8 @@ class Problem(Exception):
         return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
 
 PROBLEM_HEADERS = {
-    401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"},
+    401: {"WWW-Authenticate": "Bearer"},
+    426: {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
     429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 
 
@@ -107,6 +108,7 @@ class NotFound(Problem, status=404, title="There is nothing here"): ...
 class MethodNotAllowed(Problem, status=405, title="This method is not allowed here"): ...
 class RequestTimeout(Problem, status=408, title="The body took too long to arrive"): ...
 class BodyTooLarge(Problem, status=413, title="The body is too large"): ...
+class ExpectationFailed(Problem, status=417, title="Expect nothing but 100-continue"): ...
 class InvalidInput(Problem, status=422, title="Some of the input is not valid"): ...
 class UpgradeRequired(Problem, status=426, title="Only websockets can connect here"): ...
 class InternalError(Problem, status=500, title="Something went wrong on the server"): ...
@@ -338,10 +340,14 @@ def as_http_problem(error: web.HTTPException) -> Problem:
     return problem
 
 
-def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
+def answer_problems(
+    observe_request: Callable[[str, int, float], None],
+    refuse_foreign_page: Callable[[web.Request], None],
+) -> Any:
     """Make the middleware that answers what was refused as a problem, and what nobody foresaw as a
     blank 500, logged.
 
+    `refuse_foreign_page` is called before any handler, and may raise a Problem.
     Once a call is answered, `observe_request` is told its operation, its status and the seconds
     that it took; of a websocket it is not told.
     """
@@ -350,6 +356,8 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
     async def answer_problem(request: web.Request, handler: Handler) -> web.StreamResponse:
         began = time.perf_counter()
         try:
+            check_expectation(request)
+            refuse_foreign_page(request)
             answer = await handler(request)
         except (ConnectionError, asyncio.CancelledError):
             raise
@@ -368,6 +376,18 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
     return answer_problem
 
 
+def check_expectation(request: web.Request) -> None:
+    """Raise ExpectationFailed where a client expects what nobody here does."""
+    if request.headers.get("Expect", "").lower() not in ("", "100-continue"):
+        raise ExpectationFailed
+
+
+async def continue_if_expected(route: web.AbstractRoute, request: web.Request) -> None:
+    """Tell a client to go on that waits for it; what else is expected is refused as a problem."""
+    with contextlib.suppress(web.HTTPExpectationFailed):
+        await HANDLE_EXPECTATION(route, request)
+
+
 def refuse_unreadable(
     _connection: web.RequestHandler, request: web.BaseRequest, status: int = 500, *_: Any
 ) -> web.Response:
@@ -380,5 +400,8 @@ def refuse_unreadable(
     return answer
 
 
-# aiohttp calls this for a request that it cannot parse.
+# aiohttp calls these for a request with `Expect`, before any middleware, and for one that it cannot
+# parse.
+HANDLE_EXPECTATION = web.AbstractRoute.handle_expect_header
+web.AbstractRoute.handle_expect_header = continue_if_expected  # type: ignore[assignment]
 web.RequestHandler.handle_error = refuse_unreadable  # type: ignore[assignment]

@@ -1,4 +1,5 @@
-"""Who may ask, from where, how often: addresses, rates, passwords, signed tokens, browsers.
+"""Who may ask, from where, how often: addresses, connections, rates, passwords, signed tokens,
+browsers.
 
 Nothing here knows what is asked for.
 """
@@ -20,11 +21,13 @@ from typing import Any, TypeVar
 
 import bcrypt
 import jwt
-from aiohttp import web
+from aiohttp import web, web_response, web_server
+from yarl import URL
 
 from plumbing.deadline import uncounted
 from plumbing.process import Handler, StartError
 
+HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
 PASSWORD_THREADS = 2
@@ -32,7 +35,11 @@ PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
 TOKENS_REMEMBERED_MAX = 10_000
 SECRET_BYTES_MIN = 32
+ORIGINS_REMEMBERED_MAX = 1000
+HEADERS_ASKED_MAX = 32  # which a page may ask to send beside the usual ones
 PREFLIGHT_SECONDS = 600  # for which a browser remembers what it was allowed
+
+MAPPED_PREFIX = 96  # bits before the IPv4 address in ::ffff:192.0.2.60
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -44,9 +51,20 @@ Result = TypeVar("Result")
 def read_networks(text: str) -> list[Network]:
     """Read addresses and networks that are separated by commas. Raises StartError."""
     try:
-        return [ipaddress.ip_network(each.strip()) for each in text.split(",") if each.strip()]
+        return [read_network(each.strip()) for each in text.split(",") if each.strip()]
     except ValueError as error:
         raise StartError(f"TRUSTED_PROXIES={text!r}: {error}") from None
+
+
+def read_network(text: str) -> Network:
+    """Read an address or a network; one of IPv4 in IPv6's spelling is one of IPv4, as addresses
+    are (read_address). Raises ValueError.
+    """
+    network = ipaddress.ip_network(text)
+    mapped = getattr(network.network_address, "ipv4_mapped", None)
+    if mapped is None or network.prefixlen < MAPPED_PREFIX:
+        return network
+    return ipaddress.ip_network((mapped, network.prefixlen - MAPPED_PREFIX))
 
 
 def read_address(node: str) -> Address | None:
@@ -106,6 +124,44 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     address = told.pop() if len(told) == 1 else peer
     return str(ipaddress.ip_network((address, 64), strict=False) if address.version == 6
                else address)
+
+
+# ---- Connections
+
+
+class PromptConnection(web.RequestHandler):
+    """A connection that is closed unless the headers of a request are whole within HEAD_SECONDS.
+
+    aiohttp has one timer for a connection that awaits a request, and what comes of the headers does
+    not stop it. It is set to the time that an idle connection is kept, and brought forward here.
+    """
+
+    __slots__ = ()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin: a first request has to come at all."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
+        """
+        super().data_received(data)
+        if self._waiter is not None and not self._waiter.done():
+            self._await_head()
+
+    def _await_head(self) -> None:
+        """Bring the timer forward; of several times the first one stays."""
+        close_at = self._loop.time() + HEAD_SECONDS
+        if self._keepalive_handle is not None and close_at < self._next_keepalive_close_time:
+            self._keepalive_handle.cancel()
+            self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
+            self._next_keepalive_close_time = close_at
+
+
+# What aiohttp makes of each connection, and what it tells of itself in each answer: no versions.
+web_server.RequestHandler = PromptConnection  # type: ignore[attr-defined]
+web_response.SERVER_SOFTWARE = "messenger"  # type: ignore[attr-defined]
 
 
 # ---- Rates
@@ -228,12 +284,15 @@ def kept_secret(path: Path) -> str:
     """Read a secret from its file; make both at the first time. Raises StartError."""
     if not path.exists():
         new = path.with_suffix(".new")
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(secrets.token_urlsafe(SECRET_BYTES_MIN + 16))
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(secrets.token_urlsafe(SECRET_BYTES_MIN + 16).encode())
             file.flush()
             os.fsync(file.fileno())
         new.rename(path)
-    secret = path.read_text().strip()
+    try:
+        secret = path.read_text("utf-8").strip()
+    except UnicodeDecodeError:
+        raise StartError(f"{path} must hold text in UTF-8") from None
     if len(secret.encode()) < SECRET_BYTES_MIN:
         raise StartError(f"{path} must hold at least {SECRET_BYTES_MIN} bytes")
     return secret
@@ -244,26 +303,72 @@ def kept_secret(path: Path) -> str:
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store"}
-PREFLIGHT_HEADERS = {
-    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
-    "Access-Control-Max-Age": str(PREFLIGHT_SECONDS)}
+EXPOSED_HEADERS = "Link, Location, Retry-After, WWW-Authenticate, X-Request-Id"
+HEADER_NAME = re.compile(r"[!#$%&'*+.^`|~\w-]{1,64}", re.ASCII)  # a token (RFC 9110, 5.6.2)
+DEFAULT_PORTS = {"http": 80, "https": 443}
+PAGELESS = ("file:", "ftp:", "ws:", "wss:")  # no page has such an origin (URL standard)
+
+
+@functools.lru_cache(ORIGINS_REMEMBERED_MAX)
+def read_origin(text: str) -> str | None:
+    """Read an origin, like `https://app.example.com` or `capacitor://localhost`, into the one form
+    that all its spellings share; None for what is none.
+
+    Scheme and host are in small letters, the host in ASCII (IDNA); a scheme's own port is left out.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@\\]+", text):
+        return None
+    try:
+        url = URL(text)
+        host, port = url.host_subcomponent or "", url.port
+    except ValueError:
+        return None
+    if not re.fullmatch(r"[\w.-]+|\[[\da-f:.]+\]", host, re.ASCII):
+        return None
+    is_usual = port in (None, DEFAULT_PORTS.get(url.scheme))
+    return f"{url.scheme}://{host}" if is_usual else f"{url.scheme}://{host}:{port}"
 
 
 def read_origins(text: str) -> frozenset[str]:
-    """Read the origins of sites, separated by commas. Raises StartError."""
-    origins = frozenset(each.strip().lower() for each in text.split(",") if each.strip())
-    for origin in origins:
-        if not re.fullmatch(r"https?://[^/\s]+", origin):
-            raise StartError(f"CORS_ORIGINS={text!r}: {origin} is not like https://app.example.com")
-    return origins
+    """Read the origins of sites and apps, separated by commas; a `/` at the end does not count.
+
+    Raises StartError.
+    """
+    origins = set()
+    for each in filter(None, map(str.strip, text.split(","))):
+        origin = read_origin(each.removesuffix("/"))
+        if origin is None or origin.startswith(PAGELESS):
+            shown = each.rpartition("@")[2]  # without a password, which would be wrong, too
+            raise StartError(
+                f"CORS_ORIGINS={shown!r} must be like https://app.example.com, without a path")
+        origins.add(origin)
+    return frozenset(origins)
 
 
 def is_foreign(request: web.Request, origins: frozenset[str]) -> bool:
-    """Tell whether a page of a site that is neither ours nor allowed sent this."""
-    origin = request.headers.get("Origin", "").lower()
-    host = request.host.lower()
-    return origin not in ("", f"http://{host}", f"https://{host}", *origins)
+    """Tell whether a page of a site that is neither ours nor allowed sent this.
+
+    Ours is the host that was asked (`Host`), by http or https: a proxy in front may speak TLS.
+    """
+    sent = request.headers.get("Origin")
+    if not sent:
+        return False
+    origin, host = read_origin(sent), request.headers.get("Host", "")
+    ours = [read_origin(f"{scheme}://{host}") for scheme in DEFAULT_PORTS]
+    return origin is None or origin not in (*ours, *origins)
+
+
+def preflight_headers(asked: str) -> dict[str, str]:
+    """Answer what an allowed page may send: any method, and whatever headers it asks for.
+
+    Names of headers are no secret and give no power: there are no cookies.
+    """
+    named = [name for each in asked.split(",") if HEADER_NAME.fullmatch(name := each.strip())]
+    allowed = dict.fromkeys(["Authorization", "Content-Type", *named[:HEADERS_ASKED_MAX]])
+    return {
+        "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+        "Access-Control-Allow-Headers": ", ".join(allowed),
+        "Access-Control-Max-Age": str(PREFLIGHT_SECONDS)}
 
 
 def guard_browsers(origins: frozenset[str]) -> Any:
@@ -272,10 +377,12 @@ def guard_browsers(origins: frozenset[str]) -> Any:
     """
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        origin = request.headers.get("Origin", "").lower()
+        is_allowed = read_origin(request.headers.get("Origin", "")) in origins
         is_asking = "Access-Control-Request-Method" in request.headers
-        if origin in origins and request.method == "OPTIONS" and is_asking:
-            answer: web.StreamResponse = web.Response(status=204, headers=PREFLIGHT_HEADERS)
+        if is_allowed and request.method == "OPTIONS" and is_asking:
+            asked = request.headers.get("Access-Control-Request-Headers", "")
+            answer: web.StreamResponse = web.Response(
+                status=204, headers=preflight_headers(asked))
         else:
             answer = await handler(request)
         if answer.prepared:
@@ -284,9 +391,9 @@ def guard_browsers(origins: frozenset[str]) -> Any:
             answer.headers.setdefault(name, value)
         if origins:
             answer.headers["Vary"] = "Origin"
-        if origin in origins:
+        if is_allowed:
             answer.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
-            answer.headers["Access-Control-Expose-Headers"] = "Link, Location, Retry-After"
+            answer.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
         return answer
 
     return guard
@@ -298,7 +405,7 @@ def page_headers(page: Path) -> Mapping[str, str]:
     policy = (
         "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
         "form-action 'none'; frame-ancestors 'none'")
-    for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", page.read_text()):
+    for tag, text in re.findall(r"(?s)<(script|style)>(.*?)</\1>", page.read_text("utf-8")):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         policy += f"; {tag}-src 'sha256-{digest}'"
     return {"Content-Security-Policy": policy, "Cache-Control": "no-cache"}

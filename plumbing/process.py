@@ -10,6 +10,7 @@ import contextlib
 import copy
 import ctypes
 import errno
+import io
 import logging
 import os
 import resource
@@ -19,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from aiohttp import http_parser, web
 
@@ -52,14 +53,22 @@ def require_parser() -> None:
         raise StartError("aiohttp was installed without its HTTP parser in C, which is needed")
 
 
-def listen_on(host: str, port: int, shared: bool = False) -> socket.socket:
-    """Listen on a port, which workers share. Raises StartError."""
+def listen_on(
+    host: str, port: int, shared: bool = False, names: tuple[str, str] = ("HOST", "PORT")
+) -> socket.socket:
+    """Listen on a port, which workers share; `::` is every address of both IPv6 and IPv4.
+
+    Raises StartError, which tells of the settings of these names.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG, reuse_port=shared)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StartError(f"cannot listen on HOST {host}, PORT {port}: {reason}") from None
+        return socket.create_server(
+            address, family=family, backlog=BACKLOG, reuse_port=shared,
+            dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
+    except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
+        reason = getattr(error, "strerror", None) or str(error)
+        where = f"{names[0]} {host}, {names[1]} {port}"
+        raise StartError(f"cannot listen on {where}: {reason}") from None
 
 
 def hold_port(host: str, port: int) -> socket.socket:
@@ -67,10 +76,21 @@ def hold_port(host: str, port: int) -> socket.socket:
     with listen_on(host, port) as free:  # fails where somebody listens, which sharing would hide
         held = socket.socket(free.family, socket.SOCK_STREAM)
         address = free.getsockname()
+        if free.family == socket.AF_INET6:
+            only_ipv6 = free.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+            held.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_ipv6)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     held.bind(address)
     return held
+
+
+def url_of(listener: socket.socket) -> str:
+    """Tell the URL at which a browser of this machine finds what listens."""
+    address, port = listener.getsockname()[:2]
+    if address in ("127.0.0.1", "0.0.0.0", "::"):  # noqa: S104
+        return f"http://localhost:{port}"
+    return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
 async def until_listening(host: str, port: int) -> None:
@@ -159,6 +179,33 @@ def require_descriptors(file: socket.socket) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
+# ---- Process 1
+
+
+def be_init() -> None:
+    """Where we are process 1, of a container, return in a child and be its init here.
+
+    An init hands the signals on that end the server, takes the end of every process that lost its
+    parent (nobody else would, and it would stay a zombie), and ends as the server does.
+    """
+    if os.getpid() != 1:
+        return
+    heard = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, heard)  # so that they wait for sigwait
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)
+        os.setpgid(0, 0)  # Ctrl-C reaches process 1 alone, and us once
+        return
+    while True:
+        number = signal.sigwait(heard)
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+        while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+            if ended.si_pid == child:
+                sys.exit(ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128))
+
+
 # ---- Children
 
 
@@ -236,6 +283,12 @@ class NamelessFormatter(logging.Formatter):
     def formatException(self, ei: Any) -> str:
         """Format where an exception came from, without what it says."""
         return "".join([*traceback.format_tb(ei[2]), ei[0].__name__])
+
+
+def escape_unwritable(stream: TextIO) -> None:
+    """Let a stream write as escapes what its encoding cannot, such as a folder's name."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def start_logs(access_log: bool) -> None:

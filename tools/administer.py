@@ -13,7 +13,6 @@ without one. A running server acts on it within two seconds.
 
 import asyncio
 import contextlib
-import io
 import os
 import secrets
 import sys
@@ -28,7 +27,7 @@ from plumbing.database import Database, Unavailable
 from plumbing.embedded import Postgres
 from plumbing.endpoints import InternalError, Problem, as_problem
 from plumbing.guard import Passwords
-from plumbing.process import StartError, start_logs
+from plumbing.process import StartError, escape_unwritable, start_logs
 from plumbing.schema import migrate_when_up
 
 # How many arguments each command takes.
@@ -139,8 +138,7 @@ def read_command(line: Sequence[str]) -> tuple[str, Sequence[str]]:
 def main() -> int:
     """Obey the command line; answer the exit status."""
     start_logs(access_log=False)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show
+    escape_unwritable(sys.stdout)
     try:
         command, arguments = read_command(sys.argv[1:])
         asyncio.run(administer(m.Settings.load(os.environ), command, arguments))

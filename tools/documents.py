@@ -62,7 +62,9 @@ TAGS = {  # by the start of a path: the first that fits
     "/api/v1/health": ("health", "Is the server up."),
     "/": ("pages", "The web client and the documents."),
 }
-GENERAL = (endpoints.NotFound, endpoints.MethodNotAllowed, endpoints.InternalError)
+GENERAL = (
+    endpoints.NotFound, endpoints.MethodNotAllowed, endpoints.ExpectationFailed,
+    endpoints.InternalError)
 SUCCESSES = {
     101: "The socket is open.", 200: "What was asked for.", 201: "What was created.", 204: "Done."}
 HEADERS = {  # by name: the statuses that always have it, what it says
@@ -70,6 +72,7 @@ HEADERS = {  # by name: the statuses that always have it, what it says
     "Link": ((), "Pages beside this one, ready to follow (RFC 8288); absent where there is none."),
     "Location": ((201,), "Where the new one is."),
     "Retry-After": ((429, 503), "Seconds after which to try again."),
+    "Sec-WebSocket-Version": ((426,), "The version of websockets to upgrade to."),
     "Upgrade": ((426,), "What to upgrade to."),
     "WWW-Authenticate": ((401,), "How to sign in."),
 }
@@ -197,6 +200,8 @@ class Described:
         found |= {m.PATH_PROBLEMS[name] for name in self.signature.path}
         if not self.endpoint.public:
             found.add(endpoints.Unauthorized)
+        if self.is_socket or self.endpoint.method != "GET":
+            found.add(m.ForeignOrigin)
         if self.signature.body is not None:
             found |= {
                 endpoints.MalformedRequest, endpoints.RequestTimeout, endpoints.BodyTooLarge,

@@ -224,7 +224,9 @@ def test_every_problem_is_described() -> None:
     general ones."""
     found = {kind: status for path, method, _ in operations()
              for kind, status in refusals(path, method).items()}
-    general = (endpoints.NotFound, endpoints.MethodNotAllowed, endpoints.InternalError)
+    general = (
+        endpoints.NotFound, endpoints.MethodNotAllowed, endpoints.ExpectationFailed,
+        endpoints.InternalError)
     found |= {one.slug: one.status for one in general}
     for flood in (messenger.TooManyFrames, messenger.TooMuchTyping):  # of sockets only
         found[flood.slug] = flood.status

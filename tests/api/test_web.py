@@ -563,3 +563,35 @@ async def test_docs_show_every_operation_and_frame(server: TestServer, browser: 
     await page.waits("document.querySelector('#count').innerText.match(/^[1-9]/)")
     assert not await page.finds("document.querySelector('#create_user').checkVisibility()")
     assert page.complaints == []
+
+
+@pytest.mark.parametrize("fragment", ["%E0%A4%A", "%", "%ff%", "nothing", "rest-%55ser"])
+async def test_docs_are_shown_whatever_the_link_names(
+    server: TestServer, browser: Browser, fragment: str
+) -> None:
+    """A link to what is not there, or whose name is broken, leads to the page."""
+    page = await browser.opens(f"{server.make_url('/docs')}#{fragment}")
+    await page.sees("entries", "#count")
+    await page.waits("document.querySelector('main').ariaBusy === 'false'")
+    assert "could not be read" not in await page.finds("document.body.innerText")
+    await page.finds(f"(location.hash = '#x', location.hash = '#{fragment}', null)")
+    await page.types("#filter", "participants")
+    await page.waits("document.querySelector('#count').innerText.match(/^[1-9]/)")
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("width", [390, 320, 768])
+async def test_docs_fit_a_narrow_screen(
+    server: TestServer, browser: Browser, width: int
+) -> None:
+    """On a phone the page is read by scrolling down alone."""
+    page = await browser.opens(str(server.make_url("/docs")))
+    await page.commands(
+        "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1,
+        mobile=False)
+    await page.sees("entries", "#count")
+    assert await page.finds("innerWidth") == width
+    right = "one.getBoundingClientRect().right"
+    wide = f"[...document.querySelectorAll('body *')].filter(one => {right} > innerWidth)"
+    assert await page.finds(f"{wide}.slice(0, 9).map(one => one.outerHTML)") == []
+    assert await page.finds("document.documentElement.scrollWidth <= innerWidth")

@@ -156,6 +156,13 @@ async def test_every_statement_prepares(sql: asyncpg.Connection) -> None:
     assert wrong == {}
 
 
+def test_migrations_are_ascii() -> None:
+    """yoyo reads the numbered files by the encoding of the locale, so they need none."""
+    files = list(messenger.SQL.glob("[0-9]*.sql"))
+    assert files
+    assert [path.name for path in files if not path.read_bytes().isascii()] == []
+
+
 # A call, also one within another, and a statement that does nothing but call a function.
 CALL = re.compile(r"\b(?=(\w+)\(((?:[^()]|\([^()]*\))*)\))")
 ONLY_CALLED = re.compile(r"select (?:\* from )?(\w+)\([^()]+\)")

@@ -11,6 +11,7 @@ import pytest
 import messenger
 from support.frames import message, until
 from support.people import NOBODYS, Line, Person, follows, new_id, refusal
+from support.raw import HANDSHAKE
 from support.servers import SECRET_KEY, Elsewhere, knows
 
 
@@ -127,12 +128,24 @@ async def test_handshake_with_a_broken_origin_is_403(
         assert await refusal(alice, path, origin=origin) == 403, origin
 
 
-async def test_plain_get_is_426(kind: Kind, alice: Person, bob: Person) -> None:
-    """A GET that asks for no websocket is told to upgrade, with a problem."""
+async def test_what_is_no_handshake_is_426(kind: Kind, alice: Person, bob: Person) -> None:
+    """A GET that asks for no websocket, or for one of another version, is told to upgrade, with a
+    problem; so is a HEAD, whatever it asks for, and its connection goes on."""
     path = kind.at(await alice.opens(bob))
-    answer = await alice.client.get(path, headers=alice.headers)
-    assert (answer.status, answer.headers["Upgrade"]) == (426, "websocket")
-    assert (await answer.json())["type"] == "upgrade-required"
+    for method, asked in (
+        ("GET", {}), ("GET", HANDSHAKE | {"Sec-WebSocket-Version": "14"}),
+        ("HEAD", {}), ("HEAD", HANDSHAKE),
+    ):
+        async with alice.client.request(method, path, headers=alice.headers | asked) as answer:
+            assert (answer.status, answer.headers["Upgrade"]) == (426, "websocket"), (method, asked)
+            assert answer.headers["Sec-WebSocket-Version"] == "13"
+            if method == "GET":
+                assert (await answer.json())["type"] == "upgrade-required"
+    for asked in ({}, HANDSHAKE):
+        headers = alice.headers | asked | {"Origin": "http://evil.example"}
+        async with alice.client.head(path, headers=headers) as answer:
+            assert answer.status == 403
+    assert (await alice.asks("GET", "/users/me")).status == 200
 
 
 # ---- Messages

@@ -460,6 +460,32 @@ async def test_the_folders_above_keep_their_modes(folder, tmp_path):
     assert {path.stat().st_uid for path in folder.rglob("*")} == {os.geteuid()}
 
 
+@pytest.mark.parametrize(
+    ("mode", "after"), [(0o2770, 0o700), (0o770, 0o700), (0o755, 0o700), (0o750, 0o750)], ids=oct)
+async def test_a_cluster_that_was_opened_to_others_is_closed_again(folder, mode, after):
+    """A volume that is given to a group whole, files too, is taken from it again; what PostgreSQL
+    takes stays as it is."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
+    server = Postgres(folder)
+    await server.start()
+    try:
+        assert await ask(server.dsn, "select 1") == 1
+    finally:
+        await server.stop()
+    assert stat.S_IMODE((folder / "postgres").stat().st_mode) == after
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_cluster_that_is_open_to_others_and_not_ours_is_told(folder, tmp_path):
+    """Where the folder is another's, one line says what to do."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o777)
+    let_in = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    before = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *let_in)
+    assert f"{folder}/postgres is open to others: chmod 700 it" in refusal(folder, *before)
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 @pytest.mark.parametrize("uid", [65534, 54321], ids=["account", "no_account"])
 async def test_an_ordinary_user_can_start_it(uid):

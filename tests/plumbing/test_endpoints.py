@@ -1,4 +1,4 @@
-"""What no handler sees: requests that cannot be parsed, and those that come too slowly."""
+"""What no handler sees: requests that cannot be parsed, come too slowly or expect too much."""
 
 import asyncio
 import contextlib
@@ -12,12 +12,19 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import messenger
-from plumbing import endpoints, process
+from plumbing import endpoints, guard, process
 from support.people import HEAR_SECONDS
 from support.raw import RawConnection
 from support.servers import SETTINGS
 
 Connects = Callable[[bytes], Awaitable[RawConnection]]
+ALIVE = b"GET /api/v1/health/liveness HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+async def hears_alive(raw: RawConnection) -> RawConnection:
+    """Read the answer that the server is alive."""
+    assert (await raw.hears())[0] == 200
+    return raw
 
 
 @pytest.fixture
@@ -60,6 +67,7 @@ async def test_what_cannot_be_parsed_is_a_problem(connects: Any, caplog: Any) ->
         assert (status, problem["type"]) == (400, "malformed-request"), text[:60]
         assert headers["Content-Type"].startswith("application/problem+json"), text[:60]
         assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Server"] == "messenger"
         assert headers["Cache-Control"] == "no-store"
         assert problem.keys() == {"type", "title", "status", "detail"}
         assert await raw.is_cut(), text[:60]
@@ -69,8 +77,8 @@ async def test_what_cannot_be_parsed_is_a_problem(connects: Any, caplog: Any) ->
 async def hasty(
     app: web.Application, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Connects]:
-    """Connect to a server that waits for no request over a second, nor for a body."""
-    monkeypatch.setattr(messenger, "IDLE_SECONDS", 1)
+    """Connect to a server that waits for no headers over a second, nor for a body."""
+    monkeypatch.setattr(guard, "HEAD_SECONDS", 1)
     monkeypatch.setattr(endpoints, "BODY_SECONDS", 1)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(process.listen_on("127.0.0.1", 0))
@@ -87,8 +95,7 @@ async def hasty(
 
 async def test_slow_headers_are_cut(hasty: Any) -> None:
     """A connection that sends nothing, stops in its headers or sends them letter by letter is
-    closed, also after a first good request."""
-    whole = b"GET /api/v1/health/liveness HTTP/1.1\r\nHost: a\r\n\r\n"
+    closed, also after a first good request, or behind one in its packet."""
 
     async def dribbles(raw: RawConnection) -> bool:
         with_cut = asyncio.create_task(raw.is_cut())
@@ -98,10 +105,9 @@ async def test_slow_headers_are_cut(hasty: Any) -> None:
         return await with_cut
 
     async def after_a_good_one(rest: bytes) -> bool:
-        raw = await hasty(whole)
-        assert (await raw.hears())[0] == 200
+        raw = await hears_alive(await hasty(ALIVE))
         raw.writer.write(rest)
-        return await (dribbles(raw) if rest else raw.is_cut())
+        return await dribbles(raw)
 
     async with asyncio.timeout(HEAR_SECONDS):
         cut = await asyncio.gather(
@@ -109,10 +115,62 @@ async def test_slow_headers_are_cut(hasty: Any) -> None:
             (await hasty(b"GET / HT")).is_cut(),
             (await hasty(b"GET / HTTP/1.1\r\nHost: a\r\nX")).is_cut(),
             dribbles(await hasty(b"GET / HTTP/1.1\r\nHost: a\r\nX: ")),
-            after_a_good_one(b""),
-            after_a_good_one(whole[:-2]),
+            after_a_good_one(ALIVE[:-2]),
+            after_a_good_one(b"\r\nGET /"),
+            dribbles(await hears_alive(await hasty(ALIVE + ALIVE[:-2]))),
         )
-    assert cut == [True] * 6
+    assert cut == [True] * 7
+
+
+async def test_idle_connection_is_kept_for_longer_than_a_proxy_keeps_it(hasty: Any) -> None:
+    """Between two requests a connection may wait for longer than headers may take, again and again;
+    proxies, which keep theirs for 60 s to 600 s, are the first to close."""
+    assert messenger.IDLE_SECONDS > 600
+    raw = await hasty(ALIVE)
+    for _ in range(2):
+        await hears_alive(raw)
+        await asyncio.sleep(1.5 * guard.HEAD_SECONDS)
+        raw.writer.write(ALIVE[:20])
+        await asyncio.sleep(guard.HEAD_SECONDS / 4)
+        raw.writer.write(ALIVE[20:])
+    await hears_alive(raw)
+
+
+async def test_idle_connection_is_closed_at_last(
+    app: web.Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection on which nothing more is asked is closed after its time."""
+    monkeypatch.setattr(messenger, "IDLE_SECONDS", 1)
+    async with contextlib.AsyncExitStack() as stack:
+        listener = stack.enter_context(process.listen_on("127.0.0.1", 0))
+        await messenger.start_sites(SETTINGS, stack, listener, app)
+        raw = await RawConnection.opens(listener.getsockname()[1], ALIVE)
+        stack.callback(raw.close)
+        assert await (await hears_alive(raw)).is_cut()
+
+
+EXPECTING = [  # a request, and what it expects
+    (b"POST /api/v1/users/login", b"x"), (b"GET /nothing", b"200-ok"),
+    (b"GET /", b"100-continue, x"), (b"DELETE /ws", b"x"),
+]
+
+
+async def test_what_nobody_does_cannot_be_expected(hasty: Any) -> None:
+    """Whatever is expected but 100-continue is refused as any other wrong request is, on every
+    path; who waits for 100 Continue gets it first."""
+    for target, expected in EXPECTING:
+        raw = await hasty(target + b" HTTP/1.1\r\nHost: a\r\nExpect: " + expected + b"\r\n\r\n")
+        status, headers, body = await raw.hears()
+        assert headers["Content-Type"].startswith("application/problem+json"), target
+        assert (status, json.loads(body)["type"]) == (417, "expectation-failed"), target
+        assert headers["X-Content-Type-Options"] == "nosniff"
+    for expected in (b"100-continue", b"100-Continue"):
+        raw = await hasty(
+            b"POST /api/v1/users/login HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\nExpect: "
+            + expected + b"\r\n\r\n")
+        assert await raw.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        raw.writer.write(b"{}")
+        assert (await raw.hears())[0] == 422
 
 
 async def test_slow_body_is_408(hasty: Any) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import json
 import os
 import re
 import threading
@@ -18,9 +19,17 @@ from multidict import CIMultiDict
 
 import messenger
 from plumbing import guard
-from plumbing.guard import Rate, client_address, read_address, read_networks, read_origins
+from plumbing.guard import (
+    Rate,
+    client_address,
+    read_address,
+    read_networks,
+    read_origin,
+    read_origins,
+)
 from plumbing.process import StartError
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, login
+from support.raw import HANDSHAKE
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
@@ -252,11 +261,39 @@ def test_settings_of_networks_and_origins_are_read() -> None:
     """Both settings are lists with commas; spaces and empty parts do not count."""
     assert [str(one) for one in PROXIES] == ["10.0.0.0/8", "127.0.0.1/32", "2001:db8:ffff::/48"]
     assert read_networks("") == read_networks(" , ") == []
+    assert read_networks("::ffff:10.0.0.0/104") == read_networks("10.0.0.0/8")
     assert ipaddress.ip_address("10.1.2.3") in read_networks("10.0.0.0/8,")[0]
-    assert read_origins(" https://App.example.com ,http://localhost:3000,") == {
+    assert read_origins(" https://App.example.com/ ,http://localhost:3000,") == {
         "https://app.example.com", "http://localhost:3000"
     }
     assert read_origins("") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("origin", "spellings"),
+    [
+        ("https://app.example.com",
+         ("https://app.example.com:443", "HTTPS://App.Example.COM", "https://app.example.com:0443")),
+        ("http://app.example.com", ("http://app.example.com:80", "Http://APP.example.com:")),
+        ("http://app.example.com:443", ("http://app.example.com:443",)),
+        ("https://app.example.com:80", ("https://app.example.com:80",)),
+        ("https://xn--bcher-kva.example", ("https://bücher.example", "https://BÜCHER.example:443")),
+        ("http://[::1]:3000", ("http://[::1]:3000", "http://[0:0:0:0:0:0:0:1]:3000")),
+        *((each, (each, each.upper())) for each in (
+            "capacitor://localhost", "tauri://localhost", "ionic://localhost", "app://-", "app://.",
+            "chrome-extension://abcdefghijklmnopabcdefghijklmnop",
+            "moz-extension://0f0e0d0c-1111-2222-3333-444455556666", "app://localhost:443")),
+        (None, (
+            "", "null", "app.example.com", "https://", "https:app.example.com", "https://a/",
+            "https://a/b", "https://a?b", "https://a#b", "https://u@a", "https://a b", "https://a:b",
+            "https://a:99999", "https://[::1", "https://[x]", "https://*.example.com",
+            "https://\udcff", "https://a,b", "//a", "://a", "1a://b", "https://a%20b",
+            "https://a\\b", "x" * 8000)),
+    ],
+)
+def test_spellings_of_an_origin_are_one(origin: str | None, spellings: tuple[str, ...]) -> None:
+    """However an origin is spelled it is the same one; what is none is none."""
+    assert {each: read_origin(each) for each in spellings} == dict.fromkeys(spellings, origin)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +301,8 @@ def test_settings_of_networks_and_origins_are_read() -> None:
     [
         *(("TRUSTED_PROXIES", value) for value in ("localhost", "10.0.0.1/8", "10.0.0.0/33", "*")),
         *(("CORS_ORIGINS", value) for value in (
-            "*", "null", "app.example.com", "https://app.example.com/", "https://", "ftp://x",
-            "https://a.example https://b.example",
+            "*", "null", "app.example.com", "https://app.example.com/x", "https://", "ftp://x",
+            "wss://app.example.com", "https://*.example.com", "https://a.example https://b.example",
         )),
     ],
 )
@@ -273,6 +310,13 @@ def test_wrong_network_or_origin_is_named(name: str, value: str) -> None:
     """A wrong network or origin keeps the server from starting, with the name of its setting."""
     with pytest.raises(StartError, match=f"^{name}="):
         messenger.Settings.load({name: value})
+
+
+def test_password_in_an_origin_is_not_shown() -> None:
+    """An origin with a password in it is refused without showing it."""
+    with pytest.raises(StartError, match=r"app.example.com' must be like") as refusal:
+        read_origins("https://root:hunter2@app.example.com")
+    assert "hunter2" not in str(refusal.value)
 
 
 # ---- Passwords
@@ -364,6 +408,7 @@ async def user(anyone: Client) -> Person:
     return person
 
 
+EXPOSED = {"Link", "Location", "Retry-After", "WWW-Authenticate", "X-Request-Id"}
 CALLS = [
     # what kind of answer, method, path, with a token, status
     ("JSON", "GET", "/api/v1/users/me", True, 200),
@@ -386,7 +431,7 @@ async def test_pages_of_allowed_sites_may_read_every_answer(anyone: Client, user
         for origin in (ALLOWED, "http://localhost:3000", FOREIGN, "null", "", None):
             if method == "POST" and status == 204:
                 await user.logs_in()
-            if path == "/ws" and origin in (FOREIGN, "null"):
+            if origin in (FOREIGN, "null") and (path == "/ws" or method in ("POST", "PATCH")):
                 continue  # refused before anything else
             headers = {} if origin is None else {"Origin": origin}
             headers |= user.headers if signed_in else {}
@@ -396,7 +441,7 @@ async def test_pages_of_allowed_sites_may_read_every_answer(anyone: Client, user
                 told = answer.headers.get("Access-Control-Allow-Origin")
                 assert told == (origin if is_allowed else None), (what, origin)
                 exposed = answer.headers.get("Access-Control-Expose-Headers", "")
-                assert ("Retry-After" in exposed) == is_allowed, (what, origin)
+                assert set(exposed.split(", ")) == (EXPOSED if is_allowed else {""}), what
                 assert "Origin" in answer.headers["Vary"], what
                 assert "Access-Control-Allow-Credentials" not in answer.headers
 
@@ -419,6 +464,109 @@ async def test_preflight_is_answered_for_allowed_sites_only(anyone: Client) -> N
             async with anyone.options(path, headers=asking | {"Origin": origin}) as answer:
                 assert answer.status in (404, 405)
                 assert not [name for name in answer.headers if name.startswith("Access-Control")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "added"),
+    [
+        ("traceparent", ["traceparent"]),
+        ("authorization,x-requested-with, X-B3-TraceId", ["x-requested-with", "X-B3-TraceId"]),
+        ("sentry-trace, baggage", ["sentry-trace", "baggage"]),
+        ("", []),
+        (", ,", []),
+        ("x y, ok, z:, (b), ü, " + "a" * 65, ["ok"]),
+        (",".join(f"x{n}" for n in range(500)), [f"x{n}" for n in range(32)]),
+    ],
+)
+async def test_page_of_an_allowed_site_may_send_any_header(
+    anyone: Client, asked: str, added: list[str]
+) -> None:
+    """What a browser's libraries add to a request is allowed as it is asked for; what is no name
+    of a header is left out, and so is what is beyond any measure."""
+    headers = {"Origin": ALLOWED, "Access-Control-Request-Method": "POST",
+               "Access-Control-Request-Headers": asked}
+    async with anyone.options("/api/v1/users/login", headers=headers) as answer:
+        assert answer.status == 204
+        allowed = answer.headers["Access-Control-Allow-Headers"].split(", ")
+    assert allowed[:2] == ["Authorization", "Content-Type"]
+    assert [name for name in allowed[2:] if name != "authorization"] == added
+
+
+async def test_page_of_another_site_may_do_nothing(anyone: Client, user: Person) -> None:
+    """Whatever may change something is refused to a page of another site, also as a form would send
+    it; what it sends is not even counted, so nobody is locked out by it."""
+    own = f"{anyone.host}:{anyone.port}"
+    new = {"email": "a@example.com", "username": "a_b", "password": PASSWORD}
+    calls = (
+        ("POST", "/api/v1/users", new),
+        ("POST", "/api/v1/users/login", {"email": user.email, "password": "a wrong password"}),
+        ("PUT", f"/api/v1/users/{user.id}", {"username": "another"}),
+        ("DELETE", f"/api/v1/users/{user.id}", None),
+        ("PATCH", "/nothing", None),
+    )
+    for origin in (FOREIGN, "null", f"http://{own}.evil.example", "capacitor://localhost"):
+        headers = user.headers | {"Origin": origin, "Content-Type": "text/plain"}
+        for method, path, body in calls * 3:
+            data = None if body is None else json.dumps(body)
+            async with anyone.request(method, path, data=data, headers=headers) as answer:
+                assert (answer.status, (await answer.json())["type"]) == (403, "foreign-origin")
+        async with anyone.get("/api/v1/users/me", headers=headers) as answer:
+            assert answer.status == 200
+            assert "Access-Control-Allow-Origin" not in answer.headers
+    await user.logs_in()
+    for number, ours in enumerate((f"http://{own}", f"https://{own}", ALLOWED, None)):
+        body = new | {"email": f"a{number}@example.com", "username": f"a_{number}"}
+        headers = {} if ours is None else {"Origin": ours}
+        async with anyone.post("/api/v1/users", json=body, headers=headers) as answer:
+            assert answer.status == 201, ours
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("chat.example.com:443", "https://chat.example.com", 401),
+        ("chat.example.com", "https://chat.example.com:443", 401),
+        ("chat.example.com:80", "http://chat.example.com", 401),
+        ("Chat.Example.com", "https://chat.example.com", 401),
+        ("chat.example.com:8443", "https://chat.example.com:8443", 401),
+        ("[::1]:443", "https://[::1]", 401),
+        ("chat.example.com:8443", "https://chat.example.com", 403),
+        ("chat.example.com:443", "http://chat.example.com", 403),
+        ("chat.example.com", "https://chat.example.com.evil.example", 403),
+        ("chat.example.com", "capacitor://chat.example.com", 403),
+        ("[", "https://[", 403),
+    ],
+)
+async def test_own_pages_are_known_however_the_port_is_written(
+    anyone: Client, host: str, origin: str, status: int
+) -> None:
+    """A page of the host that is asked is no foreign one, whether the port of http or https is
+    written out or not: on sockets and in calls alike."""
+    headers = {"Host": host, "Origin": origin}
+    async with anyone.get("/ws", headers=headers | HANDSHAKE) as answer:
+        assert answer.status == status
+    async with anyone.post("/api/v1/users/logout", headers=headers) as answer:
+        assert answer.status == status
+
+
+async def test_origin_that_is_set_is_found_however_it_is_written(
+    database_url: str, aiohttp_client: Callable[..., Awaitable[Client]]
+) -> None:
+    """What CORS_ORIGINS accepts matches what browsers and the shells of apps send for it."""
+    sent = {
+        "https://app.example.com:443": "https://app.example.com",
+        "HTTPS://Two.example.com/": "https://two.example.com",
+        "https://bücher.example": "https://xn--bcher-kva.example",
+        "capacitor://localhost": "capacitor://localhost",
+        "tauri://localhost": "tauri://localhost",
+        "chrome-extension://abcdefgh": "chrome-extension://abcdefgh",
+    }
+    settings = messenger.Settings.load({"CORS_ORIGINS": ",".join(sent), "BCRYPT_COST": "4"})
+    client = await aiohttp_client(messenger.make_app(settings, database_url, SECRET_KEY))
+    for written, origin in sent.items():
+        async with client.post("/api/v1/users/logout", headers={"Origin": origin}) as answer:
+            assert answer.status == 401, written
+            assert answer.headers["Access-Control-Allow-Origin"] == origin
 
 
 async def test_without_allowed_sites_nothing_is_told_to_any(alice: Person) -> None:
@@ -454,6 +602,7 @@ async def test_every_answer_has_the_headers_for_browsers(anyone: Client, user: P
             assert answer.status == status, what
             assert answer.headers["X-Content-Type-Options"] == "nosniff", what
             assert answer.headers["Referrer-Policy"] == "no-referrer", what
+            assert answer.headers["Server"] == "messenger", what
             kept = "no-cache" if what in ("page", "document") else "no-store"
             assert answer.headers["Cache-Control"] == kept, what
             assert ("Content-Security-Policy" in answer.headers) == (what == "page"), what

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import socket
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 import messenger
 from plumbing import process
+from plumbing.process import StartError
 from support.people import HEAR_SECONDS
 from support.servers import ROOT
 
@@ -37,6 +39,51 @@ def test_log_tells_where_an_exception_was_raised_and_not_what_it_says() -> None:
     assert "test_process.py" in written
     assert written.endswith("ValueError\n")
     assert "wrote" not in re.sub(r"raise .*", "", written)
+
+
+@pytest.mark.parametrize(
+    ("host", "named", "reached"),
+    [
+        ("127.0.0.1", "localhost", ["127.0.0.1"]),
+        ("127.0.0.2", "127.0.0.2", ["127.0.0.2"]),
+        ("0.0.0.0", "localhost", ["127.0.0.1", "127.0.0.2"]),
+        ("0", "localhost", ["127.0.0.1"]),
+        ("::", "localhost", ["::1", "127.0.0.1", "127.0.0.2"]),
+        ("::0", "localhost", ["::1", "127.0.0.1"]),
+        ("::1", "[::1]", ["::1"]),
+    ],
+)
+def test_listener_is_reached_where_its_url_says(
+    host: str, named: str, reached: list[str]
+) -> None:
+    """The URL of a listener is one that a browser opens; `::` means IPv4 too, for workers as well.
+    """
+    if ":" in host and not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with process.listen_on(host, 0) as alone, process.hold_port(host, 0) as held:
+        port = held.getsockname()[1]
+        with process.listen_on(host, port, shared=True) as worker:
+            for listener in (alone, worker):
+                url = process.url_of(listener)
+                assert url == f"http://{named}:{listener.getsockname()[1]}"
+                for address in (*reached, named.strip("[]")):
+                    here = (address, listener.getsockname()[1])
+                    socket.create_connection(here, HEAR_SECONDS).close()
+
+
+@pytest.mark.parametrize("host", ["256.1.1.1", "a" * 64, "..", "", "192.0.2.1"])
+def test_host_that_cannot_be_listened_on_is_one_line(host: str) -> None:
+    """Whatever is wrong with a host, the start ends with a line that names its setting."""
+    with pytest.raises(StartError, match=r"^cannot listen on HOST .*, PORT 0: .+$"):
+        process.listen_on(host, 0)
+
+
+def test_taken_port_is_told_by_the_name_of_its_setting() -> None:
+    """Of two ports, the one that is taken is named."""
+    with process.listen_on("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(StartError, match=f"METRICS_HOST 127.0.0.1, METRICS_PORT {port}: "):
+            process.listen_on("127.0.0.1", port, names=("METRICS_HOST", "METRICS_PORT"))
 
 
 async def test_parser_in_c_is_required(tmp_path: Any) -> None:

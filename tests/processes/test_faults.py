@@ -1,7 +1,9 @@
 """The promises about processes: real servers that are killed, stopped and started wrongly."""
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -14,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 import messenger
+from plumbing import guard
 from plumbing.process import StartError
 from support.people import HEAR_SECONDS, Person, new_id
 from support.raw import RawLine
@@ -105,6 +109,26 @@ async def test_stop_waits_for_no_reader_and_no_writer(running: Server, people_of
     await reading
     await sending
     stalled.socket.close()
+
+
+async def test_locale_changes_nothing(template: Server, tmp_path: Path) -> None:
+    """Where the system's encoding is not UTF-8, pages run their own script and style all the same,
+    and a folder is told of whose name cannot be written."""
+    server = Server(
+        tmp_path, LC_ALL="C", PYTHONUTF8=0, PYTHONCOERCECLOCALE=0, PYTHONIOENCODING="ascii")
+    server.data = tmp_path / "данные"
+    shutil.copytree(template.data, server.data)
+    await server.starts()
+    async with aiohttp.ClientSession(server.url) as session:
+        for path in ("/", "/docs"):
+            async with session.get(path) as answer:
+                page = await answer.read()
+                assert answer.status == 200
+                policy = answer.headers["Content-Security-Policy"]
+            for _, text in re.findall(rb"(?s)<(script|style)>(.*?)</\1>", page):
+                assert base64.b64encode(hashlib.sha256(text).digest()).decode() in policy
+    assert await server.stops() == 0
+    assert server.complaints() == ""
 
 
 async def test_stop_while_starting_ends_it(tmp_path: Path) -> None:
@@ -324,7 +348,8 @@ WRONG_SETTINGS: list[tuple[dict[str, str], tuple[str, ...]]] = [
     ({"PORT": "abc"}, ("PORT", "abc")),
     ({"HOST": "256.1.1.1"}, ("HOST", "256.1.1.1")),
     ({"BCRYPT_COST": "99"}, ("BCRYPT_COST", "99")),
-    ({"RATE_LIMITS": "maybe"}, ("RATE_LIMITS", "maybe")),
+    ({"REGISTRATION": "maybe"}, ("REGISTRATION='maybe': must be open or closed",)),
+    ({"PORT": "8123", "METRICS_PORT": "8123"}, ("METRICS_PORT=8123: ", "PORT=8123")),
     ({"SECRET_KEY": "short"}, ("SECRET_KEY", "32")),
     ({"DATABASE_URL": "postgresql://x@localhost/y"}, ("SECRET_KEY", "DATABASE_URL")),
     ({"DATABASE_URL": "mysql://root:hunter2@db/y", "SECRET_KEY": KEY}, ("DATABASE_URL",)),
@@ -366,6 +391,48 @@ async def test_database_that_never_comes_is_one_line(tmp_path: Path) -> None:
     ):
         assert "DATABASE_URL" in line
         assert "hunter2" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [("REGISTRATION", "open or closed"), ("RATE_LIMITS", "on or off"), ("ACCESS_LOG", "on or off")],
+)
+def test_wrong_choice_names_the_choices(name: str, choices: str) -> None:
+    """What is none of a setting's choices is answered by them."""
+    for value in ("maybe", "", "ON"):
+        with pytest.raises(StartError, match=f"^{name}='{value}': must be {choices}$"):
+            messenger.Settings.load({name: value})
+
+
+def test_ports_of_the_metrics_are_free_and_are_ports() -> None:
+    """Each worker needs a port for its metrics, which is not PORT; METRICS_PORT is blamed."""
+    for metrics, port, workers in ((8080, 8080, 1), (8079, 8080, 2), (8070, 8080, 16)):
+        with pytest.raises(StartError, match=rf"^METRICS_PORT={metrics}: PORT={port} "):
+            messenger.Settings.load({
+                "PORT": str(port), "METRICS_PORT": str(metrics), "WORKERS": str(workers)})
+    with pytest.raises(StartError, match=r"^METRICS_PORT=65535: WORKERS=2 "):
+        messenger.Settings.load({"METRICS_PORT": "65535", "WORKERS": "2"})
+    for metrics, port, workers in ((0, 8080, 2), (8081, 8080, 2), (8078, 8080, 2), (65535, 0, 1)):
+        messenger.Settings.load({
+            "PORT": str(port), "METRICS_PORT": str(metrics), "WORKERS": str(workers)})
+
+
+def test_setting_that_is_no_text_is_one_line_without_its_value() -> None:
+    """Bytes that are not UTF-8 are refused in every setting but the one that is a path."""
+    value = "hunter2" * 8 + "\udcff"
+    names = {field.encode_name for field in msgspec.structs.fields(messenger.Settings)}
+    for name in names - {"DATA_DIR"}:
+        with pytest.raises(StartError, match=f"^{name} must be in UTF-8$"):
+            messenger.Settings.load({name: value})
+    assert messenger.Settings.load({"DATA_DIR": value}).data_dir == value
+
+
+def test_secret_key_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    """A key's file that holds other bytes is refused without showing them."""
+    (tmp_path / "secret_key").write_bytes(b"hunter2" * 8 + b"\xff")
+    with pytest.raises(StartError, match=r"^[^\n]*secret_key must hold text in UTF-8$") as refusal:
+        guard.kept_secret(tmp_path / "secret_key")
+    assert "hunter2" not in str(refusal.value)
 
 
 async def test_port_that_is_taken_is_one_line(tmp_path: Path) -> None:

@@ -1,23 +1,27 @@
-"""How many may come at once: the queue of who waits to be accepted, and the descriptors."""
+"""Where and how many may come: addresses, the queue of who waits to be accepted, descriptors."""
 
 import asyncio
 import contextlib
 import itertools
 import os
 import resource
+import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import asyncpg
 import pytest
 from yarl import URL
 
 from plumbing import embedded, process
 from support.people import HEAR_SECONDS, SOON_SECONDS
-from support.servers import Server
+from support.servers import START_SECONDS, Server, free_ports
+
+Starts = Callable[..., Awaitable[Server]]
 
 COMING = 600  # at once; the system's own default lets 128 wait
 ROOM = 20  # connections that may still come until descriptors run short
@@ -154,3 +158,52 @@ async def test_connections_take_no_descriptors_that_the_database_needs(
         await sql.close()
         await alice.says(chat, "still here")
         await line.hears_text("still here")
+
+
+@pytest.fixture
+async def starts(template: Server, tmp_path: Path) -> AsyncIterator[Starts]:
+    """Start a server with some settings; it is stopped after the test."""
+    shutil.copytree(template.data, tmp_path / "data")
+    made = []
+
+    async def start(**settings: Any) -> Server:
+        made.append(Server(tmp_path, **settings))
+        return await made[-1].starts()
+
+    yield start
+    for server in made:
+        await server.stops()
+
+
+async def status_at(host: str, port: int, path: str) -> int:
+    """Ask at an address; answer the status, 0 where nobody listens."""
+    url = URL.build(scheme="http", host=host, port=port, path=path)
+    try:
+        async with aiohttp.ClientSession() as session, session.get(url) as answer:
+            return answer.status
+    except aiohttp.ClientConnectorError:
+        return 0
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+async def test_host_of_all_addresses_is_for_people_alone(starts: Starts) -> None:
+    """With HOST=:: workers are reached by IPv4 and IPv6; the metrics are not: they stay on
+    loopback."""
+    metrics = free_ports()
+    server = await starts(HOST="::", WORKERS=2, METRICS_PORT=metrics)
+    assert server.url == f"http://localhost:{server.port}"
+    hosts = ("localhost", "::1", "127.0.0.1", "127.0.0.2")
+    path = "/api/v1/health/liveness"
+    assert [await status_at(host, server.port, path) for host in hosts] == [200] * 4
+    async with asyncio.timeout(START_SECONDS):  # the first worker may be the second to be there
+        while await status_at("127.0.0.1", metrics, "/metrics") != 200:
+            await asyncio.sleep(0.05)
+    assert [await status_at(host, metrics, "/metrics") for host in ("::1", "127.0.0.2")] == [0, 0]
+
+
+async def test_metrics_listen_where_they_are_told_to(starts: Starts) -> None:
+    """METRICS_HOST is where the metrics listen, wherever people come."""
+    metrics = free_ports()
+    await starts(METRICS_HOST="127.0.0.2", METRICS_PORT=metrics)
+    assert await status_at("127.0.0.2", metrics, "/metrics") == 200
+    assert await status_at("127.0.0.1", metrics, "/metrics") == 0

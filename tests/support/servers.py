@@ -54,6 +54,7 @@ class Server:
     def __init__(self, folder: Path, **settings: Any) -> None:
         self.folder = folder  # the working folder too, by which its processes are found
         self.settings = settings
+        self.before: tuple[str, ...] = ()  # a program that starts it, with its arguments
         self.program = ROOT / "tests/support/launch_messenger.py"
         self.data = folder / "data"
         self.url = self.said = ""
@@ -63,7 +64,7 @@ class Server:
         """Start it; returns once it has printed its URL."""
         with (self.folder / "stderr").open("w") as stderr:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, str(self.program),
+                *self.before, sys.executable, str(self.program),
                 cwd=self.folder, env=environment(DATA_DIR=self.data, **self.settings),
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=stderr,
                 start_new_session=True,
