@@ -925,9 +925,10 @@ class Replay:
 class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
-    def __init__(self, asker: Asker, chat_id: int | None) -> None:
+    def __init__(self, request: web.Request, chat_id: int | None) -> None:
         super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
-        self.asker = asker
+        self.asker = request[ASKER]
+        self.request_id = process.request_id(request)  # of its handshake
         self.chat_id = chat_id
         self.key = object()  # in RATES: the key may outlive the socket, and its id() be reused
         self.rooms: dict[int, Room] = {}
@@ -1075,7 +1076,7 @@ class Rooms:
         except (ChatNotFound, Unavailable):
             pass  # the poll finds it again
         except Exception:
-            log.exception("a socket could not join the room of a new chat")
+            log.exception("a socket could not join a room, request %s", socket.request_id)
             self.close(socket, GOING_AWAY)
 
     async def _join_chat(self, socket: Socket, chat_id: int) -> None:
@@ -1296,7 +1297,7 @@ async def catch_up(rooms: Rooms, socket: Socket) -> None:
     except ConnectionError:
         pass  # the peer is gone; its handler sees it too
     except Exception:
-        log.exception("a socket could not catch up")
+        log.exception("a socket could not catch up, request %s", socket.request_id)
         rooms.close(socket, GOING_AWAY)
     finally:
         socket.catching_up = None
@@ -2549,7 +2550,7 @@ async def follow_chat(
 
     Raises ChatNotFound, ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
-    return await follow(request, Socket(request[ASKER], chat_id), after)
+    return await follow(request, Socket(request, chat_id), after)
 
 
 async def follow_chats(request: web.Request) -> web.WebSocketResponse:
@@ -2557,7 +2558,7 @@ async def follow_chats(request: web.Request) -> web.WebSocketResponse:
 
     Raises ForeignOrigin, UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
-    return await follow(request, Socket(request[ASKER], None), None)
+    return await follow(request, Socket(request, None), None)
 
 
 CLOSED_EARLY = {TOKEN_ENDED: Unauthorized, NOT_IN_CHAT: ChatNotFound}
@@ -2651,12 +2652,18 @@ async def take_frame(request: web.Request, socket: Socket, text: str | bytes) ->
             await unanswered_below(socket, 1)
             await FRAME_HANDLERS[type(frame)](request, socket, frame)
     except Exception as error:
-        problem = as_problem(error)
-        if problem is None:
-            log.exception("a frame could not be taken")
-        refuse_text(socket, text, problem or InternalError())
-        if problem and problem.status == 429:
+        problem = problem_of(socket, error)
+        refuse_text(socket, text, problem)
+        if problem.status == 429:
             close_if_flooding(request, socket)
+
+
+def problem_of(socket: Socket, error: Exception) -> Problem:
+    """Answer the problem that a frame's exception stands for; one that nobody foresaw is logged."""
+    problem = as_problem(error)
+    if problem is None:
+        log.error("a frame could not be taken, request %s", socket.request_id, exc_info=error)
+    return problem or InternalError()
 
 
 def refuse_text(socket: Socket, text: str | bytes, problem: Problem) -> None:
@@ -2673,7 +2680,8 @@ def refuse_frame(
     socket: Socket, problem: Problem, ref: Ref | None = None, chat_id: int | None = None
 ) -> None:
     """Tell a socket that one of its frames was refused."""
-    socket.send(ErrorOut(data=problem.details(), ref=ref, chat_id=chat_id))
+    data = problem.details(socket.request_id)
+    socket.send(ErrorOut(data=data, ref=ref, chat_id=chat_id))
 
 
 def chat_of(socket: Socket, chat_id: int | None) -> int:
@@ -2698,8 +2706,7 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
         if socket.answered is not None and not socket.answered.done():
             socket.answered.set_result(None)
         if isinstance(outcome, Exception):
-            problem = as_problem(outcome) or InternalError()
-            refuse_frame(socket, problem, frame.ref, frame.chat_id)
+            refuse_frame(socket, problem_of(socket, outcome), frame.ref, frame.chat_id)
         elif frame.ref is not None:
             socket.send(AckOut(data=outcome.ack, ref=frame.ref))
 
@@ -2735,7 +2742,7 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
         try:
             await request.app[ROOMS].sync(socket, chat_of(socket, chat_id), after)
         except (Problem, Unavailable) as error:
-            refuse_frame(socket, as_problem(error) or InternalError(), frame.ref, chat_id)
+            refuse_frame(socket, problem_of(socket, error), frame.ref, chat_id)
 
 
 async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None:
@@ -2886,6 +2893,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.middlewares.extend([  # the first is outermost
         process.log_access(address_of), guard.guard_browsers(app[ORIGINS]),
         answer_problems(observe_request)])
+    app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
     for endpoint in ENDPOINTS:
@@ -2956,6 +2964,7 @@ async def start_sites(
     """Serve the application, and the metrics on a port of their own. Raises StartError."""
     metrics = web.Application()
     metrics.router.add_get("/metrics", get_metrics)
+    metrics.on_response_prepare.append(process.show_request_id)
     sites = [(app, listener)]
     if settings.metrics_port:
         private = stack.enter_context(process.listen_on(settings.host, settings.metrics_port))

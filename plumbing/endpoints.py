@@ -21,17 +21,18 @@ from uuid import UUID
 
 import asyncpg
 import msgspec
-from aiohttp import web
-from msgspec import Struct
+from aiohttp import web, web_urldispatcher
+from msgspec import UNSET, Struct, UnsetType
 
 from plumbing.database import Unavailable
 from plumbing.guard import SAFE_HEADERS, Busy
-from plumbing.process import Handler
+from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
 NO_NUL = "^[^\\u0000]*$"  # PostgreSQL cannot store U+0000
 PROBLEM_JSON = "application/problem+json"
+RETRY_SECONDS = 1  # after which to try again, where nothing better is known
 ENCODER = msgspec.json.Encoder()
 
 ShapeT = TypeVar("ShapeT")
@@ -48,12 +49,14 @@ class FieldError(Struct):
 
 
 class ProblemDetails(Struct, omit_defaults=True):
-    """A refusal (RFC 9457); `type` is a stable slug."""
+    """A refusal (RFC 9457); `type` is a stable slug, `retry_after` is in seconds."""
     type: str
     title: str
     status: int
     detail: str
+    request_id: str  # of a socket's frame: its handshake's
     errors: list[FieldError] = []
+    retry_after: int | UnsetType = UNSET  # with 429 and 503
 
 
 class Problem(Exception):
@@ -76,26 +79,30 @@ class Problem(Exception):
         self,
         detail: str = "",
         errors: Sequence[FieldError] = (),
-        headers: Mapping[str, str] | None = None,
+        retry_after: int = RETRY_SECONDS,
     ) -> None:
         super().__init__(detail)
         self.errors = list(errors)
         self.detail = detail or "; ".join(f"{e.loc} {e.msg}" for e in errors) or f"{self.title}."
-        self.headers = PROBLEM_HEADERS.get(self.status, {}) if headers is None else headers
+        self.headers = dict(PROBLEM_HEADERS.get(self.status, {}))
+        self.retry_after: int | UnsetType = UNSET
+        if self.status in (429, 503):
+            self.retry_after = retry_after
+            self.headers["Retry-After"] = str(retry_after)
 
     @classmethod
     def until(cls, seconds: float) -> "Problem":
         """Make one that tells after how many seconds to come back."""
         wait = max(1, math.ceil(seconds))
-        return cls(f"{cls.title}. Try again in {wait} s.", headers={"Retry-After": str(wait)})
+        return cls(f"{cls.title}. Try again in {wait} s.", retry_after=wait)
 
-    def details(self) -> ProblemDetails:
-        """Describe the problem as clients see it."""
-        return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
+    def details(self, request_id: str) -> ProblemDetails:
+        """Describe the problem as clients see it, as the refusal of one request."""
+        return ProblemDetails(
+            self.slug, self.title, self.status, self.detail, request_id, self.errors,
+            self.retry_after)
 
-PROBLEM_HEADERS = {
-    401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"},
-    429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+PROBLEM_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 426: {"Upgrade": "websocket"}}
 
 
 class MalformedRequest(Problem, status=400, title="The request cannot be read"): ...
@@ -295,9 +302,10 @@ def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
     return json_answer(answer.value, status, answer.headers)
 
 
-def problem_answer(problem: Problem) -> web.Response:
-    """Answer with a problem."""
-    return json_answer(problem.details(), problem.status, problem.headers, PROBLEM_JSON)
+def problem_answer(problem: Problem, request: web.BaseRequest) -> web.Response:
+    """Answer a request with a problem."""
+    details = problem.details(request_id(request))
+    return json_answer(details, problem.status, problem.headers, PROBLEM_JSON)
 
 
 def json_answer(
@@ -324,7 +332,7 @@ def as_http_problem(error: web.HTTPException) -> Problem:
     """Answer the problem for what aiohttp refused by itself."""
     problem = HTTP_PROBLEMS.get(error.status, MalformedRequest)()
     if "Allow" in error.headers:
-        problem.headers = {"Allow": error.headers["Allow"]}
+        problem.headers["Allow"] = error.headers["Allow"]
     return problem
 
 
@@ -344,12 +352,12 @@ def answer_problems(observe_request: Callable[[str, int, float], None]) -> Any:
         except (ConnectionError, asyncio.CancelledError):
             raise
         except web.HTTPException as error:
-            answer = problem_answer(as_http_problem(error))
+            answer = problem_answer(as_http_problem(error), request)
         except Exception as error:
             problem = as_problem(error)
             if problem is None:
-                log.exception("%s %s failed", request.method, request.rel_url.raw_path)
-            answer = problem_answer(problem or InternalError())
+                log.exception("%s failed, request %s", called(request), request_id(request))
+            answer = problem_answer(problem or InternalError(), request)
         if answer.status != 101:
             operation = request.match_info.route.name or "none"
             observe_request(operation, answer.status, time.perf_counter() - began)
@@ -364,11 +372,31 @@ def refuse_unreadable(
     """Answer what aiohttp could not even parse like anything else that is refused."""
     if request.writer.output_size > 0:
         raise ConnectionError  # a part of another answer is out
-    answer = problem_answer(MalformedRequest() if status < 500 else InternalError())
-    answer.headers.update(SAFE_HEADERS)
+    answer = outside_answer(MalformedRequest() if status < 500 else InternalError(), request)
+    answer.headers[REQUEST_ID_HEADER] = request_id(request)
     answer.force_close()
     return answer
 
 
-# aiohttp calls this for a request that it cannot parse.
+async def answer_expectation(request: web.Request) -> web.Response | None:
+    """Let a client that waits for it send its body; refuse what else it may expect (RFC 9110,
+    section 10.1.1).
+    """
+    try:
+        await aiohttp_expects(request)
+    except web.HTTPExpectationFailed:
+        return outside_answer(MalformedRequest("Only 100-continue can be expected."), request)
+    return None
+
+
+def outside_answer(problem: Problem, request: web.BaseRequest) -> web.Response:
+    """Answer with a problem where no middleware is called."""
+    answer = problem_answer(problem, request)
+    answer.headers.update(SAFE_HEADERS)
+    return answer
+
+
+# aiohttp calls the one for a request that it cannot parse, the other for one with Expect.
 web.RequestHandler.handle_error = refuse_unreadable  # type: ignore[assignment]
+aiohttp_expects = web_urldispatcher._default_expect_handler
+web_urldispatcher._default_expect_handler = answer_expectation  # type: ignore[assignment]

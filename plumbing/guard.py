@@ -22,7 +22,7 @@ import bcrypt
 import jwt
 from aiohttp import web
 
-from plumbing.process import Handler, StartError
+from plumbing.process import REQUEST_ID_HEADER, Handler, StartError
 
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
@@ -241,9 +241,10 @@ def kept_secret(path: Path) -> str:
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store"}
+EXPOSED_HEADERS = f"Link, Location, Retry-After, {REQUEST_ID_HEADER}"
 PREFLIGHT_HEADERS = {
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Allow-Headers": f"Authorization, Content-Type, {REQUEST_ID_HEADER}",
     "Access-Control-Max-Age": str(PREFLIGHT_SECONDS)}
 
 
@@ -283,7 +284,7 @@ def guard_browsers(origins: frozenset[str]) -> Any:
             answer.headers["Vary"] = "Origin"
         if origin in origins:
             answer.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
-            answer.headers["Access-Control-Expose-Headers"] = "Link, Location, Retry-After"
+            answer.headers["Access-Control-Expose-Headers"] = EXPOSED_HEADERS
         return answer
 
     return guard

@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ ABOUT = """\
 Accounts, personal and group chats, messages and their read status, live over websockets.
 
 Bodies and answers are JSON in UTF-8, times are RFC 3339 in UTC, lists are pages whose `Link` header
-leads to their neighbours. A refusal is a problem (RFC 9457): `type` is stable, `detail` is for
-people. Any address may also answer:
+leads to their neighbours. A refusal is a problem (RFC 9457): `type` is stable, `detail` and the
+`msg` of `errors` are for people. Every answer has an `X-Request-Id`; a problem and the server's log
+tell it, too. Any address may also answer:
 """
 ABOUT_SOCKETS = """\
 What goes over `/ws/{chat_id}` (one chat) and `/ws` (every chat of the user). Frames are JSON text.
@@ -65,13 +66,16 @@ TAGS = {  # by the start of a path: the first that fits
 GENERAL = (endpoints.NotFound, endpoints.MethodNotAllowed, endpoints.InternalError)
 SUCCESSES = {
     101: "The socket is open.", 200: "What was asked for.", 201: "What was created.", 204: "Done."}
-HEADERS = {  # by name: the statuses that always have it, what it says
+# By name: the statuses that always have it, what it says.
+HEADERS: dict[str, tuple[Container[int], str]] = {
     "Allow": ((405,), "The methods that are allowed here."),
     "Link": ((), "Pages beside this one, ready to follow (RFC 8288); absent where there is none."),
     "Location": ((201,), "Where the new one is."),
     "Retry-After": ((429, 503), "Seconds after which to try again."),
     "Upgrade": ((426,), "What to upgrade to."),
     "WWW-Authenticate": ((401,), "How to sign in."),
+    "X-Request-Id": (
+        range(600), "The request's own if it is 1 to 64 of `A-Za-z0-9._-`, else one made here."),
 }
 BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
 ACCESS = {
@@ -90,6 +94,7 @@ ANSWERS = ("ack", "error")  # frames of the server that have a `ref`
 
 AT = datetime(2026, 11, 22, 20, 15, 37, 123456, UTC)
 ID = UUID("01a204e6-62a3-7c4a-8d5e-1f2a3b4c5d6e")
+REQUEST = "9f86d081884c7d65"
 ANN, BEN = m.Participant(1, "ann", "owner", 40), m.Participant(2, "ben", "member", 41)
 MESSAGE = m.Message(
     ID, 7, 41, 41, 1, "Hello, Ben!", None, AT, read_by=[m.Reader(2, "ben", AT)], read_count=1)
@@ -102,7 +107,8 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.User(1, "ann", True, AT, "ann@example.com"), m.Tokens("eyJhbGciOi…", "eyJhbGciOi…", 1800),
     m.Session(3, AT, AT, "curl/8.5", True), BEN, m.Reader(2, "ben", AT), MESSAGE,
     m.Chat(7, "Friends", True, AT, [ANN, BEN], 2, MESSAGE, 41, 1, 0), m.Read(7, ID, 41, 2, AT),
-    m.Health("ready"), endpoints.FieldError("$.text", "is missing"), m.ChatNotFound().details(),
+    m.Health("ready"), endpoints.FieldError("$.text", "is missing"),
+    m.ChatNotFound().details(REQUEST),
     m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID), m.TypingIn(chat_id=7),
     m.SyncIn(41), m.SyncIn(chats={7: 41, 8: 12}), m.AuthIn("eyJhbGciOi…"), m.Ack(ID, 7, 41, AT),
     m.Ready(7, 41), m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
@@ -281,8 +287,8 @@ def openapi() -> Json:
     general = "".join(f"\n- {kind.status} `{kind.slug}`: {kind.title}." for kind in GENERAL)
     kinds = sorted(endpoints.Problem.named)
     problems = {slug: m.refused(slug) or endpoints.InternalError() for slug in kinds}
-    shown = {slug: problem.details() for slug, problem in problems.items()}
-    shown["invalid-input"] = endpoints.invalid("$.text", "is missing").details()
+    problems["invalid-input"] = endpoints.invalid("$.text", "is missing")
+    shown = {slug: problem.details(REQUEST) for slug, problem in problems.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "messenger", "version": m.VERSION, "description": ABOUT + general,
@@ -297,7 +303,7 @@ def openapi() -> Json:
             "examples": {
                 slug: {"value": msgspec.to_builtins(each)} for slug, each in shown.items()},
             "headers": {
-                name: {"description": what, "required": bool(always), "schema": {"type": "string"}}
+                name: {"description": what, "required": always != (), "schema": {"type": "string"}}
                 for name, (always, what) in HEADERS.items()},
             "securitySchemes": ACCESS | REFRESH,
         },

@@ -93,10 +93,12 @@ async def wrong(
     if answer.content_type != "application/problem+json" or not text.endswith("}\n"):
         return f"{answer.content_type}: {text[:200]!r}"
     problem = json.loads(text)
-    if not {"type", "title", "status", "detail"} <= problem.keys() <= {
-        "type", "title", "status", "detail", "errors"
-    }:
+    expected_fields = {"type", "title", "status", "detail", "request_id"}
+    expected_fields |= {"retry_after"} if answer.status in (429, 503) else set()
+    if problem.keys() - {"errors"} != expected_fields:
         return f"fields: {text}"
+    if problem["request_id"] != answer.headers["X-Request-Id"]:
+        return f"request_id: {text}"
     if problem["status"] != answer.status or not re.fullmatch("[a-z]+(-[a-z]+)*", problem["type"]):
         return f"status or type: {text}"
     if not all(isinstance(problem[name], str) and problem[name] for name in ("title", "detail")):
@@ -453,7 +455,7 @@ async def test_fault_is_logged_and_not_told(
     assert await wrong(answer, 500, "internal-error") == ""
     assert "participants" not in await answer.text()
     assert "chat_view" not in await answer.text()
-    assert "/api/v1/chats failed" in caplog.text
+    assert "GET /api/v1/chats failed, request " in caplog.text
 
 
 async def test_health_is_told_to_anyone(

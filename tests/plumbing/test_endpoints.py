@@ -61,7 +61,8 @@ async def test_what_cannot_be_parsed_is_a_problem(connects: Any, caplog: Any) ->
         assert headers["Content-Type"].startswith("application/problem+json"), text[:60]
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Cache-Control"] == "no-store"
-        assert problem.keys() == {"type", "title", "status", "detail"}
+        assert problem.keys() == {"type", "title", "status", "detail", "request_id"}
+        assert problem["request_id"] == headers["X-Request-Id"]
         assert await raw.is_cut(), text[:60]
 
 
