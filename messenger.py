@@ -379,12 +379,13 @@ class Tokens(Struct):
 
 
 class Session(Struct):
-    """A login that has not ended; `current` is the one that asks."""
+    """A login that has not ended; `current` is the one that asks, `expires_at` is of its tokens."""
     id: SessionId
     created_at: datetime
     last_used_at: datetime
     user_agent: str
     current: bool
+    expires_at: datetime
 
 
 class Participant(Struct):
@@ -480,7 +481,12 @@ class AuthIn(Body, tag_field="type", tag="auth"):
     ref: Ref | None = None
 
 
-ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn
+class PingIn(Body, tag_field="type", tag="ping"):
+    """Ask whether the server still answers."""
+    ref: Ref | None = None
+
+
+ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn | PingIn
 
 
 class Ack(Struct):
@@ -489,6 +495,15 @@ class Ack(Struct):
     chat_id: ChatId
     seq: Number
     created_at: datetime
+
+
+class Taken(Struct):
+    """In which chat a `read` or `typing` was taken."""
+    chat_id: ChatId
+
+
+class Pong(Struct):
+    """Nothing more: the server answers."""
 
 
 class Ready(Struct):
@@ -564,13 +579,18 @@ class ChatRemovedOut(ServerFrame, tag="chat_removed"):
 
 
 class AckOut(ServerFrame, tag="ack"):
-    """A message frame that carried `ref` is durable."""
-    data: Ack
+    """A frame that carried `ref` was taken: a message is durable."""
+    data: Ack | Taken
 
 
 class AuthOut(ServerFrame, tag="auth"):
     """The new token is accepted."""
     data: Expiry
+
+
+class PongOut(ServerFrame, tag="pong"):
+    """The answer to `ping`."""
+    data: Pong
 
 
 class ReadyOut(ServerFrame, tag="ready"):
@@ -586,7 +606,7 @@ class ErrorOut(ServerFrame, tag="error"):
 
 ServerFrames = (
     MessageOut | MessageUpdatedOut | ReadOut | TypingOut | ChatOut | ChatUpdatedOut
-    | ChatRemovedOut | AckOut | AuthOut | ReadyOut | ErrorOut)
+    | ChatRemovedOut | AckOut | AuthOut | PongOut | ReadyOut | ErrorOut)
 
 TOKEN_ENDED, NOT_IN_CHAT, FLOODING = 4401, 4403, 4429
 CLOSE_CODES = {
@@ -1838,7 +1858,10 @@ ROTATE_SESSION = """  -- session_id, user_id, known_generation, grace_seconds
 
 SELECT_SESSIONS = """  -- user_id, life_seconds, after, limit
     -- sessions_of_user
-    select s.id, s.created_at, s.last_used_at, s.user_agent from sessions s
+    -- A session expires with its refresh token, to whose second it is rounded down.
+    select s.id, s.created_at, s.last_used_at, s.user_agent,
+           date_trunc('second', s.rotated_at) + make_interval(secs => $2) as expires_at
+    from sessions s
     where s.user_id = $1 and s.ended_at is null
       and s.rotated_at > now() - make_interval(secs => $2) and s.id > $3
     order by s.id limit $4"""
@@ -2718,6 +2741,13 @@ async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None
     """Mark everything up to a message as read."""
     chat_id = chat_of(socket, frame.chat_id)
     await request.app[READS].submit(NewRead(chat_id, socket.asker.user_id, frame.message_id))
+    tell_taken(socket, frame, chat_id)
+
+
+def tell_taken(socket: Socket, frame: FrameIn, chat_id: int) -> None:
+    """Tell a socket that its `read` or `typing` was taken, if it asked by a `ref`."""
+    if frame.ref is not None:
+        socket.send(AckOut(data=Taken(chat_id), ref=frame.ref))
 
 
 async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> None:
@@ -2730,6 +2760,7 @@ async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> 
     if membership["participant_count"] <= NAMED_IN_CHAT_MAX:
         text = ENCODER.encode(TypingOut(data=Typing(chat_id, me))).decode()
         request.app[ROOMS].publish(FrameHint(chat_id, text, but=me))
+    tell_taken(socket, frame, chat_id)
 
 
 async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None:
@@ -2751,12 +2782,19 @@ async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None
     if asker.user_id != socket.asker.user_id:
         raise Unauthorized("The token is another user's.")
     socket.asker = asker
-    socket.send(AuthOut(data=Expiry(datetime.fromtimestamp(asker.expires_at, UTC))))
+    expiry = Expiry(datetime.fromtimestamp(asker.expires_at, UTC))
+    socket.send(AuthOut(data=expiry, ref=frame.ref))
+
+
+async def take_ping(request: web.Request, socket: Socket, frame: PingIn) -> None:
+    """Answer a ping of a client that cannot see the protocol's own."""
+    socket.send(PongOut(data=Pong(), ref=frame.ref))
 
 
 # All but `message`, which take_frame hands on itself: it waits for nobody.
 FRAME_HANDLERS: Mapping[type[Body], Callable[..., Awaitable[None]]] = {
-    ReadIn: take_read, TypingIn: take_typing, SyncIn: take_sync, AuthIn: take_auth}
+    ReadIn: take_read, TypingIn: take_typing, SyncIn: take_sync, AuthIn: take_auth,
+    PingIn: take_ping}
 
 
 # ==== Handlers: pages, health =====================================================================

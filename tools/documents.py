@@ -47,7 +47,8 @@ What goes over `/ws/{chat_id}` (one chat) and `/ws` (every chat of the user). Fr
 The access token comes as `Authorization: Bearer …`, as the pair of subprotocols
 `messenger.v1, <token>` (browsers), or as `?token=`. A refused handshake is an HTTP answer.
 
-On `/ws` each frame of the client but `auth`, and `sync` of several `chats`, has a `chat_id`.
+On `/ws` each frame of the client but `auth`, `ping`, and `sync` of several `chats`, has a
+`chat_id`. A `ref`, any string or number, comes back in the frame that answers.
 
 Both `message` and `message_updated` mean: store this message by its id; the larger `rev` wins.
 A client that comes back with the `rev` of its last frame, by `?after=` or by `sync`, gets every
@@ -90,7 +91,7 @@ ACCESS = {
 REFRESH = {"refresh_token": BEARER | {"description": "The refresh token of a login."}}
 SECURITY: dict[Any, list[Json]] = {m.refresh: [{"refresh_token": []}, {}]}  # {}: in the body
 EVERY_CHAT_ONLY = ("chat", "chat_removed")
-ANSWERS = ("ack", "error")  # frames of the server that have a `ref`
+ANSWERS = ("ack", "auth", "error", "pong")  # frames of the server that have a `ref`
 
 AT = datetime(2026, 11, 22, 20, 15, 37, 123456, UTC)
 ID = UUID("01a204e6-62a3-7c4a-8d5e-1f2a3b4c5d6e")
@@ -105,12 +106,12 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.ChangedChat("Old friends"), m.NewParticipant(2), m.GivenRole("admin"),
     m.NewMessage("Hello, Ben!", ID), m.ChangedMessage("Hello, Ben and Cy!"), m.ReadUpTo(ID),
     m.User(1, "ann", True, AT, "ann@example.com"), m.Tokens("eyJhbGciOi…", "eyJhbGciOi…", 1800),
-    m.Session(3, AT, AT, "curl/8.5", True), BEN, m.Reader(2, "ben", AT), MESSAGE,
+    m.Session(3, AT, AT, "curl/8.5", True, AT), BEN, m.Reader(2, "ben", AT), MESSAGE,
     m.Chat(7, "Friends", True, AT, [ANN, BEN], 2, MESSAGE, 41, 1, 0), m.Read(7, ID, 41, 2, AT),
     m.Health("ready"), endpoints.FieldError("$.text", "is missing"),
-    m.ChatNotFound().details(REQUEST),
-    m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID), m.TypingIn(chat_id=7),
-    m.SyncIn(41), m.SyncIn(chats={7: 41, 8: 12}), m.AuthIn("eyJhbGciOi…"), m.Ack(ID, 7, 41, AT),
+    m.ChatNotFound().details(REQUEST), m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID),
+    m.TypingIn(chat_id=7), m.SyncIn(41), m.SyncIn(chats={7: 41, 8: 12}),
+    m.AuthIn("eyJhbGciOi…"), m.PingIn("alive?"), m.Ack(ID, 7, 41, AT), m.Taken(7), m.Pong(),
     m.Ready(7, 41), m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
     m.Expiry(AT))
 
@@ -328,18 +329,22 @@ def server_messages(schemas: Schemas) -> Json:
     found = {}
     for frame in typing.get_args(m.ServerFrames):
         name, data = frame.__struct_config__.tag, frame.__annotations__["data"]
-        properties = {"type": {"const": name}, "data": schemas.of(data)}
-        example = {"type": name, "data": examples(data)[0]}
+        kinds = typing.get_args(data) or (data,)
+        described = [schemas.of(kind) for kind in kinds]
+        properties = {
+            "type": {"const": name},
+            "data": {"anyOf": described} if described[1:] else described[0]}
+        shown = [{"type": name, "data": each} for kind in kinds for each in examples(kind)[:1]]
         if name in ANSWERS:
             properties["ref"] = schemas.of(m.Ref) | {"description": "As in the client's frame."}
-            example["ref"] = "first"
+            shown = [each | {"ref": "first"} for each in shown]
         if "chat_id" in frame.__annotations__:
             properties["chat_id"] = {"type": "integer", "description": "As in the client's frame."}
         required = ["type", "data", "ref"] if name == "ack" else ["type", "data"]
         found[f"server_{name}"] = {
             "name": name, "title": f"{name}, from the server", "summary": inspect.getdoc(frame),
             "payload": {"type": "object", "properties": properties, "required": required},
-            "examples": [{"payload": example}]}
+            "examples": [{"payload": each} for each in shown]}
     return found
 
 

@@ -494,12 +494,17 @@ async def talk(alice: Person, bob: Person, chat: int, line: Line, **named: int) 
     await line.hears_text("hello")
     await line.sends(type="read", message_id=posted, ref=2, **named)
     await line.hears("read")
+    assert (await line.hears("ack"))["data"] == {"chat_id": chat}
     await line.sends(type="sync", after=0, **named)
     await line.hears("ready")
     await line.sends(type="sync", chats={str(chat): 1})
     await line.hears("ready")
-    await line.sends(type="auth", token=alice.access)
-    await line.hears("auth")
+    await line.sends(type="auth", token=alice.access, ref="new")
+    assert (await line.hears("auth"))["ref"] == "new"
+    await line.sends(type="ping")
+    await line.sends(type="ping", ref=3)
+    assert await line.hears("pong") == {"type": "pong", "data": {}}
+    assert await line.hears("pong") == {"type": "pong", "data": {}, "ref": 3}
     await line.sends(type="typing", **named)
     await bob.lines[0].sends(type="typing")
     await line.hears("typing")
