@@ -130,7 +130,6 @@ from plumbing.embedded import Postgres
 from plumbing.endpoints import (
     ENCODER,
     INT8_MAX,
-    NO_NUL,
     Answer,
     Endpoint,
     FieldError,
@@ -153,6 +152,7 @@ from plumbing.endpoints import (
 from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.text import folded, stream_safe
+from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, STALLED, Connection, text_frame
 
 VERSION = "0.1.0"
@@ -2189,22 +2189,22 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
     if body.is_group:
         if body.name is None:
-            raise invalid("$.name", "a group has a name")
+            raise invalid("$.name", "must be given for a group")
         if not 1 <= len(others) < GROUP_PARTICIPANTS_MAX:
             raise invalid(
-                "$.participant_ids", "a group has 2 to 1,000 participants with its creator")
+                "$.participant_ids", "must make 2 to 1,000 participants with the creator")
         row = await request.app[DATABASE].row(CREATE_GROUP, me, body.name, others)
     else:
         if body.name is not None:
-            raise invalid("$.name", "a personal chat has no name")
+            raise invalid("$.name", "must not be given for a personal chat")
         if len(others) != 1:
-            raise invalid("$.participant_ids", "a personal chat is with one other user")
+            raise invalid("$.participant_ids", "must name exactly one other user")
         row = await request.app[DATABASE].row(OPEN_PERSONAL_CHAT, me, others[0])
     chat_id, is_new, unknown_ids = row
     if me in (unknown_ids or ()):
         raise Unauthorized  # deleted meanwhile
     if unknown_ids:
-        raise invalid("$.participant_ids", f"no such user: {', '.join(map(str, unknown_ids))}")
+        raise invalid("$.participant_ids", f"has unknown users: {', '.join(map(str, unknown_ids))}")
     everyone = [me, *others] if is_new else []
     for start in range(0, len(everyone), HINT_USERS_MAX):
         joined = everyone[start : start + HINT_USERS_MAX]
@@ -2766,7 +2766,7 @@ async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> 
 async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None:
     """Replay one chat, or several; a chat that is not the user's is refused alone."""
     if (frame.after is None) == (frame.chats is None):
-        raise invalid("$.after", "give either after or chats")
+        raise invalid("$.after", "must be given, or else chats, but not both")
     if frame.after is not None:
         await request.app[ROOMS].sync(socket, chat_of(socket, frame.chat_id), frame.after)
     for chat_id, after in (frame.chats or {}).items():
@@ -2849,7 +2849,8 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 
 
 # ==== Endpoints ===================================================================================
-# The whole public surface. Closed by default: `public` lets in who has no access token.
+# The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
+# passes over parameters that the handler does not name.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -2878,14 +2879,14 @@ ENDPOINTS = (
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204),
     Endpoint("GET", "/api/v1/chats/{chat_id}/changes", list_changes),
     Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
-    Endpoint("GET", "/ws/{chat_id}", follow_chat, 101),
-    Endpoint("GET", "/ws", follow_chats, 101),
-    Endpoint("GET", "/", get_web_client, public=True),
-    Endpoint("GET", "/docs", get_docs, public=True),
-    Endpoint("GET", "/api/v1/openapi.json", get_openapi, public=True),
-    Endpoint("GET", "/api/v1/asyncapi.json", get_asyncapi, public=True),
-    Endpoint("GET", "/api/v1/health/liveness", get_liveness, public=True),
-    Endpoint("GET", "/api/v1/health/readiness", get_readiness, public=True),
+    Endpoint("GET", "/ws/{chat_id}", follow_chat, 101, any_query=True),
+    Endpoint("GET", "/ws", follow_chats, 101, any_query=True),
+    Endpoint("GET", "/", get_web_client, public=True, any_query=True),
+    Endpoint("GET", "/docs", get_docs, public=True, any_query=True),
+    Endpoint("GET", "/api/v1/openapi.json", get_openapi, public=True, any_query=True),
+    Endpoint("GET", "/api/v1/asyncapi.json", get_asyncapi, public=True, any_query=True),
+    Endpoint("GET", "/api/v1/health/liveness", get_liveness, public=True, any_query=True),
+    Endpoint("GET", "/api/v1/health/readiness", get_readiness, public=True, any_query=True),
 )
 
 PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id": MessageNotFound,

@@ -27,10 +27,10 @@ from msgspec import UNSET, Struct, UnsetType
 from plumbing.database import Unavailable
 from plumbing.guard import SAFE_HEADERS, Busy
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
+from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
-NO_NUL = "^[^\\u0000]*$"  # PostgreSQL cannot store U+0000
 PROBLEM_JSON = "application/problem+json"
 RETRY_SECONDS = 1  # after which to try again, where nothing better is known
 ENCODER = msgspec.json.Encoder()
@@ -126,18 +126,6 @@ def invalid(loc: str, msg: str) -> InvalidInput:
     return InvalidInput(errors=[FieldError(loc, msg)])
 
 
-def invalid_input(error: msgspec.ValidationError) -> InvalidInput:
-    """Turn what msgspec found wrong into a problem that names the field."""
-    msg, _, path = str(error).partition(" - at `")
-    loc = path.removeprefix("key` in `").rstrip("`") or "$"
-    if field_named := re.search(r"field `([^`]+)`", msg):
-        loc = f"{loc}.{field_named[1]}"
-        msg = "is missing" if "missing" in msg else "is not a field here"
-    if "matching regex" in msg:
-        msg = "must not contain U+0000"
-    return invalid(loc, msg)
-
-
 def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
     """Decode JSON into its declared shape.
 
@@ -149,7 +137,7 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
             return decoder.decode(text)
         except msgspec.ValidationError as error:
             msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
-            refusal = invalid_input(error)
+            refusal = invalid(*describe(error, decoder.type))
     raise refusal
 
 
@@ -158,13 +146,17 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One line of the table: what a method on a path calls, and the status of success."""
+    """One line of the table: what a method on a path calls, and the status of success.
+
+    A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
+    """
 
     method: str
     path: str
     handler: Callable[..., Awaitable[Any]]
     status: int = 200
     public: bool = False
+    any_query: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,17 +239,23 @@ def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
     return int(text)
 
 
-def read_query(request: web.Request, shape: type[Struct]) -> dict[str, Any]:
-    """Read the parameters of a query that a handler takes. Raises InvalidInput."""
-    names = [name for name in shape.__struct_fields__ if name in request.query]
-    for name in names:
-        if len(request.query.getall(name)) > 1:
+def read_query(request: web.Request, shape: type[Struct], any_query: bool) -> dict[str, Any]:
+    """Read the parameters of a query that a handler takes; with `any_query` there may be others.
+
+    Raises InvalidInput.
+    """
+    given: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name in given:
             raise invalid(f"$.{name}", "is given more than once")
+        if name in shape.__struct_fields__:
+            given[name] = value
+        elif not any_query:
+            raise invalid(f"$.{name}", "is not a parameter here")
     try:
-        given = {name: request.query[name] for name in names}
         return msgspec.structs.asdict(msgspec.convert(given, shape, strict=False))
     except msgspec.ValidationError as error:
-        raise invalid_input(error) from None
+        raise invalid(*describe(error, shape)) from None
 
 
 def bind(
@@ -279,8 +277,8 @@ def bind(
             name: read_path(kind, request.match_info[name], path_problems[name])
             for name, kind in signature.path.items()
         }
-        if signature.query.__struct_fields__:
-            arguments |= read_query(request, signature.query)
+        if signature.query.__struct_fields__ or request.rel_url.raw_query_string:
+            arguments |= read_query(request, signature.query, endpoint.any_query)
         if signature.body is not None:
             body = await read_body(request)
             if body or signature.body_required:

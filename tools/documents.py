@@ -202,7 +202,7 @@ class Described:
             found |= {
                 endpoints.MalformedRequest, endpoints.RequestTimeout, endpoints.BodyTooLarge,
                 endpoints.InvalidInput}
-        if self.signature.query.__struct_fields__:
+        if self.signature.query.__struct_fields__ or not self.endpoint.any_query:
             found.add(endpoints.InvalidInput)
         by_status: dict[int, list[type[endpoints.Problem]]] = {}
         for problem in endpoints.Problem.named.values():

@@ -365,9 +365,9 @@ async def is_refused_everywhere(alice: Person, chat: int) -> None:
             if kind == "foreign-origin":
                 options["headers"] = options["headers"] | alice.headers
             if kind == "invalid-input" and "requestBody" not in operation:
-                options = {"headers": alice.headers, "params": {
-                    each["name"]: "-1" if each["schema"]["type"] == "integer" else "\0"
-                    for each in operation["parameters"] if each["in"] == "query"}}
+                options = {"headers": alice.headers, "params": {"nothing": "1"}}
+                if path.startswith("/ws"):
+                    options["params"] = {"after": "x"}
             await alice.client.request(method, path.format(**ids), **options)
         body = example_of(operation)
         for parameter, other in itertools.product(re.findall(r"\{(\w+)\}", path), (0, 10**9)):
