@@ -148,6 +148,7 @@ from plumbing.endpoints import (
     decode_json,
     invalid,
     page,
+    route_path,
 )
 from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
 from plumbing.process import Listener, StartError, Tasks
@@ -2935,10 +2936,12 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
+    paths = [endpoint.path for endpoint in ENDPOINTS]
     for endpoint in ENDPOINTS:
         name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, PATH_PROBLEMS)
+        path = route_path(endpoint.path, paths)
         for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
-            app.router.add_route(method, endpoint.path, handler, name=name)
+            app.router.add_route(method, path, handler, name=name)
     return app
 
 

@@ -14,7 +14,7 @@ import re
 import time
 import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from uuid import UUID
@@ -286,6 +286,20 @@ def bind(
         return respond(endpoint, await endpoint.handler(request, **arguments))
 
     return handle
+
+
+def route_path(path: str, paths: Iterable[str]) -> str:
+    """Write a path for aiohttp's router; an id that it ends in is never a word of another path.
+
+    So a method that `/users/me` does not have is not looked for at `/users/{user_id}`.
+    """
+    ends_in = re.fullmatch(r"(.*)\{(\w+)\}", path)
+    if ends_in is None:
+        return path
+    start, name = ends_in.groups()
+    rests = [other.removeprefix(start) for other in paths if other.startswith(start)]
+    words = "|".join(re.escape(rest) for rest in rests if re.fullmatch(r"[\w-]+", rest))
+    return f"{start}{{{name}:(?!(?:{words})$)[^{{}}/]+}}" if words else path
 
 
 def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
