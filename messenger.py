@@ -129,7 +129,6 @@ from plumbing.embedded import Postgres
 from plumbing.endpoints import (
     ENCODER,
     INT8_MAX,
-    NO_NUL,
     Answer,
     Endpoint,
     FieldError,
@@ -148,12 +147,14 @@ from plumbing.endpoints import (
     decode_json,
     invalid,
     page,
+    route_path,
 )
 from plumbing.groups import GroupReader, GroupWriter, Outcome
 from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
 from plumbing.text import folded, stream_safe
+from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
 VERSION = "0.1.0"
@@ -413,12 +414,13 @@ class Tokens(Struct):
 
 
 class Session(Struct):
-    """A login that has not ended; `current` is the one that asks."""
+    """A login that has not ended; `current` is the one that asks, `expires_at` is of its tokens."""
     id: SessionId
     created_at: datetime
     last_used_at: datetime
     user_agent: str
     current: bool
+    expires_at: datetime
 
 
 class Participant(Struct):
@@ -516,7 +518,12 @@ class AuthIn(Body, tag_field="type", tag="auth"):
     ref: Ref | None = None
 
 
-ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn
+class PingIn(Body, tag_field="type", tag="ping"):
+    """Ask whether the server still answers."""
+    ref: Ref | None = None
+
+
+ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn | PingIn
 
 
 class Ack(Struct):
@@ -525,6 +532,15 @@ class Ack(Struct):
     chat_id: ChatId
     seq: Number
     created_at: datetime
+
+
+class Taken(Struct):
+    """In which chat a `read` or `typing` was taken."""
+    chat_id: ChatId
+
+
+class Pong(Struct):
+    """Nothing more: the server answers."""
 
 
 class Hello(Struct):
@@ -641,13 +657,18 @@ class ChatRemovedOut(ServerFrame, tag="chat_removed"):
 
 
 class AckOut(ServerFrame, tag="ack"):
-    """A message frame that carried `ref` is durable."""
-    data: Ack
+    """A frame that carried `ref` was taken: a message is durable."""
+    data: Ack | Taken
 
 
 class AuthOut(ServerFrame, tag="auth"):
     """The new token is accepted."""
     data: Expiry
+
+
+class PongOut(ServerFrame, tag="pong"):
+    """The answer to `ping`."""
+    data: Pong
 
 
 class ReadyOut(ServerFrame, tag="ready"):
@@ -663,7 +684,8 @@ class ErrorOut(ServerFrame, tag="error"):
 
 ServerFrames = (
     HelloOut | ChatsOut | ReplayOut | MessageOut | MessageUpdatedOut | ReadOut | TypingOut
-    | ChatOut | ChatUpdatedOut | ChatRemovedOut | AckOut | AuthOut | ReadyOut | ErrorOut)
+    | ChatOut | ChatUpdatedOut | ChatRemovedOut | AckOut | AuthOut | PongOut | ReadyOut
+    | ErrorOut)
 
 TOKEN_ENDED, NOT_IN_CHAT, FLOODING = 4401, 4403, 4429
 CLOSE_CODES = {
@@ -1138,11 +1160,13 @@ class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
     __slots__ = (
-        "answered", "asker", "catching_up", "chat_id", "key", "replays", "rooms", "unanswered")
+        "answered", "asker", "catching_up", "chat_id", "key", "replays", "request_id", "rooms",
+        "unanswered")
 
-    def __init__(self, asker: Asker, chat_id: int | None) -> None:
+    def __init__(self, request: web.Request, chat_id: int | None) -> None:
         super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
-        self.asker = asker
+        self.asker = request[ASKER]
+        self.request_id = process.request_id(request)  # of its handshake
         self.chat_id = chat_id
         self.key = object()  # in RATES: the key may outlive the socket, and its id() be reused
         self.rooms: dict[int, Room] = {}
@@ -1354,7 +1378,7 @@ class Rooms:
         except (ChatNotFound, Unavailable):
             pass  # the poll finds it again
         except Exception:
-            log.exception("a socket could not join the room of a new chat")
+            log.exception("a socket could not join a room, request %s", socket.request_id)
             self.close(socket, GOING_AWAY)
 
     async def _join_chat(self, socket: Socket, chat_id: int) -> None:
@@ -1714,7 +1738,7 @@ async def catch_up(rooms: Rooms, socket: Socket) -> None:
     except ConnectionError:
         pass  # the peer is gone; its handler sees it too
     except Exception:
-        log.exception("a socket could not catch up")
+        log.exception("a socket could not catch up, request %s", socket.request_id)
         rooms.close(socket, GOING_AWAY)
     finally:
         socket.catching_up = None
@@ -2321,7 +2345,10 @@ REFRESH_SESSION = """  -- session_id, user_id, secret, known_generation, grace_s
 
 SELECT_SESSIONS = """  -- user_id, life_seconds, after, limit
     -- sessions_of_user
-    select s.id, s.created_at, s.last_used_at, s.user_agent from sessions s
+    -- A session expires with its refresh token, to whose second it is rounded down.
+    select s.id, s.created_at, s.last_used_at, s.user_agent,
+           date_trunc('second', s.rotated_at) + make_interval(secs => $2) as expires_at
+    from sessions s
     where s.user_id = $1 and s.ended_at is null
       and s.rotated_at > now() - make_interval(secs => $2) and s.id > $3
     order by s.id limit $4"""
@@ -2619,22 +2646,22 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
     if body.is_group:
         if body.name is None:
-            raise invalid("$.name", "a group has a name")
+            raise invalid("$.name", "must be given for a group")
         if not 1 <= len(others) < GROUP_PARTICIPANTS_MAX:
             raise invalid(
-                "$.participant_ids", "a group has 2 to 1,000 participants with its creator")
+                "$.participant_ids", "must make 2 to 1,000 participants with the creator")
         row = await request.app[DATABASE].row(CREATE_GROUP, me, body.name, others)
     else:
         if body.name is not None:
-            raise invalid("$.name", "a personal chat has no name")
+            raise invalid("$.name", "must not be given for a personal chat")
         if len(others) != 1:
-            raise invalid("$.participant_ids", "a personal chat is with one other user")
+            raise invalid("$.participant_ids", "must name exactly one other user")
         row = await request.app[DATABASE].row(OPEN_PERSONAL_CHAT, me, others[0])
     chat_id, is_new, unknown_ids = row
     if me in (unknown_ids or ()):
         raise Unauthorized  # deleted meanwhile
     if unknown_ids:
-        raise invalid("$.participant_ids", f"no such user: {', '.join(map(str, unknown_ids))}")
+        raise invalid("$.participant_ids", f"has unknown users: {', '.join(map(str, unknown_ids))}")
     everyone = [me, *others] if is_new else []
     for start in range(0, len(everyone), HINT_USERS_MAX):
         joined = everyone[start : start + HINT_USERS_MAX]
@@ -2945,7 +2972,7 @@ async def follow_chat(
 
     Raises ChatNotFound, UpgradeRequired, TooManySockets, TooManyHandshakes, InvalidInput.
     """
-    return await follow(request, Socket(request[ASKER], chat_id), after)
+    return await follow(request, Socket(request, chat_id), after)
 
 
 async def follow_chats(request: web.Request) -> web.WebSocketResponse:
@@ -2953,7 +2980,7 @@ async def follow_chats(request: web.Request) -> web.WebSocketResponse:
 
     Raises UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
-    return await follow(request, Socket(request[ASKER], None), None)
+    return await follow(request, Socket(request, None), None)
 
 
 CLOSED_EARLY = {TOKEN_ENDED: Unauthorized, NOT_IN_CHAT: ChatNotFound}
@@ -3058,12 +3085,18 @@ async def take_frame(request: web.Request, socket: Socket, text: str | bytes) ->
             with request_deadline():
                 await FRAME_HANDLERS[type(frame)](request, socket, frame)
     except Exception as error:
-        problem = as_problem(error)
-        if problem is None:
-            log.exception("a frame could not be taken")
-        refuse_text(socket, text, problem or InternalError())
-        if problem and problem.status == 429:
+        problem = problem_of(socket, error)
+        refuse_text(socket, text, problem)
+        if problem.status == 429:
             close_if_flooding(request, socket)
+
+
+def problem_of(socket: Socket, error: Exception) -> Problem:
+    """Answer the problem that a frame's exception stands for; one that nobody foresaw is logged."""
+    problem = as_problem(error)
+    if problem is None:
+        log.error("a frame could not be taken, request %s", socket.request_id, exc_info=error)
+    return problem or InternalError()
 
 
 def refuse_text(socket: Socket, text: str | bytes, problem: Problem) -> None:
@@ -3080,7 +3113,8 @@ def refuse_frame(
     socket: Socket, problem: Problem, ref: Ref | None = None, chat_id: int | None = None
 ) -> None:
     """Tell a socket that one of its frames was refused."""
-    socket.send(ErrorOut(data=problem.details(), ref=ref, chat_id=chat_id))
+    data = problem.details(socket.request_id)
+    socket.send(ErrorOut(data=data, ref=ref, chat_id=chat_id))
 
 
 def chat_of(socket: Socket, chat_id: int | None) -> int:
@@ -3105,8 +3139,7 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
         if socket.answered is not None and not socket.answered.done():
             socket.answered.set_result(None)
         if isinstance(outcome, Exception):
-            problem = as_problem(outcome) or InternalError()
-            refuse_frame(socket, problem, frame.ref, frame.chat_id)
+            refuse_frame(socket, problem_of(socket, outcome), frame.ref, frame.chat_id)
         elif frame.ref is not None:
             socket.send(AckOut(data=outcome.ack, ref=frame.ref))
 
@@ -3118,6 +3151,13 @@ async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None
     """Mark everything up to a message as read."""
     chat_id = chat_of(socket, frame.chat_id)
     await request.app[READS].submit(NewRead(chat_id, socket.asker.user_id, frame.message_id))
+    tell_taken(socket, frame, chat_id)
+
+
+def tell_taken(socket: Socket, frame: FrameIn, chat_id: int) -> None:
+    """Tell a socket that its `read` or `typing` was taken, if it asked by a `ref`."""
+    if frame.ref is not None:
+        socket.send(AckOut(data=Taken(chat_id), ref=frame.ref))
 
 
 async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> None:
@@ -3130,12 +3170,13 @@ async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> 
     if membership["participant_count"] <= NAMED_IN_CHAT_MAX:
         text = ENCODER.encode(TypingOut(data=Typing(chat_id, me))).decode()
         request.app[ROOMS].publish(FrameHint(chat_id, text, but=me))
+    tell_taken(socket, frame, chat_id)
 
 
 async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None:
     """Replay one chat, or several; a chat that is not the user's is refused alone."""
     if (frame.after is None) == (frame.chats is None):
-        raise invalid("$.after", "give either after or chats")
+        raise invalid("$.after", "must be given, or else chats, but not both")
     given, refused = dict(frame.chats or {}), dict[int, Exception]()
     if frame.after is not None:
         given[chat_of(socket, frame.chat_id)] = frame.after
@@ -3144,7 +3185,7 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
     refused |= await request.app[ROOMS].sync(socket, own, frame.ref)
     for chat_id, error in refused.items():
-        refuse_frame(socket, as_problem(error) or InternalError(), frame.ref, chat_id)
+        refuse_frame(socket, problem_of(socket, error), frame.ref, chat_id)
 
 
 async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None:
@@ -3153,12 +3194,19 @@ async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None
     if asker.user_id != socket.asker.user_id:
         raise Unauthorized("The token is another user's.")
     socket.asker = asker
-    socket.send(AuthOut(data=Expiry(datetime.fromtimestamp(asker.expires_at, UTC))))
+    expiry = Expiry(datetime.fromtimestamp(asker.expires_at, UTC))
+    socket.send(AuthOut(data=expiry, ref=frame.ref))
+
+
+async def take_ping(request: web.Request, socket: Socket, frame: PingIn) -> None:
+    """Answer a ping of a client that cannot see the protocol's own."""
+    socket.send(PongOut(data=Pong(), ref=frame.ref))
 
 
 # All but `message`, which take_frame hands on itself: it waits for nobody.
 FRAME_HANDLERS: Mapping[type[Body], Callable[..., Awaitable[None]]] = {
-    ReadIn: take_read, TypingIn: take_typing, SyncIn: take_sync, AuthIn: take_auth}
+    ReadIn: take_read, TypingIn: take_typing, SyncIn: take_sync, AuthIn: take_auth,
+    PingIn: take_ping}
 
 
 # ==== Handlers: pages, health =====================================================================
@@ -3213,7 +3261,8 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 
 
 # ==== Endpoints ===================================================================================
-# The whole public surface. Closed by default: `public` lets in who has no access token.
+# The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
+# passes over parameters that the handler does not name.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -3242,14 +3291,14 @@ ENDPOINTS = (
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204),
     Endpoint("GET", "/api/v1/chats/{chat_id}/changes", list_changes),
     Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
-    Endpoint("GET", "/ws/{chat_id}", follow_chat, 101),
-    Endpoint("GET", "/ws", follow_chats, 101),
-    Endpoint("GET", "/", get_web_client, public=True),
-    Endpoint("GET", "/docs", get_docs, public=True),
-    Endpoint("GET", "/api/v1/openapi.json", get_openapi, public=True),
-    Endpoint("GET", "/api/v1/asyncapi.json", get_asyncapi, public=True),
-    Endpoint("GET", "/api/v1/health/liveness", get_liveness, public=True),
-    Endpoint("GET", "/api/v1/health/readiness", get_readiness, public=True),
+    Endpoint("GET", "/ws/{chat_id}", follow_chat, 101, any_query=True),
+    Endpoint("GET", "/ws", follow_chats, 101, any_query=True),
+    Endpoint("GET", "/", get_web_client, public=True, any_query=True),
+    Endpoint("GET", "/docs", get_docs, public=True, any_query=True),
+    Endpoint("GET", "/api/v1/openapi.json", get_openapi, public=True, any_query=True),
+    Endpoint("GET", "/api/v1/asyncapi.json", get_asyncapi, public=True, any_query=True),
+    Endpoint("GET", "/api/v1/health/liveness", get_liveness, public=True, any_query=True),
+    Endpoint("GET", "/api/v1/health/readiness", get_readiness, public=True, any_query=True),
 )
 
 PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id": MessageNotFound,
@@ -3300,12 +3349,15 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
         app.middlewares.append(process.log_access(address_of))
     app.middlewares.extend([
         guard.guard_browsers(app[ORIGINS]), answer_problems(observe_request, refuse_foreign_page)])
+    app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
+    paths = [endpoint.path for endpoint in ENDPOINTS]
     for endpoint in ENDPOINTS:
         name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, PATH_PROBLEMS)
+        path = route_path(endpoint.path, paths)
         for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
-            app.router.add_route(method, endpoint.path, handler, name=name)
+            app.router.add_route(method, path, handler, name=name)
     return app
 
 
@@ -3369,6 +3421,7 @@ async def start_sites(
     """Serve the application, and the metrics on a port of their own. Raises StartError."""
     metrics = web.Application()
     metrics.router.add_get("/metrics", get_metrics)
+    metrics.on_response_prepare.append(process.show_request_id)
     sites = [(app, listener)]
     if settings.metrics_port:
         private = stack.enter_context(process.listen_on(

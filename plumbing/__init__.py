@@ -13,5 +13,6 @@ A file imports only those above it in this list, and none imports the applicatio
     bus          hints from one process to the others
     guard        who may ask: addresses, rates, passwords, tokens, browsers
     websocket    one connection of a websocket
+    validation   what is wrong with a value, in words for people
     endpoints    from a handler's signature to validation to an answer
 """

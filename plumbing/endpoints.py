@@ -14,7 +14,7 @@ import re
 import time
 import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
@@ -23,18 +23,19 @@ from uuid import UUID
 import asyncpg
 import msgspec
 from aiohttp import web
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 from plumbing.database import Unavailable
 from plumbing.deadline import request_deadline, uncounted
 from plumbing.guard import SAFE_HEADERS, Busy
-from plumbing.process import Handler
+from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
+from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
-NO_NUL = "^[^\\u0000]*$"  # PostgreSQL cannot store U+0000
 PLACES = ("before", "after", "cursor")  # the parameters of a query that say where a page is
 PROBLEM_JSON = "application/problem+json"
+RETRY_SECONDS = 1  # after which to try again, where nothing better is known
 ENCODER = msgspec.json.Encoder()
 
 ShapeT = TypeVar("ShapeT")
@@ -51,12 +52,14 @@ class FieldError(Struct):
 
 
 class ProblemDetails(Struct, omit_defaults=True):
-    """A refusal (RFC 9457); `type` is a stable slug."""
+    """A refusal (RFC 9457); `type` is a stable slug, `retry_after` is in seconds."""
     type: str
     title: str
     status: int
     detail: str
+    request_id: str  # of a socket's frame: its handshake's
     errors: list[FieldError] = []
+    retry_after: int | UnsetType = UNSET  # with 429 and 503
 
 
 class Problem(Exception):
@@ -79,27 +82,32 @@ class Problem(Exception):
         self,
         detail: str = "",
         errors: Sequence[FieldError] = (),
-        headers: Mapping[str, str] | None = None,
+        retry_after: int = RETRY_SECONDS,
     ) -> None:
         super().__init__(detail)
         self.errors = list(errors)
         self.detail = detail or "; ".join(f"{e.loc} {e.msg}" for e in errors) or f"{self.title}."
-        self.headers = PROBLEM_HEADERS.get(self.status, {}) if headers is None else headers
+        self.headers = dict(PROBLEM_HEADERS.get(self.status, {}))
+        self.retry_after: int | UnsetType = UNSET
+        if self.status in (429, 503):
+            self.retry_after = retry_after
+            self.headers["Retry-After"] = str(retry_after)
 
     @classmethod
     def until(cls, seconds: float) -> "Problem":
         """Make one that tells after how many seconds to come back."""
         wait = max(1, math.ceil(seconds))
-        return cls(f"{cls.title}. Try again in {wait} s.", headers={"Retry-After": str(wait)})
+        return cls(f"{cls.title}. Try again in {wait} s.", retry_after=wait)
 
-    def details(self) -> ProblemDetails:
-        """Describe the problem as clients see it."""
-        return ProblemDetails(self.slug, self.title, self.status, self.detail, self.errors)
+    def details(self, request_id: str) -> ProblemDetails:
+        """Describe the problem as clients see it, as the refusal of one request."""
+        return ProblemDetails(
+            self.slug, self.title, self.status, self.detail, request_id, self.errors,
+            self.retry_after)
 
 PROBLEM_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
-    426: {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"},
-    429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
+    426: {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}}
 
 
 class MalformedRequest(Problem, status=400, title="The request cannot be read"): ...
@@ -124,18 +132,6 @@ def invalid(loc: str, msg: str) -> InvalidInput:
     return InvalidInput(errors=[FieldError(loc, msg)])
 
 
-def invalid_input(error: msgspec.ValidationError) -> InvalidInput:
-    """Turn what msgspec found wrong into a problem that names the field."""
-    msg, _, path = str(error).partition(" - at `")
-    loc = path.removeprefix("key` in `").rstrip("`") or "$"
-    if field_named := re.search(r"field `([^`]+)`", msg):
-        loc = f"{loc}.{field_named[1]}"
-        msg = "is missing" if "missing" in msg else "is not a field here"
-    if "matching regex" in msg:
-        msg = "must not contain U+0000"
-    return invalid(loc, msg)
-
-
 def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
     """Decode JSON into its declared shape.
 
@@ -147,7 +143,7 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
             return decoder.decode(text)
         except msgspec.ValidationError as error:
             msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
-            refusal = invalid_input(error)
+            refusal = invalid(*describe(error, decoder.type))
     raise refusal
 
 
@@ -156,13 +152,17 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One line of the table: what a method on a path calls, and the status of success."""
+    """One line of the table: what a method on a path calls, and the status of success.
+
+    A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
+    """
 
     method: str
     path: str
     handler: Callable[..., Awaitable[Any]]
     status: int = 200
     public: bool = False
+    any_query: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,17 +248,23 @@ def read_path(kind: type, text: str, problem: type[Problem]) -> Any:
     return int(text)
 
 
-def read_query(request: web.Request, shape: type[Struct]) -> dict[str, Any]:
-    """Read the parameters of a query that a handler takes. Raises InvalidInput."""
-    names = [name for name in shape.__struct_fields__ if name in request.query]
-    for name in names:
-        if len(request.query.getall(name)) > 1:
+def read_query(request: web.Request, shape: type[Struct], any_query: bool) -> dict[str, Any]:
+    """Read the parameters of a query that a handler takes; with `any_query` there may be others.
+
+    Raises InvalidInput.
+    """
+    given: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name in given:
             raise invalid(f"$.{name}", "is given more than once")
+        if name in shape.__struct_fields__:
+            given[name] = value
+        elif not any_query:
+            raise invalid(f"$.{name}", "is not a parameter here")
     try:
-        given = {name: request.query[name] for name in names}
         return msgspec.structs.asdict(msgspec.convert(given, shape, strict=False))
     except msgspec.ValidationError as error:
-        raise invalid_input(error) from None
+        raise invalid(*describe(error, shape)) from None
 
 
 def bind(
@@ -284,8 +290,8 @@ def bind(
             name: read_path(kind, request.match_info[name], path_problems[name])
             for name, kind in signature.path.items()
         }
-        if signature.query.__struct_fields__ and request.rel_url.raw_query_string:
-            arguments |= read_query(request, signature.query)
+        if request.rel_url.raw_query_string:
+            arguments |= read_query(request, signature.query, endpoint.any_query)
         if signature.body is not None:
             body = await read_body(request)
             if body or signature.body_required:
@@ -293,6 +299,20 @@ def bind(
         return respond(endpoint, await endpoint.handler(request, **arguments))
 
     return handle
+
+
+def route_path(path: str, paths: Iterable[str]) -> str:
+    """Write a path for aiohttp's router; an id that it ends in is never a word of another path.
+
+    So a method that `/users/me` does not have is not looked for at `/users/{user_id}`.
+    """
+    ends_in = re.fullmatch(r"(.*)\{(\w+)\}", path)
+    if ends_in is None:
+        return path
+    start, name = ends_in.groups()
+    rests = [other.removeprefix(start) for other in paths if other.startswith(start)]
+    words = "|".join(re.escape(rest) for rest in rests if re.fullmatch(r"[\w-]+", rest))
+    return f"{start}{{{name}:(?!(?:{words})$)[^{{}}/]+}}" if words else path
 
 
 def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
@@ -307,9 +327,10 @@ def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:
     return json_answer(answer.value, status, answer.headers)
 
 
-def problem_answer(problem: Problem) -> web.Response:
-    """Answer with a problem."""
-    return json_answer(problem.details(), problem.status, problem.headers, PROBLEM_JSON)
+def problem_answer(problem: Problem, request: web.BaseRequest) -> web.Response:
+    """Answer a request with a problem."""
+    details = problem.details(request_id(request))
+    return json_answer(details, problem.status, problem.headers, PROBLEM_JSON)
 
 
 def json_answer(
@@ -336,7 +357,7 @@ def as_http_problem(error: web.HTTPException) -> Problem:
     """Answer the problem for what aiohttp refused by itself."""
     problem = HTTP_PROBLEMS.get(error.status, MalformedRequest)()
     if "Allow" in error.headers:
-        problem.headers = {"Allow": error.headers["Allow"]}
+        problem.headers["Allow"] = error.headers["Allow"]
     return problem
 
 
@@ -362,12 +383,12 @@ def answer_problems(
         except (ConnectionError, asyncio.CancelledError):
             raise
         except web.HTTPException as error:
-            answer = problem_answer(as_http_problem(error))
+            answer = problem_answer(as_http_problem(error), request)
         except Exception as error:
             problem = as_problem(error)
             if problem is None:
-                log.exception("%s %s failed", request.method, request.rel_url.raw_path)
-            answer = problem_answer(problem or InternalError())
+                log.exception("%s failed, request %s", called(request), request_id(request))
+            answer = problem_answer(problem or InternalError(), request)
         if answer.status != 101:
             operation = request.match_info.route.name or "none"
             observe_request(operation, answer.status, time.perf_counter() - began)
@@ -394,8 +415,9 @@ def refuse_unreadable(
     """Answer what aiohttp could not even parse like anything else that is refused."""
     if request.writer.output_size > 0:
         raise ConnectionError  # a part of another answer is out
-    answer = problem_answer(MalformedRequest() if status < 500 else InternalError())
+    answer = problem_answer(MalformedRequest() if status < 500 else InternalError(), request)
     answer.headers.update(SAFE_HEADERS)
+    answer.headers[REQUEST_ID_HEADER] = request_id(request)
     answer.force_close()
     return answer
 

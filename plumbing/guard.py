@@ -25,7 +25,7 @@ from aiohttp import web, web_response, web_server
 from yarl import URL
 
 from plumbing.deadline import uncounted
-from plumbing.process import Handler, StartError
+from plumbing.process import REQUEST_ID_HEADER, Handler, StartError
 
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
@@ -303,7 +303,7 @@ def kept_secret(path: Path) -> str:
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store"}
-EXPOSED_HEADERS = "Link, Location, Retry-After, WWW-Authenticate, X-Request-Id"
+EXPOSED_HEADERS = f"Link, Location, Retry-After, WWW-Authenticate, {REQUEST_ID_HEADER}"
 HEADER_NAME = re.compile(r"[!#$%&'*+.^`|~\w-]{1,64}", re.ASCII)  # a token (RFC 9110, 5.6.2)
 DEFAULT_PORTS = {"http": 80, "https": 443}
 PAGELESS = ("file:", "ftp:", "ws:", "wss:")  # no page has such an origin (URL standard)

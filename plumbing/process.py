@@ -1,8 +1,9 @@
 """What the process needs of the system: ports, signals, children, logs, and a word for a bad start.
 
 A port is taken before anything else is started. A child ends with the process that started it,
-however that ends, and is started again if it ends before. The log holds nothing that a client sent:
-of an exception its kind and place, of a library's record only its place.
+however that ends, and is started again if it ends before. The log holds nothing that a client sent,
+but for the id of a request: of an exception its kind and place, of a library's record only its
+place.
 """
 
 import asyncio
@@ -13,7 +14,9 @@ import errno
 import io
 import logging
 import os
+import re
 import resource
+import secrets
 import signal
 import socket
 import sys
@@ -31,6 +34,7 @@ DESCRIPTORS_SPARE = 64  # that connections may not take
 CHILD_STOP_SECONDS = 2.7  # until a child that does not stop is killed
 CHILD_PAUSE_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal the end of the parent sends
+REQUEST_ID_HEADER = "X-Request-Id"
 
 Listener = socket.socket
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -264,6 +268,33 @@ class Tasks:
         await asyncio.gather(*self._running, return_exceptions=True)
 
 
+# ---- Requests, as logs name them
+
+REQUEST_ID = web.RequestKey("request_id", str)
+FIT_FOR_A_LOG = re.compile("[A-Za-z0-9._-]{1,64}")
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """Tell the id of a request: its client's own, if that is fit for a log, else one made here."""
+    known = request.get(REQUEST_ID)
+    if known is None:
+        given = request.headers.get(REQUEST_ID_HEADER, "")
+        known = given if FIT_FOR_A_LOG.fullmatch(given) else secrets.token_hex(8)
+        request[REQUEST_ID] = known
+    return known
+
+
+async def show_request_id(request: web.BaseRequest, answer: web.StreamResponse) -> None:
+    """Put the id of a request into its answer. aiohttp calls this before each goes out."""
+    answer.headers[REQUEST_ID_HEADER] = request_id(request)
+
+
+def called(request: web.Request) -> str:
+    """Name what a request calls by its route alone, like `GET /users/{user_id}`."""
+    resource = request.match_info.route.resource
+    return f"{request.method} {resource.canonical}" if resource is not None else "- -"
+
+
 # ---- Logs
 
 
@@ -303,7 +334,7 @@ def start_logs(access_log: bool) -> None:
 def log_access(address_of: Callable[[web.Request], str]) -> Any:
     """Make the middleware that logs a call once it is answered, a websocket once it has ended.
 
-    What follows the `?` in a URL is left out: there may be a token in it.
+    A line has the address, the route, the status, the seconds that it took, and the request's id.
     """
     log = logging.getLogger("messenger.access")
 
@@ -316,9 +347,9 @@ def log_access(address_of: Callable[[web.Request], str]) -> Any:
             return answer
         finally:
             if log.isEnabledFor(logging.INFO):
-                path, seconds = request.rel_url.raw_path, time.monotonic() - began
+                seconds, id_ = time.monotonic() - began, request_id(request)
                 log.info(
-                    "%s %s %s %s %.3f s",
-                    address_of(request), request.method, path, status, seconds)
+                    "%s %s %s %.3f s %s",
+                    address_of(request), called(request), status, seconds, id_)
 
     return write

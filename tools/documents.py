@@ -14,7 +14,7 @@ import json
 import re
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ ABOUT = """\
 Accounts, personal and group chats, messages and their read status, live over websockets.
 
 Bodies and answers are JSON in UTF-8, times are RFC 3339 in UTC, lists are pages whose `Link` header
-leads to their neighbours. A refusal is a problem (RFC 9457): `type` is stable, `detail` is for
-people. Any address may also answer:
+leads to their neighbours. A refusal is a problem (RFC 9457): `type` is stable, `detail` and the
+`msg` of `errors` are for people. Every answer has an `X-Request-Id`; a problem and the server's log
+tell it, too. Any address may also answer:
 """
 ABOUT_SOCKETS = """\
 What goes over `/ws/{chat_id}` (one chat) and `/ws` (every chat of the user). Frames are JSON text.
@@ -46,7 +47,8 @@ What goes over `/ws/{chat_id}` (one chat) and `/ws` (every chat of the user). Fr
 The access token comes as `Authorization: Bearer …`, as the pair of subprotocols
 `messenger.v1, <token>` (browsers), or as `?token=`. A refused handshake is an HTTP answer.
 
-On `/ws` each frame of the client but `auth`, and `sync` of several `chats`, has a `chat_id`.
+On `/ws` each frame of the client but `auth`, `ping`, and `sync` of several `chats`, has a
+`chat_id`. A `ref`, any string or number, comes back in the frame that answers.
 
 Both `message` and `message_updated` mean: store this message by its id; the larger `rev` wins.
 A client that comes back with the `rev` of its last frame, by `?after=` or by `sync`, gets every
@@ -67,7 +69,8 @@ GENERAL = (
     endpoints.InternalError)
 SUCCESSES = {
     101: "The socket is open.", 200: "What was asked for.", 201: "What was created.", 204: "Done."}
-HEADERS = {  # by name: the statuses that always have it, what it says
+# By name: the statuses that always have it, what it says.
+HEADERS: dict[str, tuple[Container[int], str]] = {
     "Allow": ((405,), "The methods that are allowed here."),
     "Link": ((), "Pages beside this one, ready to follow (RFC 8288); absent where there is none."),
     "Location": ((201,), "Where the new one is."),
@@ -75,6 +78,8 @@ HEADERS = {  # by name: the statuses that always have it, what it says
     "Sec-WebSocket-Version": ((426,), "The version of websockets to upgrade to."),
     "Upgrade": ((426,), "What to upgrade to."),
     "WWW-Authenticate": ((401,), "How to sign in."),
+    "X-Request-Id": (
+        range(600), "The request's own if it is 1 to 64 of `A-Za-z0-9._-`, else one made here."),
 }
 BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
 ACCESS = {
@@ -89,11 +94,13 @@ ACCESS = {
 REFRESH = {"refresh_token": BEARER | {"description": "The refresh token of a login."}}
 SECURITY: dict[Any, list[Json]] = {m.refresh: [{"refresh_token": []}, {}]}  # {}: in the body
 EVERY_CHAT_ONLY = ("chats", "chat", "chat_removed")
-ANSWERS = ("ack", "error", "ready", "replay")  # frames of the server that have a `ref`
+# Frames of the server that have a `ref`.
+ANSWERS = ("ack", "auth", "error", "pong", "ready", "replay")
 
 AT = datetime(2026, 11, 22, 20, 15, 37, 123456, UTC)
 ID = UUID("01a204e6-62a3-7c4a-8d5e-1f2a3b4c5d6e")
 POSITION = "41.k3J9xQabcde"
+REQUEST = "9f86d081884c7d65"
 ANN, BEN = m.Participant(1, "ann", "owner", 40), m.Participant(2, "ben", "member", 41)
 MESSAGE = m.Message(
     ID, 7, 41, 41, 1, "Hello, Ben!", None, AT, position=POSITION,
@@ -105,13 +112,13 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.ChangedChat("Old friends"), m.NewParticipant(2), m.GivenRole("admin"),
     m.NewMessage("Hello, Ben!", ID), m.ChangedMessage("Hello, Ben and Cy!"), m.ReadUpTo(ID),
     m.User(1, "ann", True, AT, "ann@example.com"), m.Tokens("eyJhbGciOi…", "eyJhbGciOi…", 1800),
-    m.Session(3, AT, AT, "curl/8.5", True), BEN, m.Reader(2, "ben", AT), MESSAGE,
+    m.Session(3, AT, AT, "curl/8.5", True, AT), BEN, m.Reader(2, "ben", AT), MESSAGE,
     m.Chat(7, "Friends", True, AT, [ANN, BEN], 2, MESSAGE, 41, POSITION, 1, 0),
     m.Read(7, ID, 41, 2, AT),
-    m.Health("ready"), endpoints.FieldError("$.text", "is missing"), m.ChatNotFound().details(),
-    m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID), m.TypingIn(chat_id=7),
-    m.SyncIn(POSITION), m.SyncIn(chats={7: POSITION, 8: 12}), m.AuthIn("eyJhbGciOi…"),
-    m.Ack(ID, 7, 41, AT),
+    m.Health("ready"), endpoints.FieldError("$.text", "is missing"),
+    m.ChatNotFound().details(REQUEST), m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID),
+    m.TypingIn(chat_id=7), m.SyncIn(POSITION), m.SyncIn(chats={7: POSITION, 8: 12}),
+    m.AuthIn("eyJhbGciOi…"), m.PingIn("alive?"), m.Ack(ID, 7, 41, AT), m.Taken(7), m.Pong(),
     m.Hello(1, 3, AT, AT, 25, m.VERSION), m.ChatPositions({7: (POSITION, 2)}, False),
     m.ReplayStart(7, "12.Zq0pLm4tYw8"), m.Ready(7, 41, POSITION),
     m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
@@ -206,7 +213,7 @@ class Described:
             found |= {
                 endpoints.MalformedRequest, endpoints.RequestTimeout, endpoints.BodyTooLarge,
                 endpoints.InvalidInput}
-        if self.signature.query.__struct_fields__:
+        if self.signature.query.__struct_fields__ or not self.endpoint.any_query:
             found.add(endpoints.InvalidInput)
         by_status: dict[int, list[type[endpoints.Problem]]] = {}
         for problem in endpoints.Problem.named.values():
@@ -292,8 +299,8 @@ def openapi() -> Json:
     general = "".join(f"\n- {kind.status} `{kind.slug}`: {kind.title}." for kind in GENERAL)
     kinds = sorted(endpoints.Problem.named)
     problems = {slug: m.refused(slug) or endpoints.InternalError() for slug in kinds}
-    shown = {slug: problem.details() for slug, problem in problems.items()}
-    shown["invalid-input"] = endpoints.invalid("$.text", "is missing").details()
+    problems["invalid-input"] = endpoints.invalid("$.text", "is missing")
+    shown = {slug: problem.details(REQUEST) for slug, problem in problems.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "messenger", "version": m.VERSION, "description": ABOUT + general,
@@ -308,7 +315,7 @@ def openapi() -> Json:
             "examples": {
                 slug: {"value": msgspec.to_builtins(each)} for slug, each in shown.items()},
             "headers": {
-                name: {"description": what, "required": bool(always), "schema": {"type": "string"}}
+                name: {"description": what, "required": always != (), "schema": {"type": "string"}}
                 for name, (always, what) in HEADERS.items()},
             "securitySchemes": ACCESS | REFRESH,
         },
@@ -333,18 +340,22 @@ def server_messages(schemas: Schemas) -> Json:
     found = {}
     for frame in typing.get_args(m.ServerFrames):
         name, data = frame.__struct_config__.tag, frame.__annotations__["data"]
-        properties = {"type": {"const": name}, "data": schemas.of(data)}
-        example = {"type": name, "data": examples(data)[0]}
+        kinds = typing.get_args(data) or (data,)
+        described = [schemas.of(kind) for kind in kinds]
+        properties = {
+            "type": {"const": name},
+            "data": {"anyOf": described} if described[1:] else described[0]}
+        shown = [{"type": name, "data": each} for kind in kinds for each in examples(kind)[:1]]
         if name in ANSWERS:
             properties["ref"] = schemas.of(m.Ref) | {"description": "As in the client's frame."}
-            example["ref"] = "first"
+            shown = [each | {"ref": "first"} for each in shown]
         if "chat_id" in frame.__annotations__:
             properties["chat_id"] = {"type": "integer", "description": "As in the client's frame."}
         required = ["type", "data", "ref"] if name == "ack" else ["type", "data"]
         found[f"server_{name}"] = {
             "name": name, "title": f"{name}, from the server", "summary": inspect.getdoc(frame),
             "payload": {"type": "object", "properties": properties, "required": required},
-            "examples": [{"payload": example}]}
+            "examples": [{"payload": each} for each in shown]}
     return found
 
 

@@ -428,7 +428,7 @@ class Cast:
             frame["after"] = 0
         if how:
             frame["chat_id"] = self.chat(how[0].removeprefix("naming "), caller, scene)
-        elif path == "/ws" and kind != "auth" and "chats" not in frame:
+        elif path == "/ws" and kind not in ("auth", "ping") and "chats" not in frame:
             frame["chat_id"] = chat
         return frame
 
@@ -453,7 +453,7 @@ class Cast:
         answers: list[str] = []
         is_end = False
         while not is_end or (not answers and expected in ("read", "ready")):
-            heard = await line.hears("ack", "read", "ready", "auth", "error")
+            heard = await line.hears("ack", "read", "ready", "auth", "pong", "error")
             is_end = is_end or heard.get("ref") == "end"
             if heard["type"] == "read" and heard["data"]["reader_id"] != person.id:
                 continue
@@ -463,6 +463,8 @@ class Cast:
                 answers.append(heard["type"])
             elif heard["ref"] == "asked":
                 answers.append(code_of(heard["data"]))
+        if frame["type"] == "read" and answers == ["read", "ack"]:
+            answers.pop()  # both come
         return " ".join(answers) or "-"
 
     async def watch(self) -> None:

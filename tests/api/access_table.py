@@ -393,17 +393,17 @@ read on /ws
     no id, missing                  x401    x401    422     422     422     422     422
     personal, partner's             x401    x401    read    read    read    read    read
 typing on /ws/{chat_id}
-    group                           x401    x401    x404    -       -       -       x404
+    group                           x401    x401    x404    ack     ack     ack     x404
     group, naming foreign           x401    x401    x404    404c    404c    404c    x404
-    personal                        x401    x401    -       -       -       -       -
-    partner gone                    x401    x401    -       -       -       -       -
+    personal                        x401    x401    ack     ack     ack     ack     ack
+    partner gone                    x401    x401    ack     ack     ack     ack     ack
 typing on /ws
-    group                           x401    x401    404c    -       -       -       404c
+    group                           x401    x401    404c    ack     ack     ack     404c
     foreign                         x401    x401    404c    404c    404c    404c    404c
     missing                         x401    x401    404c    404c    404c    404c    404c
     no id                           x401    x401    422     422     422     422     422
-    personal                        x401    x401    -       -       -       -       -
-    partner gone                    x401    x401    -       -       -       -       -
+    personal                        x401    x401    ack     ack     ack     ack     ack
+    partner gone                    x401    x401    ack     ack     ack     ack     ack
 sync on /ws/{chat_id}
     group                           x401    x401    x404    ready   ready   ready   x404
     group, naming foreign           x401    x401    x404    404c    404c    404c    x404
@@ -436,6 +436,11 @@ auth on /ws
     all, expired token              x401    x401    401     401     401     401     401
     all, ended token                x401    x401    401     401     401     401     401
     all, refresh token              x401    x401    401     401     401     401     401
+ping on /ws/{chat_id}
+    group                           x401    x401    x404    pong    pong    pong    x404
+    personal                        x401    x401    pong    pong    pong    pong    pong
+ping on /ws
+    all                             x401    x401    pong    pong    pong    pong    pong
 """
 
 PROBLEMS = {

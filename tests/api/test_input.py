@@ -2,9 +2,11 @@
 
 import json
 import re
+import typing
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 from uuid import uuid4
 
 import aiohttp
@@ -16,7 +18,7 @@ from yarl import URL
 import messenger
 from messenger import ENDPOINTS
 from support.databases import on_cluster
-from support.people import PASSWORD
+from support.people import PASSWORD, Line, Person, follows
 from support.valid_calls import ValidCalls, body_is_optional, kinds, of_body, of_query
 
 KIB_64 = 64 * 1024
@@ -82,6 +84,10 @@ BAD_UUIDS = (
 )
 
 
+# What programmers would say, in a sentence for people.
+JARGON = re.compile(r"`|[Ee]xpected|regex|object|array|null|enum|\\u|\b(int|str|bool)\b")
+
+
 async def wrong(
     answer: aiohttp.ClientResponse, status: int | tuple[int, ...], kind: str = ""
 ) -> str:
@@ -93,10 +99,12 @@ async def wrong(
     if answer.content_type != "application/problem+json" or not text.endswith("}\n"):
         return f"{answer.content_type}: {text[:200]!r}"
     problem = json.loads(text)
-    if not {"type", "title", "status", "detail"} <= problem.keys() <= {
-        "type", "title", "status", "detail", "errors"
-    }:
+    expected_fields = {"type", "title", "status", "detail", "request_id"}
+    expected_fields |= {"retry_after"} if answer.status in (429, 503) else set()
+    if problem.keys() - {"errors"} != expected_fields:
         return f"fields: {text}"
+    if problem["request_id"] != answer.headers["X-Request-Id"]:
+        return f"request_id: {text}"
     if problem["status"] != answer.status or not re.fullmatch("[a-z]+(-[a-z]+)*", problem["type"]):
         return f"status or type: {text}"
     if not all(isinstance(problem[name], str) and problem[name] for name in ("title", "detail")):
@@ -104,6 +112,8 @@ async def wrong(
     errors = problem.get("errors", ())
     if any(not error["loc"].startswith("$") or not error["msg"] for error in errors):
         return f"errors: {text}"
+    if any(JARGON.search(error["msg"]) or error["msg"] == "is not valid" for error in errors):
+        return f"no plain words: {text}"
     if kind and problem["type"] != kind:
         return f"{problem['type']}, not {kind}"
     return ""
@@ -344,7 +354,7 @@ async def test_bad_query_is_422(calls: ValidCalls) -> None:
             if name == "limit":
                 values += ["0", "101"]
             queries = [f"{name}={value}" for value in values]
-            queries += [f"{name}=1&{name}=1", f"{name}=1&x=1&{name}=2", f"{name}&{name}=1"]
+            queries += [f"{name}=1&{name}=1", f"{name}=1&{name}=2&x=1", f"{name}&{name}=1"]
             for query in queries:
                 tried += 1
                 answer = await calls.asks(endpoint, f"{calls.path(endpoint)}?{query}")
@@ -393,18 +403,147 @@ async def test_strange_texts_in_a_query_do_no_harm(calls: ValidCalls) -> None:
 
 
 async def test_link_cannot_be_broken_from_outside(calls: ValidCalls) -> None:
-    """Whatever else stands in the query, the Link of a page is one valid header that works."""
-    for extra in ("x=%0D%0ASet-Cookie:a=b", "x=%3E%2C%3Chttp://evil/%3E", "%22=%22", "x=%00", ";"):
-        endpoint = next(one for one in ENDPOINTS if one.handler is messenger.list_users)
-        answer = await calls.asks(endpoint, f"/api/v1/users?limit=1&{extra}")
-        assert answer.status == 200, extra
+    """Whatever is searched for, the Link of a page is one valid header that works."""
+    endpoint = next(one for one in ENDPOINTS if one.handler is messenger.list_messages)
+    for text in ("a\r\nSet-Cookie: b=c", 'a>,<http://evil/>; rel="next"', "a;&b=c#d", "%0d%0aa"):
+        for _ in range(2):
+            await calls.alice.says(calls.ids["chat_id"], text)
+        path = f"{calls.path(endpoint)}?limit=1&q={quote(text)}"
+        answer = await calls.asks(endpoint, path)
+        assert answer.status == 200, text
         link = answer.headers["Link"]
-        assert re.fullmatch(r'</api/v1/users\?[!#-;=?-~]*>; rel="next"', link), link
+        assert re.fullmatch(r'</api/v1/chats/\d+/messages\?[!#-;=?-~]*>; rel="next"', link), link
         assert "Set-Cookie" not in answer.headers
         following = re.match("<(.*?)>", link)
         assert following is not None
         answer = await calls.asks(endpoint, following[1])
-        assert [user["username"] for user in await answer.json()] == ["bob"]
+        assert [message["text"] for message in await answer.json()] == [text]
+
+
+async def test_unknown_parameter_is_422(calls: ValidCalls) -> None:
+    """A parameter that a call under /api/v1 does not take is refused and named, whatever the
+    method; health, the two documents, the pages and sockets pass over it."""
+    found, passed = {}, []
+    for endpoint in sorted(ENDPOINTS, key=lambda one: one.handler is messenger.delete_user):
+        for query, loc in (
+            ("nothing=1", "$.nothing"), ("Limit=1", "$.Limit"), ("=1", "$."), ("x", "$.x"),
+            ("%6Cimits=1", "$.limits"), ("a%60b=c", "$.a`b"), ("token=x", "$.token"),
+        ):
+            answer = await calls.asks(endpoint, f"{calls.path(endpoint)}?{query}")
+            what = f"{endpoint.method} {endpoint.path}?{query}"
+            if answer.status in (200, 426):
+                passed.append(endpoint.path)
+                continue
+            found[what] = await wrong(answer, 422, "invalid-input")
+            if not found[what]:
+                [told] = (await answer.json())["errors"]
+                if told != {"loc": loc, "msg": "is not a parameter here"}:
+                    found[what] = str(told)
+        assert (await calls.asks(endpoint, calls.path(endpoint) + "?&")).status < 500
+        if endpoint.handler is messenger.logout:
+            await calls.alice.logs_in()
+        if endpoint.handler is messenger.change_user:
+            calls.alice.email = calls.bodies["change_user"]["email"]
+    assert failures(found) == {}
+    assert set(passed) == {
+        "/", "/docs", "/ws", "/ws/{chat_id}", "/api/v1/openapi.json", "/api/v1/asyncapi.json",
+        "/api/v1/health/liveness", "/api/v1/health/readiness"}
+
+
+async def test_unknown_parameter_of_a_handshake_is_passed_over(alice: Person, bob: Person) -> None:
+    """A socket opens whatever else stands in its query, beside what it takes."""
+    chat = await alice.opens(bob)
+    for path in (f"/ws/{chat}?after=0&since=x", "/ws?x=1&x=2&after=0"):
+        line = Line(await alice.client.ws_connect(f"{path}&token={alice.access}"))
+        await line.sends(type="ping")
+        assert await line.hears("pong")
+        await line.close()
+
+
+async def test_wrong_input_is_told_in_plain_words(calls: ValidCalls) -> None:
+    """Each kind of wrong input has a sentence of its own: lengths and bounds in numbers, choices by
+    their names."""
+    chat = f"/chats/{calls.ids['chat_id']}"
+    user = {"email": "a@b.cd", "username": "ann_", "password": "12345678"}
+    group = {"is_group": True, "name": "x", "participant_ids": [calls.ids["user_id"]]}
+    for path, body, loc, msg in (
+        ("/users", user | {"username": "ab"}, "$.username", "must have at least 3 characters"),
+        ("/users", user | {"password": "x" * 101}, "$.password",
+         "must have at most 100 characters"),
+        ("/users", user | {"email": 1}, "$.email", "must be text"),
+        ("/users", {}, "$.email", "is missing"),
+        ("/users", user | {"x": 1}, "$.x", "is not a field here"),
+        ("/users", user | {"x` - at `$.y": 1}, "$.y.x", "is not a field here"),
+        ("/users", [], "$", "must be named fields in braces"),
+        ("/users/refresh", 1, "$", "must be named fields in braces"),
+        ("/chats", group | {"is_group": 1}, "$.is_group", "must be true or false"),
+        ("/chats", group | {"participant_ids": 1}, "$.participant_ids", "must be a list"),
+        ("/chats", group | {"participant_ids": [1, "1"]}, "$.participant_ids[1]",
+         "must be a whole number"),
+        ("/chats", group | {"participant_ids": [0]}, "$.participant_ids[0]", "must be at least 1"),
+        ("/chats", group | {"participant_ids": [1] * 10_001}, "$.participant_ids",
+         "must have at most 10000 entries"),
+        ("/chats", group | {"name": None}, "$.name", "must be given for a group"),
+        ("/chats", group | {"participant_ids": [10**9]}, "$.participant_ids",
+         "has unknown users: 1000000000"),
+        (f"{chat}/participants", {"user_id": 1, "role": "king"}, "$.role",
+         "must be one of admin, member, owner"),
+        (f"{chat}/messages", {"text": ""}, "$.text", "must not be empty"),
+        (f"{chat}/messages", {"text": "a\0"}, "$.text", "must not contain U+0000"),
+        (f"{chat}/messages", {"text": "a", "id": "x"}, "$.id",
+         "must be a UUID, like 01a204e6-62a3-7c4a-8d5e-1f2a3b4c5d6e"),
+        (f"{chat}/messages", {"text": "a", "id": 1}, "$.id", "must be a UUID"),
+    ):
+        problem = await calls.alice.posts(path, body, 422)
+        assert problem["errors"] == [{"loc": loc, "msg": msg}], body
+        assert problem["detail"] == f"{loc} {msg}"
+    for query, msg in (
+        ("limit=x", "must be a whole number"), ("limit=101", "must be at most 100"),
+        ("limit=0", "must be at least 1"), ("limit=1&limit=1", "is given more than once"),
+    ):
+        problem = await calls.alice.gets(f"/chats?{query}", 422)
+        assert problem["errors"] == [{"loc": "$.limit", "msg": msg}], query
+
+
+async def test_wrong_frame_is_told_in_plain_words(calls: ValidCalls) -> None:
+    """Each field of each frame that is missing, unknown or of a wrong value is named, with a
+    sentence in plain words."""
+    line = await follows(calls.alice)
+    chat, message = calls.ids["chat_id"], calls.ids["message_id"]
+    valid: dict[str, dict[str, Any]] = {
+        "message": {"text": "x", "chat_id": chat}, "read": {"message_id": message, "chat_id": chat},
+        "typing": {"chat_id": chat}, "sync": {"after": 1, "chat_id": chat}, "auth": {"token": "x"},
+        "ping": {}}
+    tried: list[tuple[dict[str, Any], str]] = [
+        ({"type": "nothing"}, "$.type"), ({"type": 1}, "$.type"), ({"text": "x"}, "$.type")]
+    for shape in typing.get_args(messenger.ClientFrame):
+        kind = shape.__struct_config__.tag
+        frame = valid[kind] | {"type": kind}
+        tried.append((frame | {"nothing": 1}, "$.nothing"))
+        for field in msgspec.inspect.type_info(shape).fields:  # type: ignore[attr-defined]
+            takes = kinds(field.type)
+            if field.required:
+                without = {name: each for name, each in frame.items() if name != field.name}
+                tried.append((without, f"$.{field.name}"))
+            values = [value for one in takes for value in WRONG_VALUES.get(one, ())
+                      if field.name != "ref" or type(value) in (bool, list, dict)
+                      if (field.name, value) != ("after", 0)]
+            if msgspec.inspect.DictType in takes:
+                values = [1, [], {"x": 1}, {"0": 1}, {"1": -1}, {"1": "x"}, {"1": None}]
+            tried += [(frame | {field.name: value}, f"$.{field.name}") for value in values]
+    assert len(tried) > 60
+    found = {}
+    for frame, loc in tried:
+        await line.sends(**frame)
+        problem = (await line.hears("error"))["data"]
+        told = problem.get("errors", [{"loc": "", "msg": str(problem)}])[0]
+        is_named = re.sub(r"\[.*", "", told["loc"]) == loc
+        if not is_named or JARGON.search(told["msg"]) or told["msg"] == "is not valid":
+            found[str(frame)[:80]] = told
+    assert found == {}
+    await line.sends(type="nothing")
+    [told] = (await line.hears("error"))["data"]["errors"]
+    assert told["msg"] == "must be one of auth, message, ping, read, sync, typing"
 
 
 async def test_unknown_path_is_404(calls: ValidCalls) -> None:
@@ -423,14 +562,12 @@ async def test_unknown_path_is_404(calls: ValidCalls) -> None:
 
 
 async def test_wrong_method_is_405(calls: ValidCalls) -> None:
-    """A method that a path does not have is 405, and Allow names those that it has."""
+    """A method that a path does not have is 405, and Allow names those that it has: `me` and
+    `login` are paths, and no ids of users."""
     found = {}
     by_path: dict[str, set[str]] = {}
     for endpoint in ENDPOINTS:
         by_path.setdefault(endpoint.path, set()).add(endpoint.method)
-    by_path["/api/v1/users/me"] |= by_path["/api/v1/users/{user_id}"]
-    for literal in ("login", "refresh", "logout"):
-        by_path[f"/api/v1/users/{literal}"] |= by_path["/api/v1/users/{user_id}"]
     for path, methods in by_path.items():
         for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "PROPFIND"} - methods:
             url = path.format(**calls.ids)
@@ -453,7 +590,7 @@ async def test_fault_is_logged_and_not_told(
     assert await wrong(answer, 500, "internal-error") == ""
     assert "participants" not in await answer.text()
     assert "chat_view" not in await answer.text()
-    assert "/api/v1/chats failed" in caplog.text
+    assert "GET /api/v1/chats failed, request " in caplog.text
 
 
 async def test_health_is_told_to_anyone(

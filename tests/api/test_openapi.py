@@ -262,9 +262,11 @@ def test_recorder_sees_what_does_not_fit() -> None:
     """The recorder finds each way in which an answer may differ from its description."""
     recorder = Recorder(OPENAPI, ASYNCAPI)
     user = b'{"id":1,"username":"ann","is_active":true,"created_at":"2026-11-22T20:15:37.1Z"}\n'
-    problem = b'{"type":"user-not-found","title":"x","status":404,"detail":"x"}\n'
-    json_type = {"Content-Type": "application/json; charset=utf-8"}
-    problem_type = {"Content-Type": "application/problem+json"}
+    problem = (b'{"type":"user-not-found","title":"x","status":404,"detail":"x",'
+               b'"request_id":"x"}\n')
+    always = {"X-Request-Id": "x"}
+    json_type = {"Content-Type": "application/json; charset=utf-8", **always}
+    problem_type = {"Content-Type": "application/problem+json", **always}
     link = {"Link": "<x>", **json_type}
 
     def hears(*answer: Any, method: str = "GET", path: str = "/users/7", sent: bytes = b"") -> str:
@@ -277,7 +279,9 @@ def test_recorder_sees_what_does_not_fit() -> None:
     assert "created_at" in hears(200, json_type, user.replace(b"T20", b" at 20"))
     assert "'1' is not of type" in hears(200, json_type, user.replace(b":1,", b':"1",'))
     assert "undescribed header Link" in hears(200, link, user)
-    assert "undescribed content" in hears(200, {"Content-Type": "text/html"}, user)
+    assert "undescribed content" in hears(200, {"Content-Type": "text/html", **always}, user)
+    assert "lacks the header X-Request-Id" in hears(200, {"Content-Type": "application/json"}, user)
+    assert "request_id" in hears(404, problem_type, problem.replace(b"request", b"query"))
     assert "has no content" in hears(200, json_type, b"")
     assert "a newline" in hears(200, json_type, user.rstrip())
     assert "is not one of" in hears(404, problem_type, problem.replace(b"user", b"chat"))
@@ -363,9 +367,9 @@ async def is_refused_everywhere(alice: Person, chat: int) -> None:
             if kind == "foreign-origin":
                 options["headers"] = options["headers"] | alice.headers
             if kind == "invalid-input" and "requestBody" not in operation:
-                options = {"headers": alice.headers, "params": {
-                    each["name"]: "-1" if each["schema"]["type"] == "integer" else "\0"
-                    for each in operation["parameters"] if each["in"] == "query"}}
+                options = {"headers": alice.headers, "params": {"nothing": "1"}}
+                if path.startswith("/ws"):
+                    options["params"] = {"after": "x"}
             await alice.client.request(method, path.format(**ids), **options)
         body = example_of(operation)
         for parameter, other in itertools.product(re.findall(r"\{(\w+)\}", path), (0, 10**9)):
@@ -492,12 +496,17 @@ async def talk(alice: Person, bob: Person, chat: int, line: Line, **named: int) 
     await line.hears_text("hello")
     await line.sends(type="read", message_id=posted, ref=2, **named)
     await line.hears("read")
+    assert (await line.hears("ack"))["data"] == {"chat_id": chat}
     await line.sends(type="sync", after=0, **named)
     await line.hears("ready")
     await line.sends(type="sync", chats={str(chat): 1})
     await line.hears("ready")
-    await line.sends(type="auth", token=alice.access)
-    await line.hears("auth")
+    await line.sends(type="auth", token=alice.access, ref="new")
+    assert (await line.hears("auth"))["ref"] == "new"
+    await line.sends(type="ping")
+    await line.sends(type="ping", ref=3)
+    assert await line.hears("pong") == {"type": "pong", "data": {}}
+    assert await line.hears("pong") == {"type": "pong", "data": {}, "ref": 3}
     await line.sends(type="typing", **named)
     await bob.lines[0].sends(type="typing")
     await line.hears("typing")
@@ -629,9 +638,10 @@ async def test_what_is_said_is_described(
     await on_cluster(cluster, f"alter database {name} allow_connections true")
     await alice.posts("/users/logout", status=204)
 
-    never = {("get_me", 404, "user-not-found")}  # only where the account is deleted meanwhile
+    # Only where the account is deleted meanwhile:
+    never = {("get_me", 404, "user-not-found"), ("get_me", 404, "X-Request-Id")}
     for path, method, one in operations():
         if needs_no_database(path, method):
-            unavailable = {"service-unavailable", "Retry-After"}
+            unavailable = {"service-unavailable", "Retry-After", "X-Request-Id"}
             never |= {(one["operationId"], 503, each) for each in unavailable}
     assert recorder.unheard() - never == set()

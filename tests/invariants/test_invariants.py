@@ -401,7 +401,7 @@ async def test_7_no_input_makes_a_5xx(
     lines = [await alice.listens_live(chat), await follows(alice)]
     fields = ("type", "chat_id", "text", "id", "ref", "after", "chats", "message_id", "token")
     for line, _ in itertools.product(lines, range(50)):
-        kind = dice.choice(("message", "read", "typing", "sync", "auth"))
+        kind = dice.choice(("message", "read", "typing", "sync", "auth", "ping"))
         frame = {each: dice.choice((*NASTY, chat)) for each in fields if dice.random() < 0.3}
         await line.sends(**({"type": kind} | frame))
     for line in lines:

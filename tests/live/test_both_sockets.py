@@ -300,6 +300,55 @@ async def test_binary_frame_is_refused_and_the_socket_stays_open(
     assert (await line.hears())["data"]["seq"] == 1
 
 
+# ---- Acknowledgements, pings
+
+
+@pytest.mark.parametrize("ref", ["r", "", 0, 17, 1.5, -(2**60)])
+async def test_ref_comes_back_in_what_answers(
+    kind: Kind, alice: Person, bob: Person, ref: str | float
+) -> None:
+    """A `read` or `typing` with a `ref` is acknowledged with its chat, once it took effect; a ping
+    is answered by a pong and `auth` by `auth`, and each has the `ref`."""
+    chat = await alice.opens(bob)
+    sent = await alice.says(chat, "read this")
+    line = await kind.live(bob, chat)
+    for _ in range(2):  # the second time there is nothing new to tell
+        await line.sends(type="read", **kind.names(chat), message_id=sent["id"], ref=ref)
+        ack = {"type": "ack", "data": {"chat_id": chat}, "ref": ref}
+        assert await line.hears("ack", "error") == ack
+        assert (await bob.gets(f"/chats/{chat}"))["unread_count"] == 0
+    await line.sends(type="typing", **kind.names(chat), ref=ref)
+    assert await line.hears() == {"type": "ack", "data": {"chat_id": chat}, "ref": ref}
+    await line.sends(type="ping", ref=ref)
+    assert await line.hears() == {"type": "pong", "data": {}, "ref": ref}
+    await line.sends(type="auth", token=bob.access, ref=ref)
+    answered = await line.hears()
+    assert (answered["type"], answered["ref"]) == ("auth", ref)
+
+
+async def test_what_has_no_ref_is_not_acknowledged(kind: Kind, alice: Person, bob: Person) -> None:
+    """A frame without a `ref` gets no `ack`; a ping is answered all the same, in its turn."""
+    chat = await alice.opens(bob)
+    sent = await alice.says(chat, "read this")
+    line = await kind.live(bob, chat)
+    await line.sends(type="typing", **kind.names(chat))
+    await line.sends(type="read", **kind.names(chat), message_id=sent["id"])
+    await line.says("hello", **kind.names(chat))
+    await line.sends(type="ping")
+    heard = [await line.hears() for _ in range(3)]
+    assert [each["type"] for each in heard] == ["read", "message", "pong"]
+    assert heard[-1] == {"type": "pong", "data": {}}
+
+
+async def test_ping_takes_nothing_but_a_ref(kind: Kind, alice: Person, bob: Person) -> None:
+    """A ping with another field is refused like any frame."""
+    chat = await alice.opens(bob)
+    line = await kind.live(bob, chat)
+    for more in ({"data": {}}, {"chat_id": chat}, {"ref": []}):
+        await line.sends(type="ping", **more)
+        assert (await line.hears())["data"]["status"] == 422, more
+
+
 # ---- Reads
 
 

@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 import asyncpg
+import jwt
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -219,17 +220,23 @@ async def test_inactive_account_is_signed_out_until_the_next_login(
 async def test_sessions_are_listed(
     alice: Person, bob: Person, sql: asyncpg.Connection
 ) -> None:
-    """Each session that has not ended is listed, by id, with its client and when it was last used;
-    the caller's own is marked as current."""
+    """Each session that has not ended is listed, by id, with its client, when it was last used and
+    when its refresh token expires; the caller's own is marked as current."""
     other = await again(alice, "Telescope/1.0")
     listed = await other.gets("/users/me/sessions")
     assert [one["current"] for one in listed] == [False, True]
-    assert listed[1].keys() == {"id", "created_at", "last_used_at", "user_agent", "current"}
+    assert listed[1].keys() == {
+        "id", "created_at", "last_used_at", "user_agent", "current", "expires_at"}
     assert listed[1]["user_agent"] == "Telescope/1.0"
     assert re.fullmatch(RFC3339_UTC, listed[1]["created_at"])
     assert [one["current"] for one in await alice.gets("/users/me/sessions")] == [True, False]
-    await other.posts("/users/refresh", {"refresh_token": other.refresh}, status=200)
+    tokens = await other.posts("/users/refresh", {"refresh_token": other.refresh}, status=200)
     used = (await alice.gets("/users/me/sessions"))[1]
+    for one, refresh_token in ((listed[1], other.refresh), (used, tokens["refresh_token"])):
+        assert re.fullmatch(RFC3339_UTC, one["expires_at"])
+        expires_at = datetime.fromisoformat(one["expires_at"])
+        claims = jwt.decode(refresh_token, options={"verify_signature": False})
+        assert expires_at.timestamp() == claims["exp"]
     assert used["created_at"] == listed[1]["created_at"]
     moments = [datetime.fromisoformat(used[name]) for name in ("created_at", "last_used_at")]
     assert moments == sorted(set(moments))
@@ -270,8 +277,10 @@ async def test_session_of_another_user_is_out_of_reach(alice: Person, bob: Perso
     chat = await alice.opens(bob)
     line = await alice.listens_live(chat)
     (session,) = await alice.gets("/users/me/sessions")
-    theirs = await bob.expects(404, "DELETE", f"/users/me/sessions/{session['id']}")
-    assert theirs == await bob.expects(404, "DELETE", "/users/me/sessions/99999")
+    theirs, nobodys = [
+        await bob.expects(404, "DELETE", f"/users/me/sessions/{each}")
+        for each in (session["id"], 99999)]
+    assert theirs == nobodys | {"request_id": theirs["request_id"]}
     assert not await is_out(alice)
     await bob.says(chat, "are you there?")
     assert await line.hears_text("are you there?")

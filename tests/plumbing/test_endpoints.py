@@ -69,7 +69,8 @@ async def test_what_cannot_be_parsed_is_a_problem(connects: Any, caplog: Any) ->
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Server"] == "messenger"
         assert headers["Cache-Control"] == "no-store"
-        assert problem.keys() == {"type", "title", "status", "detail"}
+        assert problem.keys() == {"type", "title", "status", "detail", "request_id"}
+        assert problem["request_id"] == headers["X-Request-Id"]
         assert await raw.is_cut(), text[:60]
 
 

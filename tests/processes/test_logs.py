@@ -22,7 +22,7 @@ WRONG = "a wrong passphrase"
 TEXT, LATE = "a text of a message", "a text that was lost"
 SEARCHED = "wordinasearch"
 ACCESS = re.compile(
-    r"[-\d]{10} [:,\d]{12} INFO 127\.0\.0\.1 [A-Z]+ /\S* (\d{3}|-) \d+\.\d{3} s")
+    r"[-\d]{10} [:,\d]{12} INFO 127\.0\.0\.1 ([A-Z]+ /\S*|- -) (\d{3}|-) \d+\.\d{3} s [\w.-]+")
 
 
 @pytest.fixture
@@ -66,7 +66,8 @@ async def uses_everything(server: Server, alice: Person, bob: Person, chat: int)
     await alice.posts("/users/refresh", {"refresh_token": alice.refresh}, 200)
     await alice.expects(403, "PUT", f"/users/{alice.id}", {
         "email": "other@example.com", "current_password": WRONG})
-    await alice.gets(f"/chats/{chat}/messages?q={SEARCHED}&token={alice.access}")
+    await alice.gets(f"/chats/{chat}/messages?q={SEARCHED}")
+    await alice.gets(f"/chats/{chat}/messages?q={SEARCHED}&token={alice.access}", 422)
     await alice.gets(f"/chats/{chat}/messages?limit={WRONG}", 422)
     for path in ("/%0AINFO%20forged", "/%0D%0Aforged", "/%1b[31m", "/forged%E2%80%A8line"):
         async with alice.client.get(URL(path + f"?token={alice.access}", encoded=True)) as answer:
@@ -94,12 +95,14 @@ async def breaks(server: Server, alice: Person, chat: int) -> None:
     await database.execute("alter table attempts rename column key to gone")
     await database.close()
     line = Line(await alice.client.ws_connect(f"/ws/{chat}?token={alice.access}"))
-    await alice.says(chat, LATE, 500)
+    answer = await alice.asks(
+        "POST", f"/chats/{chat}/messages", {"text": LATE}, headers={"X-Request-Id": "own.id-1"})
+    assert answer.status == 500
     await line.says(LATE, ref=1)
     assert (await line.hears("error"))["data"]["type"] == "internal-error"
     await line.close()
     body = {"email": alice.email, "password": WRONG}
-    async with alice.client.post(f"/api/v1/users/login?token={alice.access}", json=body) as answer:
+    async with alice.client.post("/api/v1/users/login", json=body) as answer:
         assert answer.status == 500
 
 
@@ -131,14 +134,16 @@ async def test_logs_hold_nothing_that_was_sent(logging_server: Server, people_of
         ("POST /api/v1/users 409", 1),
         ("POST /api/v1/users/login 200", 2),
         ("POST /api/v1/users/login 500", 1),
-        (f"GET /ws/{chat} 101", 2),
-        (f"GET /ws/{chat} 401", 2),
-        (f"POST /api/v1/chats/{chat}/messages 500", 1),
-        ("GET /%0AINFO%20forged 404", 1),
+        ("GET /ws/{chat_id} 101", 2),
+        ("GET /ws/{chat_id} 401", 2),
+        ("POST /api/v1/chats/{chat_id}/messages 500", 1),
+        ("- - 404", 4),
     ):
         assert sum(f" {call} " in line for line in access) == count, call
-    assert f" ERROR POST /api/v1/chats/{chat}/messages failed\n" in written
-    assert "\nRaiseError\n" in written  # of a message's text, which it names
+    assert " ERROR POST /api/v1/chats/{chat_id}/messages failed, request own.id-1\n" in written
+    assert written.count("\nRaiseError\n") == 2  # of a message's text, which it names
+    assert re.search(r"/messages 500 \d+\.\d{3} s own\.id-1\n", written)
+    assert "forged" not in written
     assert "\nUndefinedColumnError\n" in written
 
 

@@ -141,7 +141,7 @@ def owed(payload: bytes) -> tuple[str | int, str | None]:
     is_right = not documents()[1].faults(at, hyphened)
     if not is_right:
         return REFUSED, ref
-    return TAKEN, ref if value["type"] == "message" else None  # others are not acknowledged
+    return TAKEN, ref if value["type"] != "sync" else None  # which is not answered by its ref
 
 
 # ---- Values
@@ -233,10 +233,11 @@ class Hostility:
             {"type": "sync", "after": random.randrange(50)},
             {"type": "sync", "chats": {str(self.chat): random.randrange(50)}},
             {"type": "auth", "token": self.token},
+            {"type": "ping"},
         ))
         if random.random() < 0.7:
             made["ref"] = f"ref {self.made}"
-        if made["type"] != "auth" and (self.names_chat or random.random() < 0.1):
+        if made["type"] not in ("auth", "ping") and (self.names_chat or random.random() < 0.1):
             made["chat_id"] = self.chat
         return {written(name, random): written(value, random) for name, value in made.items()}
 

@@ -105,7 +105,8 @@ class Person:
             path = f"/api/v1{path}"
         if body is not None:
             options["json"] = body
-        answer = await self.client.request(method, path, headers=self.headers, **options)
+        headers = self.headers | options.pop("headers", {})
+        answer = await self.client.request(method, path, headers=headers, **options)
         await answer.read()
         return answer
 

@@ -118,9 +118,12 @@ class Recorder:
 
     def operation_at(self, method: str, path: str) -> tuple[str, str, str] | None:
         """Find the operation of a request, as the steps of a pointer."""
-        for template, methods in self.openapi.content["paths"].items():
-            fits = re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path)
-            if fits and method.lower() in methods:
+        paths = self.openapi.content["paths"]
+        fits = [path] if path in paths else [
+            template for template in paths
+            if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path)]
+        for template in fits:
+            if method.lower() in paths[template]:
                 return "paths", template, method.lower()
         return None
 
