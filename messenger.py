@@ -2621,7 +2621,8 @@ async def unanswered_below(socket: Socket, limit: int) -> None:
 
 
 def take_control(request: web.Request, socket: Socket, incoming: WSMessage) -> None:
-    """Answer a ping. Control frames are counted like any other; beyond the limit none is answered.
+    """Answer a ping. Control frames and fragments are counted like any other frame; beyond the
+    limit none is answered.
     """
     try:
         charge(request.app, TooManyFrames, socket.key)
