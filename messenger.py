@@ -715,8 +715,12 @@ class Sessions:
         for key in self._keys:
             with contextlib.suppress(jwt.InvalidTokenError, ValueError):
                 claims = signed_claims(token, key, "sub", "sid", "typ", "jti", "iat", "exp")
-                is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= time.time()
-                return claims if claims["typ"] == kind and not is_expired else None
+                now = time.time()
+                is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= now
+                # A clock that was ahead signed it; a refresh token's session is put right itself.
+                is_early = kind == "access" and claims["iat"] > now + self._access_seconds
+                is_good = claims["typ"] == kind and not is_expired and not is_early
+                return claims if is_good else None
         return None
 
     async def asker(self, token: str) -> Asker:
@@ -1547,6 +1551,37 @@ PURGE_OLD = """  -- ended_seconds, life_seconds, attempt_seconds, read_seconds, 
     from (table ended union all table expired union all table attempt union all table step) gone"""
 
 
+SETTLE_CLOCK = """  -- limit
+    -- sessions_by_rotation, sessions_ended, participants_joined, attempts_by_age
+    -- What was stamped while the clock was ahead would be new until that time comes: sessions and
+    -- joinings count as of now, attempts no longer. Answers how many rows it changed, at most
+    -- `limit` of each kind. It waits for no lock.
+    with rotated as (
+        select s.id from sessions s where s.rotated_at > now() + interval '1 minute'
+        order by s.rotated_at limit $1 for update skip locked
+    ), ended as (
+        select s.id from sessions s where s.ended_at > now() + interval '1 minute'
+        order by s.ended_at limit $1 for update skip locked
+    ), session as (
+        update sessions set
+            rotated_at = least(rotated_at, now()), last_used_at = least(last_used_at, now()),
+            ended_at = case when ended_at > now() then now() else ended_at end
+        where id = any (array(select id from rotated union select id from ended))
+        returning 1
+    ), participant as (
+        update participants set joined_at = now() where ctid = any (array(
+            select p.ctid from participants p where p.joined_at > now() + interval '1 minute'
+            order by p.joined_at limit $1 for update skip locked))
+        returning 1
+    ), attempt as (
+        delete from attempts where ctid = any (array(
+            select a.ctid from attempts a where a.at > now() + interval '1 minute'
+            order by a.at limit $1 for update skip locked))
+        returning 1
+    )
+    select count(*) from (table session union all table participant union all table attempt) put"""
+
+
 class ChatItem(Struct):
     """What changes a chat, on its way to a writer.
 
@@ -1757,8 +1792,11 @@ async def keep_tidy(app: web.Application) -> None:
         await leave_chats(app, row["id"])
     swept = 1
     while swept:
-        swept = await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS) + await database.value(
-            PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, UPKEEP_ROWS)
+        swept = (
+            await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS)
+            + await database.value(SETTLE_CLOCK, UPKEEP_ROWS)
+            + await database.value(
+                PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, UPKEEP_ROWS))
         await asyncio.sleep(0.05)  # others come first
 
 
@@ -1820,7 +1858,8 @@ START_SESSION = """  -- user_id, verified_hash, dearer_hash, user_agent, account
         delete from attempts where key = $5
     ), forgiven_once as (
         delete from attempts where ctid = (
-            select a.ctid from attempts a where a.key = $6
+            select a.ctid from attempts a
+            where a.key = $6 and a.at < now() + interval '1 minute'
             order by a.at desc limit 1 for update skip locked)
     ), woken as (
         update users u set is_active = true, password_hash = coalesce($3::text, $2::text)

@@ -7,6 +7,8 @@
 --
 -- Volatile: each statement of such a function sees what was committed before it, and so what the
 -- lock in the statement before waited for.
+-- A time that must not be before the one stored follows it by a minute at most: what was stored
+-- while the clock was ahead steers nothing for longer.
 -- set enable_... = off, jit = off: plans are pinned to index scans. One that was made while a table
 -- was small would scan the table for as long as the connection lives.
 -- set plan_cache_mode = force_generic_plan: for arrays PostgreSQL would plan anew at each call,
@@ -151,6 +153,7 @@ set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
+    at     timestamptz;
     c      record;  -- the chat, locked
     stored record;  -- the asker's membership, the message of this id, the message replied to
 begin
@@ -177,7 +180,8 @@ begin
     if outcome = 'posted' then
         last_rev := c.last_rev + 1;
         seq := last_rev;
-        created_at := greatest(clock_timestamp(), c.active_at);
+        at := clock_timestamp();
+        created_at := greatest(at, least(c.active_at, at + interval '1 minute'));
         insert into messages (chat_id, seq, rev, id, sender_id, text, reply_to, created_at)
         values (chat, post_message.seq, post_message.seq, message, sender, body, reply,
                 post_message.created_at);
@@ -243,7 +247,7 @@ begin
 
     with numbered as (
         select i.*, c.last_rev + row_number() over (partition by i.chat_id order by i.item) as seq,
-               greatest(at, c.active_at) as created_at
+               greatest(at, least(c.active_at, at + interval '1 minute')) as created_at
         from unnest(chat_ids, sender_ids, ids, texts, reply_tos)
              with ordinality as i (chat_id, sender_id, id, text, reply_to, item)
         join chats c on c.id = i.chat_id
@@ -347,7 +351,8 @@ begin
 
     with steps as (
         select p.chat_id, p.user_id, p.last_read_seq as from_seq, max(m.seq) as seq,
-               greatest(at, p.last_read_at) as read_at, min(i.item)::int as item
+               greatest(at, least(p.last_read_at, at + interval '1 minute')) as read_at,
+               min(i.item)::int as item
         from unnest(chat_ids, user_ids, message_ids)
              with ordinality as i (chat_id, user_id, message_id, item)
         join participants p on p.chat_id = i.chat_id and p.user_id = i.user_id
@@ -751,7 +756,7 @@ begin
     if not found then
         return query select s.id, s.generation, s.rotated_at from sessions s
         where s.id = session_id and s.user_id = me and s.generation = known_generation + 1
-          and s.ended_at is null and s.rotated_at > now() - make_interval(secs => grace_seconds);
+          and s.ended_at is null and abs(extract(epoch from now() - s.rotated_at)) < grace_seconds;
     end if;
 end
 $$;
@@ -766,6 +771,7 @@ begin
     perform pg_advisory_xact_lock(hashtext(attempt));
     select a.at into oldest from attempts a
     where a.key = attempt and a.at > now() - make_interval(secs => window_seconds)
+      and a.at < clock_timestamp() + interval '1 minute'
     order by a.at desc offset allowed - 1 limit 1;
     if oldest is null then
         insert into attempts (key, at) values (attempt, clock_timestamp());
