@@ -24,12 +24,14 @@ from aiohttp import web
 
 from plumbing.process import Handler, StartError
 
+FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
 PASSWORD_THREADS = 2
 PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
 TOKENS_REMEMBERED_MAX = 10_000
+TOKEN_CHARS_MAX = 2000
 SECRET_BYTES_MIN = 32
 PREFLIGHT_SECONDS = 600  # for which a browser remembers what it was allowed
 
@@ -96,8 +98,9 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     peer = read_address(request.remote or "")
     if peer is None:
         return ""  # a Unix socket
-    listed = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
-    elements = ",".join(request.headers.getall("Forwarded", ())).split(",")
+    listed, elements = (
+        ",".join(request.headers.getall(name, ()))[-FORWARDED_CHARS_MAX:].split(",")
+        for name in ("X-Forwarded-For", "Forwarded"))
     named = [named_by(element) for element in elements]
     told = {
         nearest_stranger(peer, way, trusted)
@@ -208,6 +211,8 @@ def signed_claims(token: str, key: str, *required: str) -> dict[str, Any]:
 
     Raises jwt.InvalidTokenError, ValueError.
     """
+    if len(token) > TOKEN_CHARS_MAX:
+        raise ValueError("too long for a token")
     claims: dict[str, Any] = jwt.decode(token, key, ["HS256"], {
         "require": list(required),
         "verify_exp": False,  # by whoever asks
