@@ -152,7 +152,13 @@ from plumbing.endpoints import (
 )
 from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
 from plumbing.process import Listener, StartError, Tasks
-from plumbing.text import folded, stream_safe
+from plumbing.text import (
+    COMPOSED_FROM_MAX,
+    SHOWS_NOTHING,
+    composed,
+    folded,
+    stream_safe,
+)
 from plumbing.websocket import GOING_AWAY, STALLED, Connection, text_frame
 
 VERSION = "0.1.0"
@@ -230,6 +236,10 @@ HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_IN_CHAT_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
 EMAIL_CHARS_MAX = 254
+USERNAME_CHARS_MAX = 50
+USERNAME_MARKS_MAX = 3  # on one letter
+PASSWORD_CHARS_MAX = 100
+QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 
@@ -237,6 +247,7 @@ TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
 SESSIONS_REMEMBERED_MAX = 10_000
+SESSIONS_OF_USER_MAX = 50
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
 IDLE_SECONDS = 30  # of a connection between two requests, and how long a request's headers may take
@@ -281,11 +292,20 @@ SessionId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a session.
 Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
-Username = Annotated[
-    str, Meta(min_length=3, max_length=50, description="Letters of any script, digits and `_`.")
-]
+# Four that are counted in their composed form (composed_text), and may be longer as sent.
+Username = Annotated[str, Meta(
+    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX,
+    description="3 to 50 letters of any script, digits and `_`, counted in NFC.")]
+Password = Annotated[str, Meta(
+    max_length=PASSWORD_CHARS_MAX * COMPOSED_FROM_MAX,
+    description="8 to 100 characters of any kind, counted in NFC.")]
+Query = Annotated[str, Meta(
+    max_length=QUERY_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
+    description="Words; up to 200 characters, counted in NFC.")]
+NameStart = Annotated[str, Meta(
+    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
+    description="Start of the name; up to 50 characters, counted in NFC.")]
 Email = Annotated[str, Meta(min_length=3, max_length=EMAIL_CHARS_MAX)]
-Password = Annotated[str, Meta(min_length=8, max_length=100)]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
 
@@ -1850,7 +1870,7 @@ COUNT_ATTEMPT = """  -- key, window_seconds, allowed
     -- attempts_by_key; locks the key
     select count_attempt(attempt => $1, window_seconds => $2, allowed => $3)"""
 
-START_SESSION = """  -- user_id, verified_hash, dearer_hash, user_agent, account_key, address_key
+START_SESSION = """  -- user_id, verified_hash, new_hash, user_agent, account_key, address_key
     -- users_pkey, attempts_by_key
     -- No row where the verified password is no longer the account's. A login forgives all attempts
     -- at the account, but only one of its address: two logins at once never forgive the same one.
@@ -1881,18 +1901,44 @@ SELECT_SESSIONS = """  -- user_id, life_seconds, after, limit
       and s.rotated_at > now() - make_interval(secs => $2) and s.id > $3
     order by s.id limit $4"""
 
+END_OLDEST_SESSIONS = """  -- user_id, kept
+    -- sessions_of_user
+    -- Ends those that were used longest ago, where a user has more than may be kept; first those
+    -- that seem to be used in the future, since they are no newer than a login of now.
+    update sessions set ended_at = now() where ended_at is null and id = any (array(
+        select s.id from sessions s where s.user_id = $1 and s.ended_at is null
+        order by s.last_used_at > now() + interval '1 minute', s.last_used_at desc, s.id desc
+        offset $2))
+    returning id"""
+
 END_SESSION = """  -- session_id, user_id
     -- sessions_pkey
     update sessions set ended_at = now() where id = $1 and user_id = $2 and ended_at is null
     returning id"""
 
 
+def composed_text(loc: str, text: str, least: int, most: int) -> str:
+    """Answer a text in NFC. Raises InvalidInput unless it has so many characters then."""
+    normal = composed(text)
+    if not least <= len(normal) <= most:
+        raise invalid(loc, f"must have {least} to {most} characters")
+    return normal
+
+
+def checked_password(password: str) -> str:
+    """Answer a new password. Raises InvalidInput."""
+    return composed_text("$.password", password, 8, PASSWORD_CHARS_MAX)
+
+
 def checked_username(username: str) -> tuple[str, str]:
     """Answer a username and its key, by which it is unique. Raises InvalidInput."""
-    name = unicodedata.normalize("NFC", username)
-    kinds = [unicodedata.category(c)[0] if not c.isdecimal() and c != "_" else "L" for c in name]
-    if not 3 <= len(name) <= 50 or kinds[0] == "M" or not set(kinds) <= {"L", "M"}:
-        raise invalid("$.username", "must be 3 to 50 letters, digits or underscores")
+    name = composed_text("$.username", username, 3, USERNAME_CHARS_MAX)
+    # L for a letter, digit or underscore, M for a mark
+    kinds = "".join(
+        "L" if c.isdecimal() or c == "_" else unicodedata.category(c)[0] for c in name)
+    if SHOWS_NOTHING.search(name) or not re.fullmatch(f"(LM{{0,{USERNAME_MARKS_MAX}}})+", kinds):
+        raise invalid(
+            "$.username", "must be letters with up to 3 marks each, digits or underscores")
     return name, folded(name)
 
 
@@ -1920,9 +1966,9 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
         raise RegistrationClosed
     email, email_key = checked_email(body.email)
     username, username_key = checked_username(body.username)
-    await count_attempt(
-        request, f"register:{address_of(request)}", settings.registrations_per_address)
-    hashed = await request.app[PASSWORDS].hash(body.password)
+    password, address = checked_password(body.password), address_of(request)
+    await count_attempt(request, f"register:{address}", settings.registrations_per_address)
+    hashed = await request.app[PASSWORDS].hash(password, address)
     row = await request.app[DATABASE].row(
         INSERT_USER, email, email_key, username, username_key, hashed)
     return created(User(**row), f"/api/v1/users/{row['id']}")
@@ -1930,7 +1976,8 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
     """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
-    request.app[PASSWORDS].check_queue()  # a try that is refused as Busy is not counted
+    # A try that is refused as Busy is not counted.
+    request.app[PASSWORDS].check_queue(address_of(request))
     if request.app[SETTINGS].rate_limits == "on":
         wait = await request.app[DATABASE].value(COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
         if wait:
@@ -1944,7 +1991,8 @@ async def login(request: web.Request, body: Login) -> Tokens:
     Raises InvalidCredentials, TooManyAttempts.
     """
     database, passwords = request.app[DATABASE], request.app[PASSWORDS]
-    settings, address_key = request.app[SETTINGS], f"login from:{address_of(request)}"
+    settings, address = request.app[SETTINGS], address_of(request)
+    address_key = f"login from:{address}"
     try:
         email_key = checked_email(body.email)[1]
     except InvalidInput:
@@ -1959,14 +2007,21 @@ async def login(request: web.Request, body: Login) -> Tokens:
     while True:
         user = await database.row(SELECT_LOGIN, email_key)
         hashed = user["password_hash"] if user else passwords.nobodys
-        if not await passwords.matches(body.password, hashed) or not user:
+        form = await passwords.matching(body.password, hashed, address)
+        if form is None or not user:
             raise InvalidCredentials
-        dearer = await passwords.hash(body.password) if passwords.is_cheap(hashed) else None
+        anew = None
+        if passwords.is_outdated(form, hashed):
+            anew = await passwords.hash(form, address)
         session = await database.row(
-            START_SESSION, user["id"], hashed, dearer, agent, account_key, address_key)
+            START_SESSION, user["id"], hashed, anew, agent, account_key, address_key)
         if session:
-            return request.app[SESSIONS].tokens(user["id"], session)
-        # The hash is another by now: the password was changed, or another login made it dearer.
+            break
+        # The hash is another by now: the password was changed, or another login hashed it anew.
+    surplus = await database.rows(END_OLDEST_SESSIONS, user["id"], SESSIONS_OF_USER_MAX)
+    for ended in surplus:
+        request.app[ROOMS].publish(SessionHint(ended["id"]))
+    return request.app[SESSIONS].tokens(user["id"], session)
 
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
@@ -2044,13 +2099,15 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
     """
     app, me = request.app, request[ASKER]
     await check_self(request, user_id)
-    email = checked_email(body.email) if body.email else (None, None)
-    username = checked_username(body.username) if body.username else (None, None)
+    nothing = (None, None)
+    email = nothing if body.email is UNSET else checked_email(body.email)
+    username = nothing if body.username is UNSET else checked_username(body.username)
+    password = None if body.password is UNSET else checked_password(body.password)
     verified = hashed = None
-    if body.email or body.password:
+    if email[0] or password:
         verified = await verified_hash(request, body.current_password)
-    if body.password:
-        hashed = await app[PASSWORDS].hash(body.password)
+    if password:
+        hashed = await app[PASSWORDS].hash(password, address_of(request))
     active = None if body.is_active is UNSET else body.is_active
     ended = await app[DATABASE].value(
         CHANGE_USER, user_id, me.session_id, verified, *email, *username, hashed, active)
@@ -2072,7 +2129,8 @@ async def verified_hash(request: web.Request, password: str | UnsetType) -> str:
     hashed: str | None = await request.app[DATABASE].value(SELECT_HASH, me)
     await count_attempt(
         request, f"password:{me}", request.app[SETTINGS].login_failures_per_account)
-    if hashed is None or not await request.app[PASSWORDS].matches(password, hashed):
+    address, passwords = address_of(request), request.app[PASSWORDS]
+    if hashed is None or await passwords.matching(password, hashed, address) is None:
         raise WrongPassword
     return hashed
 
@@ -2104,10 +2162,11 @@ async def list_users(
     *,
     limit: Limit = PAGE_DEFAULT,
     after: Number = 0,
-    q: Annotated[str, Meta(max_length=50, pattern=NO_NUL, description="Start of the name.")] = "",
+    q: NameStart = "",
 ) -> Answer[list[User]]:
     """List users by id, all or those whose username starts with `q`."""
-    bounds = folded(q), folded(q) + "\U0010ffff"
+    key = folded(composed_text("$.q", q, 0, USERNAME_CHARS_MAX))
+    bounds = key, key + "\U0010ffff"
     rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
     more = {"after": users[-1].id} if len(rows) > limit else None
