@@ -82,6 +82,7 @@ import asyncio
 import bisect
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import random
@@ -157,7 +158,7 @@ from plumbing.text import (
     SHOWS_NOTHING,
     composed,
     folded,
-    stream_safe,
+    words_and_runs,
 )
 from plumbing.websocket import GOING_AWAY, STALLED, Connection, text_frame
 
@@ -263,6 +264,8 @@ REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed som
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 WORD_CHARS_MAX = 64  # in the index
 INDEX_PAGE = 500  # messages whose words are indexed at once
+INDEX_WORDS_MAX = 20_000  # of them together, but for the last
+SEARCH_READS_MAX = 10  # for a page, where what the index names is not what was asked for
 INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
 INDEX_REST = 9  # times as long as the background indexing worked
 UPKEEP_SECONDS = 60
@@ -1744,17 +1747,25 @@ class ReadWriter(ChatWriter[NewRead, Read]):
         return outcomes
 
 
-def words_of(text: str) -> list[str]:
-    """List the words of a text, folded: letters and digits of any script, with their marks.
-
-    A digest stands for a word too long for the index.
+def words_of(text: str) -> set[str]:
+    """Tell what the index has of a text: its words, and of runs of a script that puts no spaces
+    between words each character and each pair.
     """
-    kept = ""
-    for c in folded(stream_safe(text)):
-        kind = unicodedata.category(c)[0]
-        kept += c if kind in "LN" or (kind == "M" and kept[-1:].strip()) else " "
-    return sorted(word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
-                  for word in set(kept.split()))
+    words, runs = words_and_runs(text)
+    found = set(map(short_word, words))
+    for run in runs:
+        found.update(run, pairs(run))
+    return found
+
+
+def short_word(word: str) -> str:
+    """Answer a word as it is in the index: a digest stands for one too long for it."""
+    return word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
+
+
+def pairs(run: str) -> list[str]:
+    """List the pairs of characters of a run; of a single character, itself."""
+    return [first + second for first, second in itertools.pairwise(run)] or [run]
 
 
 class SearchIndex:
@@ -1777,14 +1788,20 @@ class SearchIndex:
         deadline = time.monotonic() + INDEX_SECONDS
         while rows := await self._database.rows(SELECT_UNINDEXED, chat_id, INDEX_PAGE):
             if time.monotonic() > deadline:
+                self._waiting.add(chat_id)
                 raise Unavailable("The chat is still being indexed.")
-            seqs = [row["seq"] for row in rows]
-            words = []
+            words, count = [], 0
             for row in rows:
-                words.append(" ".join(words_of(row["text"])))
-                await asyncio.sleep(0)  # others come first: a long text takes half a millisecond
+                found = words_of(row["text"])
+                words.append(" ".join(found))
+                count += len(found)
+                if count > INDEX_WORDS_MAX:
+                    break
+                await asyncio.sleep(0)  # others come first: a long text takes a millisecond
+            seqs = [row["seq"] for row in rows[:len(words)]]
+            upto = rows[len(words) - 1]["rev"]
             await self._database.rows(
-                INDEX_WORDS, chat_id, rows[0]["since"], rows[-1]["rev"], seqs, words)
+                INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""
@@ -2559,7 +2576,7 @@ async def list_messages(
     limit: Limit = PAGE_DEFAULT,
     before: Number | None = None,
     after: Number | None = None,
-    q: Annotated[str, Meta(max_length=200, pattern=NO_NUL, description="Words.")] | None = None,
+    q: Query | None = None,
 ) -> Answer[list[Message]]:
     """Read the history: the newest page, or the one before or after a `seq` (exclusive).
 
@@ -2595,17 +2612,46 @@ async def list_messages(
 async def search_messages(
     request: web.Request, chat_id: int, q: str, limit: int, before: int | None
 ) -> Answer[list[Message]]:
-    """Find the messages of a chat that hold all of some words. Raises ChatNotFound."""
+    """Find the messages of a chat that hold all of some words. Raises ChatNotFound, InvalidInput.
+
+    The index tells in which messages the pairs of a run are. That they stand one after the other
+    is seen here; a page whose messages are all others goes on to the next, too.
+    """
     me, database = request[ME], request.app[DATABASE]
+    words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
+    wanted = {short_word(word) for word in words}.union(*map(pairs, runs))
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
         await request.app[INDEX].index(chat_id)
+    found: list[Message] = []
     bound = INT8_MAX if before is None else before
-    rows = await database.rows(SELECT_MESSAGES_FOUND, chat_id, me, bound, words_of(q), limit + 1)
-    if not rows:
-        raise ChatNotFound
-    messages = [MESSAGE.decode(row["message"]) for row in rows[:limit] if row["message"]]
-    more = {"before": messages[-1].seq} if len(rows) > limit else None
-    return page(request, messages, next=more)
+    for _ in range(SEARCH_READS_MAX):
+        rows = await database.rows(
+            SELECT_MESSAGES_FOUND, chat_id, me, bound, list(wanted), limit + 1)
+        if not rows:
+            raise ChatNotFound
+        named = [MESSAGE.decode(row["message"]) for row in rows[:limit] if row["message"]]
+        found += await holding(named, [run for run in runs if len(run) > 2])
+        if len(rows) <= limit or len(found) >= limit:
+            break
+        bound = named[-1].seq
+    more = None
+    if len(found) > limit:
+        more = {"before": found[limit - 1].seq}
+    elif len(rows) > limit:
+        more = {"before": named[-1].seq}
+    return page(request, found[:limit], next=more)
+
+
+async def holding(messages: list[Message], runs: list[str]) -> list[Message]:
+    """List those of some messages that hold each of some runs as it stands."""
+    if not runs:
+        return messages
+    found = []
+    for message in messages:
+        held = " ".join(words_and_runs(message.text)[1])
+        found += [message] if all(run in held for run in runs) else []
+        await asyncio.sleep(0)  # others come first: a long text takes a millisecond
+    return found
 
 
 async def list_changes(

@@ -56,6 +56,42 @@ async def test_words_of_many_marks_take_no_time(marks: str) -> None:
         "résumé " + "ñ" * 40)
 
 
+@pytest.mark.parametrize("text", [
+    "\ufdfa" * 4096,  # each is 18 characters once it is folded
+    "\ufdfa\u0344" * 2048,
+    "\ufdfa\ufdfb" * 2048,
+    "㌖" * 4096,  # each is 6, of a script without spaces
+    "".join(map(chr, range(0x4E00, 0x4E00 + 4096))),
+    "ß\u0390" * 2048,
+    "\u200b" * 4095 + "上",
+    "上\u200b" * 2048,
+], ids=[
+    "ligatures", "with marks", "two kinds", "squares", "characters", "long folds", "breaks",
+    "broken run"])
+def test_words_of_texts_that_grow_take_no_time(text: str) -> None:
+    """A text that becomes much longer by folding takes a few times what another of its length does,
+    and makes a bounded number of words."""
+
+    def takes(text: str) -> float:
+        times = []
+        for _ in range(10):
+            began = time.process_time()
+            messenger.words_of(text)
+            times.append(time.process_time() - began)
+        return min(times)
+
+    assert len(messenger.words_of(text)) < 10_000
+    assert takes(text) < 7 * takes("привет мир, " * 341)  # it was 9 to 13 times as much
+
+
+def test_end_of_a_text_that_grows_is_left_out() -> None:
+    """What follows 12,288 characters of a decomposed text is not looked into; a text of a language
+    is never as long."""
+    assert "end" in messenger.words_of("\ufdfa" * 600 + " end")
+    assert "end" not in messenger.words_of("\ufdfa" * 4000 + " end")
+    assert "end" in messenger.words_of("각" * 4092 + " end")
+
+
 @pytest.fixture
 async def client(server: Any, aiohttp_client: Any) -> TestClient[Any, Any]:
     """A client that is nobody's."""
