@@ -264,7 +264,7 @@ REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed som
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 WORD_CHARS_MAX = 64  # in the index
 INDEX_PAGE = 500  # messages whose words are indexed at once
-INDEX_WORDS_MAX = 20_000  # of them together, but for the last
+INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 SEARCH_READS_MAX = 10  # for a page, where what the index names is not what was asked for
 INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
 INDEX_REST = 9  # times as long as the background indexing worked
@@ -740,7 +740,7 @@ class Sessions:
                 claims = signed_claims(token, key, "sub", "sid", "typ", "jti", "iat", "exp")
                 now = time.time()
                 is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= now
-                # A clock that was ahead signed it; a refresh token's session is put right itself.
+                # Signed while a clock was ahead; of a refresh token the session is put right.
                 is_early = kind == "access" and claims["iat"] > now + self._access_seconds
                 is_good = claims["typ"] == kind and not is_expired and not is_early
                 return claims if is_good else None

@@ -169,6 +169,13 @@ async def test_messages_of_many_words_are_indexed_in_pieces(
     assert max(pieces) <= 5000 + 3000
 
 
+async def test_index_puts_off_little(sql: asyncpg.Connection) -> None:
+    """Nobody has to put megabytes of other messages' words in order: that takes seconds."""
+    options = await sql.fetchval(
+        "select reloptions from pg_class where relname = 'message_words_search'")
+    assert options == ["gin_pending_list_limit=512"]
+
+
 async def test_words_of_the_old_rule_are_indexed_anew(
     alice: Person, bob: Person, sql: asyncpg.Connection
 ) -> None:
