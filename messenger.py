@@ -2181,7 +2181,7 @@ async def list_users(
     after: Number = 0,
     q: NameStart = "",
 ) -> Answer[list[User]]:
-    """List users by id, all or those whose username starts with `q`."""
+    """List users by id, all or those whose username starts with `q`. Raises InvalidInput."""
     key = folded(composed_text("$.q", q, 0, USERNAME_CHARS_MAX))
     bounds = key, key + "\U0010ffff"
     rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
@@ -2582,6 +2582,7 @@ async def list_messages(
 
     Oldest first within the page; `next` goes to older messages, `prev` to newer ones. With `q`
     only messages that hold all of its words, whole and in any case, newest first; no tombstones.
+    Of scripts that put no spaces between words, such as Chinese, they hold each run as it stands.
     Raises ChatNotFound, InvalidInput.
     """
     me, database = request[ME], request.app[DATABASE]
