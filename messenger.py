@@ -153,7 +153,13 @@ from plumbing.groups import GroupReader, GroupWriter, Outcome
 from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
-from plumbing.text import folded, stream_safe
+from plumbing.text import (
+    COMPOSED_FROM_MAX,
+    SHOWS_NOTHING,
+    composed,
+    folded,
+    words_and_runs,
+)
 from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
@@ -257,6 +263,10 @@ HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_IN_CHAT_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
 EMAIL_CHARS_MAX = 254
+USERNAME_CHARS_MAX = 50
+USERNAME_MARKS_MAX = 3  # on one letter
+PASSWORD_CHARS_MAX = 100
+QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame
@@ -268,6 +278,7 @@ REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
 SESSIONS_REMEMBERED_MAX = 10_000
 SESSION_SECRET_BYTES = 8
+SESSIONS_OF_USER_MAX = 50
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
 IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which is up to 600
@@ -284,6 +295,8 @@ RUN_GAP = 100  # numbers between two messages, up to which their readers are loo
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 WORD_CHARS_MAX = 64  # in the index
 INDEX_PAGE = 500  # messages whose words are indexed at once
+INDEX_WORDS_MAX = 10_000  # of them together, but for the last
+SEARCH_READS_MAX = 10  # for a page, where what the index names is not what was asked for
 INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
 INDEX_REST = 9  # times as long as the background indexing worked
 UPKEEP_SECONDS = 60
@@ -316,11 +329,20 @@ Position = Annotated[
 Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
-Username = Annotated[
-    str, Meta(min_length=3, max_length=50, description="Letters of any script, digits and `_`.")
-]
+# Four that are counted in their composed form (composed_text), and may be longer as sent.
+Username = Annotated[str, Meta(
+    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX,
+    description="3 to 50 letters of any script, digits and `_`, counted in NFC.")]
+Password = Annotated[str, Meta(
+    max_length=PASSWORD_CHARS_MAX * COMPOSED_FROM_MAX,
+    description="8 to 100 characters of any kind, counted in NFC.")]
+Query = Annotated[str, Meta(
+    max_length=QUERY_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
+    description="Words; up to 200 characters, counted in NFC.")]
+NameStart = Annotated[str, Meta(
+    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
+    description="Start of the name; up to 50 characters, counted in NFC.")]
 Email = Annotated[str, Meta(min_length=3, max_length=EMAIL_CHARS_MAX)]
-Password = Annotated[str, Meta(min_length=8, max_length=100)]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
 
@@ -853,8 +875,12 @@ class Sessions:
         for key in self._keys:
             with contextlib.suppress(jwt.InvalidTokenError, ValueError):
                 claims = signed_claims(token, key, "sub", "sid", "typ", "jti", "iat", "exp")
-                is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= time.time()
-                return claims if claims["typ"] == kind and not is_expired else None
+                now = time.time()
+                is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= now
+                # Signed while a clock was ahead; of a refresh token the session is put right.
+                is_early = kind == "access" and claims["iat"] > now + self._access_seconds
+                is_good = claims["typ"] == kind and not is_expired and not is_early
+                return claims if is_good else None
         return None
 
     async def asker(self, token: str) -> Asker:
@@ -2025,6 +2051,37 @@ PURGE_OLD = """  -- ended_seconds, life_seconds, attempt_seconds, read_seconds, 
     from (table ended union all table expired union all table attempt union all table step) gone"""
 
 
+SETTLE_CLOCK = """  -- limit
+    -- sessions_by_rotation, sessions_ended, participants_joined, attempts_by_age
+    -- What was stamped while the clock was ahead would be new until that time comes: sessions and
+    -- joinings count as of now, attempts no longer. Answers how many rows it changed, at most
+    -- `limit` of each kind. It waits for no lock.
+    with rotated as (
+        select s.id from sessions s where s.rotated_at > now() + interval '1 minute'
+        order by s.rotated_at limit $1 for update skip locked
+    ), ended as (
+        select s.id from sessions s where s.ended_at > now() + interval '1 minute'
+        order by s.ended_at limit $1 for update skip locked
+    ), session as (
+        update sessions set
+            rotated_at = least(rotated_at, now()), last_used_at = least(last_used_at, now()),
+            ended_at = case when ended_at > now() then now() else ended_at end
+        where id = any (array(select id from rotated union select id from ended))
+        returning 1
+    ), participant as (
+        update participants set joined_at = now() where ctid = any (array(
+            select p.ctid from participants p where p.joined_at > now() + interval '1 minute'
+            order by p.joined_at limit $1 for update skip locked))
+        returning 1
+    ), attempt as (
+        delete from attempts where ctid = any (array(
+            select a.ctid from attempts a where a.at > now() + interval '1 minute'
+            order by a.at limit $1 for update skip locked))
+        returning 1
+    )
+    select count(*) from (table session union all table participant union all table attempt) put"""
+
+
 class ChatItem(Struct):
     """What changes a chat, on its way to a writer.
 
@@ -2194,17 +2251,25 @@ class ReadWriter(ChatWriter[NewRead, Read]):
         return outcomes
 
 
-def words_of(text: str) -> list[str]:
-    """List the words of a text, folded: letters and digits of any script, with their marks.
-
-    A digest stands for a word too long for the index.
+def words_of(text: str) -> set[str]:
+    """Tell what the index has of a text: its words, and of runs of a script that puts no spaces
+    between words each character and each pair.
     """
-    kept = ""
-    for c in folded(stream_safe(text)):
-        kind = unicodedata.category(c)[0]
-        kept += c if kind in "LN" or (kind == "M" and kept[-1:].strip()) else " "
-    return sorted(word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
-                  for word in set(kept.split()))
+    words, runs = words_and_runs(text)
+    found = set(map(short_word, words))
+    for run in runs:
+        found.update(run, pairs(run))
+    return found
+
+
+def short_word(word: str) -> str:
+    """Answer a word as it is in the index: a digest stands for one too long for it."""
+    return word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
+
+
+def pairs(run: str) -> list[str]:
+    """List the pairs of characters of a run; of a single character, itself."""
+    return [first + second for first, second in itertools.pairwise(run)] or [run]
 
 
 class SearchIndex:
@@ -2227,14 +2292,20 @@ class SearchIndex:
         deadline = time.monotonic() + INDEX_SECONDS
         while rows := await self._database.rows(SELECT_UNINDEXED, chat_id, INDEX_PAGE):
             if time.monotonic() > deadline:
+                self._waiting.add(chat_id)
                 raise Unavailable("The chat is still being indexed.")
-            seqs = [row["seq"] for row in rows]
-            words = []
+            words, count = [], 0
             for row in rows:
-                words.append(" ".join(words_of(row["text"])))
-                await asyncio.sleep(0)  # others come first: a long text takes half a millisecond
+                found = words_of(row["text"])
+                words.append(" ".join(found))
+                count += len(found)
+                if count > INDEX_WORDS_MAX:
+                    break
+                await asyncio.sleep(0)  # others come first: a long text takes a millisecond
+            seqs = [row["seq"] for row in rows[:len(words)]]
+            upto = rows[len(words) - 1]["rev"]
             await self._database.rows(
-                INDEX_WORDS, chat_id, rows[0]["since"], rows[-1]["rev"], seqs, words)
+                INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""
@@ -2262,8 +2333,11 @@ async def keep_tidy(app: web.Application) -> None:
         await leave_chats(app, row["id"])
     swept = 1
     while swept:
-        swept = await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS) + await database.value(
-            PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, UPKEEP_ROWS)
+        swept = (
+            await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS)
+            + await database.value(SETTLE_CLOCK, UPKEEP_ROWS)
+            + await database.value(
+                PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, UPKEEP_ROWS))
         await asyncio.sleep(0.05)  # others come first
 
 
@@ -2318,7 +2392,7 @@ COUNT_ATTEMPT = """  -- key, window_seconds, allowed
     select count_attempt(attempt => $1, window_seconds => $2, allowed => $3)"""
 
 START_SESSION = """
-    -- user_id, verified_hash, dearer_hash, user_agent, account_key, address_key, secret
+    -- user_id, verified_hash, new_hash, user_agent, account_key, address_key, secret
     -- users_pkey, attempts_by_key
     -- No row where the verified password is no longer the account's. A login forgives all attempts
     -- at the account, but only one of its address: two logins at once never forgive the same one.
@@ -2326,7 +2400,8 @@ START_SESSION = """
         delete from attempts where key = $5
     ), forgiven_once as (
         delete from attempts where ctid = (
-            select a.ctid from attempts a where a.key = $6
+            select a.ctid from attempts a
+            where a.key = $6 and a.at < now() + interval '1 minute'
             order by a.at desc limit 1 for update skip locked)
     ), woken as (
         update users u set is_active = true, password_hash = coalesce($3::text, $2::text)
@@ -2353,6 +2428,16 @@ SELECT_SESSIONS = """  -- user_id, life_seconds, after, limit
       and s.rotated_at > now() - make_interval(secs => $2) and s.id > $3
     order by s.id limit $4"""
 
+END_OLDEST_SESSIONS = """  -- user_id, kept
+    -- sessions_of_user
+    -- Ends those that were used longest ago, where a user has more than may be kept; first those
+    -- that seem to be used in the future, since they are no newer than a login of now.
+    update sessions set ended_at = now() where ended_at is null and id = any (array(
+        select s.id from sessions s where s.user_id = $1 and s.ended_at is null
+        order by s.last_used_at > now() + interval '1 minute', s.last_used_at desc, s.id desc
+        offset $2))
+    returning id"""
+
 END_SESSION = """  -- session_id, user_id, secret
     -- sessions_pkey
     -- Whatever its secret is, where that is null.
@@ -2361,12 +2446,28 @@ END_SESSION = """  -- session_id, user_id, secret
     returning id"""
 
 
+def composed_text(loc: str, text: str, least: int, most: int) -> str:
+    """Answer a text in NFC. Raises InvalidInput unless it has so many characters then."""
+    normal = composed(text)
+    if not least <= len(normal) <= most:
+        raise invalid(loc, f"must have {least} to {most} characters")
+    return normal
+
+
+def checked_password(password: str) -> str:
+    """Answer a new password. Raises InvalidInput."""
+    return composed_text("$.password", password, 8, PASSWORD_CHARS_MAX)
+
+
 def checked_username(username: str) -> tuple[str, str]:
     """Answer a username and its key, by which it is unique. Raises InvalidInput."""
-    name = unicodedata.normalize("NFC", username)
-    kinds = [unicodedata.category(c)[0] if not c.isdecimal() and c != "_" else "L" for c in name]
-    if not 3 <= len(name) <= 50 or kinds[0] == "M" or not set(kinds) <= {"L", "M"}:
-        raise invalid("$.username", "must be 3 to 50 letters, digits or underscores")
+    name = composed_text("$.username", username, 3, USERNAME_CHARS_MAX)
+    # L for a letter, digit or underscore, M for a mark
+    kinds = "".join(
+        "L" if c.isdecimal() or c == "_" else unicodedata.category(c)[0] for c in name)
+    if SHOWS_NOTHING.search(name) or not re.fullmatch(f"(LM{{0,{USERNAME_MARKS_MAX}}})+", kinds):
+        raise invalid(
+            "$.username", "must be letters with up to 3 marks each, digits or underscores")
     return name, folded(name)
 
 
@@ -2394,9 +2495,9 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
         raise RegistrationClosed
     email, email_key = checked_email(body.email)
     username, username_key = checked_username(body.username)
-    await count_attempt(
-        request, f"register:{address_of(request)}", settings.registrations_per_address)
-    hashed = await request.app[PASSWORDS].hash(body.password)
+    password, address = checked_password(body.password), address_of(request)
+    await count_attempt(request, f"register:{address}", settings.registrations_per_address)
+    hashed = await request.app[PASSWORDS].hash(password, address)
     row = await request.app[DATABASE].row(
         INSERT_USER, email, email_key, username, username_key, hashed)
     return created(User(**row), f"/api/v1/users/{row['id']}")
@@ -2404,7 +2505,8 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
     """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
-    request.app[PASSWORDS].check_queue()  # a try that is refused as Busy is not counted
+    # A try that is refused as Busy is not counted.
+    request.app[PASSWORDS].check_queue(address_of(request))
     if request.app[SETTINGS].rate_limits == "on":
         wait = await request.app[DATABASE].value(COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
         if wait:
@@ -2418,7 +2520,8 @@ async def login(request: web.Request, body: Login) -> Tokens:
     Raises InvalidCredentials, TooManyAttempts.
     """
     database, passwords = request.app[DATABASE], request.app[PASSWORDS]
-    settings, address_key = request.app[SETTINGS], f"login from:{address_of(request)}"
+    settings, address = request.app[SETTINGS], address_of(request)
+    address_key = f"login from:{address}"
     try:
         email_key = checked_email(body.email)[1]
     except InvalidInput:
@@ -2433,15 +2536,22 @@ async def login(request: web.Request, body: Login) -> Tokens:
     while True:
         user = await database.row(SELECT_LOGIN, email_key)
         hashed = user["password_hash"] if user else passwords.nobodys
-        if not await passwords.matches(body.password, hashed) or not user:
+        form = await passwords.matching(body.password, hashed, address)
+        if form is None or not user:
             raise InvalidCredentials
-        dearer = await passwords.hash(body.password) if passwords.is_cheap(hashed) else None
+        anew = None
+        if passwords.is_outdated(form, hashed):
+            anew = await passwords.hash(form, address)
         session = await database.row(
-            START_SESSION, user["id"], hashed, dearer, agent, account_key, address_key,
+            START_SESSION, user["id"], hashed, anew, agent, account_key, address_key,
             secrets.token_urlsafe(SESSION_SECRET_BYTES))
         if session:
-            return request.app[SESSIONS].tokens(user["id"], session)
-        # The hash is another by now: the password was changed, or another login made it dearer.
+            break
+        # The hash is another by now: the password was changed, or another login hashed it anew.
+    surplus = await database.rows(END_OLDEST_SESSIONS, user["id"], SESSIONS_OF_USER_MAX)
+    for ended in surplus:
+        request.app[ROOMS].publish(SessionHint(ended["id"]))
+    return request.app[SESSIONS].tokens(user["id"], session)
 
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
@@ -2525,13 +2635,15 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
     """
     app, me = request.app, request[ASKER]
     await check_self(request, user_id)
-    email = checked_email(body.email) if body.email else (None, None)
-    username = checked_username(body.username) if body.username else (None, None)
+    nothing = (None, None)
+    email = nothing if body.email is UNSET else checked_email(body.email)
+    username = nothing if body.username is UNSET else checked_username(body.username)
+    password = None if body.password is UNSET else checked_password(body.password)
     verified = hashed = None
-    if body.email or body.password:
+    if email[0] or password:
         verified = await verified_hash(request, body.current_password)
-    if body.password:
-        hashed = await app[PASSWORDS].hash(body.password)
+    if password:
+        hashed = await app[PASSWORDS].hash(password, address_of(request))
     active = None if body.is_active is UNSET else body.is_active
     ended = await app[DATABASE].value(
         CHANGE_USER, user_id, me.session_id, verified, *email, *username, hashed, active)
@@ -2553,7 +2665,8 @@ async def verified_hash(request: web.Request, password: str | UnsetType) -> str:
     hashed: str | None = await request.app[DATABASE].value(SELECT_HASH, me)
     await count_attempt(
         request, f"password:{me}", request.app[SETTINGS].login_failures_per_account)
-    if hashed is None or not await request.app[PASSWORDS].matches(password, hashed):
+    address, passwords = address_of(request), request.app[PASSWORDS]
+    if hashed is None or await passwords.matching(password, hashed, address) is None:
         raise WrongPassword
     return hashed
 
@@ -2587,10 +2700,11 @@ async def list_users(
     *,
     limit: Limit = PAGE_DEFAULT,
     after: Number = 0,
-    q: Annotated[str, Meta(max_length=50, pattern=NO_NUL, description="Start of the name.")] = "",
+    q: NameStart = "",
 ) -> Answer[list[User]]:
-    """List users by id, all or those whose username starts with `q`."""
-    bounds = folded(q), folded(q) + "\U0010ffff"
+    """List users by id, all or those whose username starts with `q`. Raises InvalidInput."""
+    key = folded(composed_text("$.q", q, 0, USERNAME_CHARS_MAX))
+    bounds = key, key + "\U0010ffff"
     rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
     more = {"after": users[-1].id} if len(rows) > limit else None
@@ -2877,12 +2991,13 @@ async def list_messages(
     limit: Limit = PAGE_DEFAULT,
     before: Number | None = None,
     after: Number | None = None,
-    q: Annotated[str, Meta(max_length=200, pattern=NO_NUL, description="Words.")] | None = None,
+    q: Query | None = None,
 ) -> Answer[list[Message]]:
     """Read the history: the newest page, or the one before or after a `seq` (exclusive).
 
     Oldest first within the page; `next` goes to older messages, `prev` to newer ones. With `q`
     only messages that hold all of its words, whole and in any case, newest first; no tombstones.
+    Of scripts that put no spaces between words, such as Chinese, they hold each run as it stands.
     Raises ChatNotFound, InvalidInput.
     """
     me, database = request[ME], request.app[DATABASE]
@@ -2915,17 +3030,46 @@ async def list_messages(
 async def search_messages(
     request: web.Request, chat_id: int, q: str, limit: int, before: int | None
 ) -> Answer[list[Message]]:
-    """Find the messages of a chat that hold all of some words. Raises ChatNotFound."""
+    """Find the messages of a chat that hold all of some words. Raises ChatNotFound, InvalidInput.
+
+    The index tells in which messages the pairs of a run are. That they stand one after the other
+    is seen here; a page whose messages are all others goes on to the next, too.
+    """
     me, database = request[ME], request.app[DATABASE]
+    words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
+    wanted = {short_word(word) for word in words}.union(*map(pairs, runs))
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
         await request.app[INDEX].index(chat_id)
+    found: list[Message] = []
     bound = INT8_MAX if before is None else before
-    rows = await database.rows(SELECT_MESSAGES_FOUND, chat_id, me, bound, words_of(q), limit + 1)
-    if not rows:
-        raise ChatNotFound
-    messages = await messages_of(database, chat_id, rows[:limit])
-    more = {"before": messages[-1].seq} if len(rows) > limit else None
-    return page(request, messages, next=more)
+    for _ in range(SEARCH_READS_MAX):
+        rows = await database.rows(
+            SELECT_MESSAGES_FOUND, chat_id, me, bound, list(wanted), limit + 1)
+        if not rows:
+            raise ChatNotFound
+        named = await messages_of(database, chat_id, rows[:limit])
+        found += await holding(named, [run for run in runs if len(run) > 2])
+        if len(rows) <= limit or len(found) >= limit:
+            break
+        bound = named[-1].seq
+    more = None
+    if len(found) > limit:
+        more = {"before": found[limit - 1].seq}
+    elif len(rows) > limit:
+        more = {"before": named[-1].seq}
+    return page(request, found[:limit], next=more)
+
+
+async def holding(messages: list[Message], runs: list[str]) -> list[Message]:
+    """List those of some messages that hold each of some runs as it stands."""
+    if not runs:
+        return messages
+    found = []
+    for message in messages:
+        held = " ".join(words_and_runs(message.text)[1])
+        found += [message] if all(run in held for run in runs) else []
+        await asyncio.sleep(0)  # others come first: a long text takes a millisecond
+    return found
 
 
 async def list_changes(
@@ -3054,7 +3198,8 @@ async def unanswered_below(socket: Socket, limit: int) -> None:
 
 
 def take_control(request: web.Request, socket: Socket, incoming: WSMessage) -> None:
-    """Answer a ping. Control frames are counted like any other; beyond the limit none is answered.
+    """Answer a ping. Control frames and fragments are counted like any other frame; beyond the
+    limit none is answered.
     """
     try:
         charge(request.app, TooManyFrames, socket.key)

@@ -14,6 +14,7 @@ import re
 import secrets
 import sys
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,14 +27,19 @@ from yarl import URL
 
 from plumbing.deadline import uncounted
 from plumbing.process import REQUEST_ID_HEADER, Handler, StartError
+from plumbing.text import composed
 
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
+FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
 PASSWORD_THREADS = 2
-PASSWORD_QUEUE_MAX = 64  # hashes waiting for a thread
+PASSWORD_QUEUE_MAX = 128  # hashes waiting for a thread or under way
+PASSWORD_QUEUE_OF_ONE_MAX = 32  # of them from one address
+PASSWORD_CHARS_MAX = 1000  # of one that is looked into: a longer one is nobody's
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
 TOKENS_REMEMBERED_MAX = 10_000
+TOKEN_CHARS_MAX = 2000
 SECRET_BYTES_MIN = 32
 ORIGINS_REMEMBERED_MAX = 1000
 HEADERS_ASKED_MAX = 32  # which a page may ask to send beside the usual ones
@@ -115,8 +121,9 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     peer = read_address(request.remote or "")
     if peer is None:
         return ""  # a Unix socket
-    listed = ",".join(request.headers.getall("X-Forwarded-For", ())).split(",")
-    elements = ",".join(request.headers.getall("Forwarded", ())).split(",")
+    listed, elements = (
+        ",".join(request.headers.getall(name, ()))[-FORWARDED_CHARS_MAX:].split(",")
+        for name in ("X-Forwarded-For", "Forwarded"))
     named = [named_by(element) for element in elements]
     told = {
         nearest_stranger(peer, way, trusted)
@@ -207,51 +214,105 @@ class Busy(Exception):
     """More is waiting than may wait."""
 
 
-class Passwords:
-    """Hashes and verifies passwords, a bounded number at a time.
+class Turns:
+    """Lets so many work at once; of those who wait, each key lets one in after the other."""
 
-    By bcrypt over a SHA-2 digest: bcrypt itself stops at 72 bytes and at NUL.
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        # Key: who waits, the first first; the key whose turn is next stands first.
+        self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
+
+    async def take(self, key: Hashable) -> None:
+        """Wait for a turn; `give_back` ends it."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(key, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it was given in the same moment
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """End a turn: the next is let in."""
+        while self._queues:
+            key = next(iter(self._queues))
+            queue = self._queues.pop(key)
+            turn = queue.popleft()
+            if queue:
+                self._queues[key] = queue  # behind all others
+            if not turn.cancelled():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class Passwords:
+    """Hashes and verifies passwords, a bounded number at a time, of each address in turn.
+
+    By bcrypt over a SHA-2 digest: bcrypt itself stops at 72 bytes and at NUL. Of the composed form
+    (NFC): keyboards differ in how they write an accent.
     """
 
     def __init__(self, cost: int) -> None:
         self.cost = cost
         self._waiting = 0
+        self._waiting_of: Counter[str] = Counter()  # by address
+        self._turns = Turns(PASSWORD_THREADS)
         self._threads = ThreadPoolExecutor(
             PASSWORD_THREADS, "bcrypt", initializer=_let_others_go_first)
         # Verified against for an unknown email, so that it takes as long as a known one.
         self.nobodys = f"$2b${cost:02d}${'.' * 53}"
 
-    async def hash(self, password: str) -> str:
+    async def hash(self, password: str, address: str = "") -> str:
         """Hash a password for storing. Raises Busy."""
-        hashed = await self._run(bcrypt.hashpw, self._digest(password), bcrypt.gensalt(self.cost))
+        digest = self._digest(composed(password))
+        hashed = await self._run(address, bcrypt.hashpw, digest, bcrypt.gensalt(self.cost))
         return hashed.decode()
 
-    async def matches(self, password: str, hashed: str) -> bool:
-        """Tell whether a password is the one that was hashed; raises what `hash` does."""
-        return await self._run(bcrypt.checkpw, self._digest(password), hashed.encode())
+    async def matching(self, password: str, hashed: str, address: str) -> str | None:
+        """Answer in which form a password was hashed; None if it is another. Raises Busy.
 
-    def is_cheap(self, hashed: str) -> bool:
-        """Tell whether a hash was made when hashes cost less."""
-        return int(hashed.split("$")[2]) < self.cost
+        Once passwords were hashed as they were sent: that is tried too, where it differs.
+        """
+        is_short = len(password) <= PASSWORD_CHARS_MAX
+        for form in dict.fromkeys((composed(password) if is_short else password, password)):
+            if await self._run(address, bcrypt.checkpw, self._digest(form), hashed.encode()):
+                return form
+        return None
+
+    def is_outdated(self, form: str, hashed: str) -> bool:
+        """Tell whether a hash was made of another form, or when hashes cost less."""
+        return form != composed(form) or int(hashed.split("$")[2]) < self.cost
 
     @staticmethod
     def _digest(password: str) -> bytes:
         return base64.b64encode(hashlib.sha256(password.encode()).digest())
 
-    def check_queue(self) -> None:
-        """Raise Busy if so many wait already."""
-        if self._waiting >= PASSWORD_QUEUE_MAX:
+    def check_queue(self, address: str) -> None:
+        """Raise Busy if so many wait already, in all or of one address."""
+        is_full = self._waiting >= PASSWORD_QUEUE_MAX
+        if is_full or self._waiting_of[address] >= PASSWORD_QUEUE_OF_ONE_MAX:
             raise Busy("Too many passwords are being checked.")
 
-    async def _run(self, function: Callable[..., Result], *args: bytes) -> Result:
-        self.check_queue()
+    async def _run(self, address: str, function: Callable[..., Result], *args: bytes) -> Result:
+        self.check_queue(address)
         self._waiting += 1
-        loop = asyncio.get_running_loop()
+        self._waiting_of[address] += 1
         try:
             with uncounted():  # the length of the queue bounds it
-                return await loop.run_in_executor(self._threads, function, *args)
+                await self._turns.take(address)
+                job = asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+                job.add_done_callback(lambda _: self._turns.give_back())
+                return await job
         finally:
             self._waiting -= 1
+            self._waiting_of[address] -= 1
+            if not self._waiting_of[address]:
+                del self._waiting_of[address]
 
     def close(self) -> None:
         """End the threads; what still waits is dropped."""
@@ -267,6 +328,8 @@ def signed_claims(token: str, key: str, *required: str) -> dict[str, Any]:
 
     Raises jwt.InvalidTokenError, ValueError.
     """
+    if len(token) > TOKEN_CHARS_MAX:
+        raise ValueError("too long for a token")
     claims: dict[str, Any] = jwt.decode(token, key, ["HS256"], {
         "require": list(required),
         "verify_exp": False,  # by whoever asks

@@ -1,8 +1,39 @@
-"""Text as people write it: folded so that it compares, and without what no language has."""
+"""Text as people write it: composed, folded so that it compares, and taken apart into words.
 
+Python's unicodedata tells neither which characters show nothing nor which script one belongs to:
+the ranges here are those of Unicode 17.
+"""
+
+import re
 import unicodedata
 
 MARKS_MAX = 30  # in a row (Unicode UAX #15, Stream-Safe Text)
+COMPOSED_FROM_MAX = 4  # characters that NFC may make one of (UAX #15, of which NFD tells the most)
+DECOMPOSED_CHARS_MAX = 12_288  # of 4,096 syllables of Hangul; but U+FDFA alone becomes 18
+
+# DerivedCoreProperties.txt, Default_Ignorable_Code_Point; but for U+200B, where a line may break.
+_SHOWS_NOTHING = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200c-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3"
+    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff")
+# Scripts that put no spaces between words. LineBreak.txt, SA (words are found in a dictionary):
+# Thai, Lao, Myanmar, Khmer, Tai Le, New Tai Lue, Tai Tham, Tai Viet, Ahom; then, of Scripts.txt,
+# Han, Hiragana, Katakana and Bopomofo, with what stands in their blocks.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19ff\u1a20-\u1aaf\ua9e0-\ua9ff"
+    "\uaa60-\uaadf\U00011700-\U0001174f"
+    "\u2e80-\u2fdf\u3005-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U0001aff0-\U0001b16f\U00020000-\U0003ffff")
+
+SHOWS_NOTHING = re.compile(f"[\u200b{_SHOWS_NOTHING}]")
+RUN = re.compile(f"[{_UNSPACED}]+")
+# Within a run also U+200B shows nothing; elsewhere it parts two words.
+UNSEEN = re.compile(f"[{_SHOWS_NOTHING}]+|(?<=[{_UNSPACED}])\u200b+(?=[{_UNSPACED}])")
+
+
+def composed(text: str) -> str:
+    """Write each letter with its marks as one character where there is one (Unicode, NFC)."""
+    return unicodedata.normalize("NFC", text)
 
 
 def folded(text: str) -> str:
@@ -16,14 +47,30 @@ def folded(text: str) -> str:
 
 def stream_safe(text: str) -> str:
     """Drop the marks beyond 30 in a row: no language has them, and to sort a run of marks, as every
-    normalisation does, takes quadratic time.
+    normalisation does, takes quadratic time. Drop the end of a text that would become very long.
     """
     if text.isascii():
         return text
-    kept, run = [], 0
+    kept, run, size = [], 0, 0
     for c in text:
-        is_mark = unicodedata.combining(unicodedata.normalize("NFKD", c)[0])
-        run = run + 1 if is_mark else 0
+        parts = unicodedata.normalize("NFKD", c)
+        run = run + 1 if unicodedata.combining(parts[0]) else 0
         if run <= MARKS_MAX:
             kept.append(c)
+            size += len(parts)
+        if size > DECOMPOSED_CHARS_MAX:
+            break
     return "".join(kept)
+
+
+def words_and_runs(text: str) -> tuple[list[str], list[str]]:
+    """Take a text apart, folded: into words, which are letters and digits with their marks, and,
+    of scripts that put no spaces between words, into runs of them.
+    """
+    kept, last = [], " "
+    for c in folded(stream_safe(UNSEEN.sub("", text))):
+        kind = unicodedata.category(c)[0]
+        last = c if kind in "LN" or (kind == "M" and last != " ") else " "
+        kept.append(last)
+    letters = "".join(kept)
+    return RUN.sub(" ", letters).split(), RUN.findall(letters)

@@ -10,11 +10,14 @@ import time
 import typing
 from typing import Any
 
-from aiohttp import web
+from aiohttp import WSMessage, WSMsgType, web, web_ws
 from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http_websocket import WebSocketReader
 
+FRAGMENT = WSMessage(WSMsgType.CONTINUATION, b"", "")
 PING, PONG = 0x89, 0x8A  # first bytes of whole frames (RFC 6455, section 5.2)
 TEXT, CLOSE = 0x81, 0x88
+DATA = (0x0, 0x1, 0x2)  # opcodes: a continuation, a text, a binary message
 
 # Close codes: the protocol's own (RFC 6455, section 7.4.1), and one of those left to applications.
 OK = 1000
@@ -40,6 +43,30 @@ def text_frame(payload: bytes) -> bytes:
 def close_frame(code: int) -> bytes:
     """Frame a close without a reason (RFC 6455, section 5.5.1)."""
     return bytes((CLOSE, 2)) + code.to_bytes(2, "big")
+
+
+class FragmentReader(WebSocketReader):
+    """Reads frames as aiohttp does, and tells of each fragment before a message's last one, too.
+
+    aiohttp collects them without a word: empty ones came without end, uncounted. Here each stands
+    in the queue like a frame of its own: who takes the frames may count it, and a full queue stops
+    the reading.
+    """
+
+    def __init__(self, queue: Any, *args: Any, **options: Any) -> None:
+        super().__init__(queue, *args, **options)
+        self._tell = queue.feed_data
+
+    def _handle_frame(
+        self, fin: bool, opcode: int, payload: bytes | bytearray, compressed: int
+    ) -> None:
+        super()._handle_frame(fin, opcode, payload, compressed)
+        if opcode in DATA and not fin:
+            self._tell(FRAGMENT, 0)
+
+
+# aiohttp lets nobody choose the reader.
+web_ws.WebSocketReader = FragmentReader  # type: ignore[attr-defined]
 
 
 class Connection:

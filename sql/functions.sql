@@ -7,6 +7,8 @@
 --
 -- Volatile: each statement of such a function sees what was committed before it, and so what the
 -- lock in the statement before waited for.
+-- A time that must not be before the one stored follows it by a minute at most: what was stored
+-- while the clock was ahead steers nothing for longer.
 -- set enable_... = off, jit = off: plans are pinned to index scans. One that was made while a table
 -- was small would scan the table for as long as the connection lives.
 -- set plan_cache_mode = force_generic_plan: for arrays PostgreSQL would plan anew at each call,
@@ -149,6 +151,7 @@ set plan_cache_mode = force_generic_plan
 as $$
 #variable_conflict use_column
 declare
+    at     timestamptz;
     c      record;  -- the chat, locked
     stored record;  -- the asker's membership, the message of this id, the message replied to
 begin
@@ -178,7 +181,8 @@ begin
         last_rev := c.last_rev + 1;
         last_mark := post_message.mark;
         seq := last_rev;
-        created_at := greatest(clock_timestamp(), c.active_at);
+        at := clock_timestamp();
+        created_at := greatest(at, least(c.active_at, at + interval '1 minute'));
         insert into messages (chat_id, seq, rev, id, sender_id, text, reply_to, created_at, mark)
         values (chat, post_message.seq, post_message.seq, message, sender, body, reply,
                 post_message.created_at, post_message.mark);
@@ -245,7 +249,7 @@ begin
 
     with numbered as (
         select i.*, c.last_rev + row_number() over (partition by i.chat_id order by i.item) as seq,
-               greatest(at, c.active_at) as created_at
+               greatest(at, least(c.active_at, at + interval '1 minute')) as created_at
         from unnest(chat_ids, sender_ids, ids, texts, reply_tos)
              with ordinality as i (chat_id, sender_id, id, text, reply_to, item)
         join chats c on c.id = i.chat_id
@@ -376,7 +380,8 @@ begin
 
     with steps as (
         select p.chat_id, p.user_id, p.last_read_seq as from_seq, max(m.seq) as seq,
-               greatest(at, p.last_read_at) as read_at, min(i.item)::int as item
+               greatest(at, least(p.last_read_at, at + interval '1 minute')) as read_at,
+               min(i.item)::int as item
         from unnest(chat_ids, user_ids, message_ids)
              with ordinality as i (chat_id, user_id, message_id, item)
         join participants p on p.chat_id = i.chat_id and p.user_id = i.user_id
@@ -784,7 +789,7 @@ begin
         return query select s.id, s.generation, s.rotated_at, s.secret from sessions s
         where s.id = session_id and s.user_id = me and s.secret = my_secret
           and s.generation = known_generation + 1 and s.ended_at is null
-          and (not s.is_used or s.rotated_at > now() - make_interval(secs => grace_seconds));
+          and (not s.is_used or abs(extract(epoch from now() - s.rotated_at)) < grace_seconds);
     end if;
 end
 $$;
@@ -808,6 +813,7 @@ begin
     perform pg_advisory_xact_lock(hashtext(attempt));
     select a.at into oldest from attempts a
     where a.key = attempt and a.at > now() - make_interval(secs => window_seconds)
+      and a.at < clock_timestamp() + interval '1 minute'
     order by a.at desc offset allowed - 1 limit 1;
     if oldest is null then
         insert into attempts (key, at) values (attempt, clock_timestamp());

@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import hashlib
 import json
 import re
 import time
+import unicodedata
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
@@ -157,6 +159,45 @@ async def test_username_is_letters_digits_and_underscores(anyone: Client) -> Non
         assert at(await registers(anyone, username=name)) == (422, "$.username"), repr(name)
 
 
+@pytest.mark.parametrize("name", [
+    *(f"ann{hidden}" for hidden in (
+        "\u3164", "\uffa0", "\u115f", "\ufe0f", "\u034f", "\U000e0100", "\u180b", "\u17b4",
+        "\U000e01ef", "\u00ad", "\u200d", "\u2060")),
+    "\u3164" * 3, "a\u034fnn", "ann" + "\u0336" * 40, "ann" + "\u0301" * 5,
+    "a\u0323\u0336\u0335\u0337\u0338nn",
+])
+async def test_username_holds_nothing_unseen(anyone: Client, name: str) -> None:
+    """A username with a character that shows nothing, or with over three marks on a letter, would
+    look like another's: 422, as a new name too."""
+    assert at(await registers(anyone, username=name)) == (422, "$.username")
+
+
+async def test_username_is_measured_in_nfc(anyone: Client) -> None:
+    """A username has 3 to 50 characters however its accents are written, and up to three marks on
+    each letter."""
+    for written in ("ếộữ" * 7, "ü" * 50, "ắị_", "한국어"):
+        sent = unicodedata.normalize("NFD", written)
+        status, user = await registers(anyone, username=sent)
+        assert (status, user.get("username")) == (201, written)
+        assert (await registers(anyone, username=written))[0] == 409
+    status, _ = await registers(anyone, username="a\u0336\u0335\u0337bc")
+    assert status == 201
+    for written in ("ü" * 51, "üü", "ế" * 51):
+        sent = unicodedata.normalize("NFD", written)
+        assert at(await registers(anyone, username=sent)) == (422, "$.username")
+
+
+async def test_name_of_before_the_rule_is_kept(alice: Person, sql: asyncpg.Connection) -> None:
+    """An account keeps the name that it has, and changes other things beside it."""
+    old = "ann\u3164"
+    await sql.execute("update users set username = $2, username_key = $3 where id = $1",
+                      alice.id, old, messenger.folded(old))
+    assert (await alice.gets("/users/me"))["username"] == old
+    body = {"password": "another password", "current_password": PASSWORD}
+    assert (await alice.expects(200, "PUT", f"/users/{alice.id}", body))["username"] == old
+    assert (await logs_in(alice.client, alice.email, "another password"))[0] == 200
+
+
 async def test_email_is_validated(anyone: Client) -> None:
     """Text that is not an email is refused with a 422 that names the field."""
     for email in ("a+b@example.com", "почта@пример.рф", "x@sub.example.org", "o'neil@example.com"):
@@ -181,6 +222,79 @@ async def test_password_is_8_to_100_characters_of_any_kind(anyone: Client) -> No
         assert (await logs_in(anyone, user["email"], password[:-1]))[0] == 401, repr(password)
     for password in ("", "x" * 7, "🙂" * 7, "x" * 101):
         assert at(await registers(anyone, password=password)) == (422, "$.password"), password
+
+
+COMPOSED = "pässwörd ế 각"
+DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)
+
+
+@pytest.mark.parametrize(("first", "then"), [
+    (COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED), ("\u212bngström", "Ångström"),
+])
+async def test_password_is_the_same_however_it_is_written(
+    anyone: Client, first: str, then: str
+) -> None:
+    """Keyboards differ in how they write an accent: a password logs in from each of them, confirms
+    a change, and is measured alike."""
+    _, user = await registers(anyone, password=first)
+    for written in (first, then):
+        assert (await logs_in(anyone, user["email"], written))[0] == 200
+        assert (await logs_in(anyone, user["email"], written + "\u0301"))[0] == 401
+    _, tokens = await logs_in(anyone, user["email"], then)
+    body = {"password": "neü" + first, "current_password": then}
+    headers = {"Authorization": f"Bearer {tokens['access_token']}"}
+    path = f"/api/v1/users/{user['id']}"
+    async with anyone.put(path, json=body, headers=headers) as answer:
+        assert answer.status == 200
+    assert (await logs_in(anyone, user["email"], "neu\u0308" + then))[0] == 200
+    body = {"password": "u\u0308" * 7, "current_password": "neü" + then}
+    async with anyone.put(path, json=body, headers=headers) as answer:
+        assert at((answer.status, await answer.json())) == (422, "$.password")
+
+
+async def test_password_is_measured_in_nfc(anyone: Client) -> None:
+    """A password has 8 to 100 characters however its accents are written."""
+    for password in ("u\u0308" * 8, "u\u0308" * 100, "\u1112\u1161\u11ab" * 100):
+        status, user = await registers(anyone, password=password)
+        assert status == 201
+        assert (await logs_in(anyone, user["email"], password))[0] == 200
+    for password in ("u\u0308" * 7, "u\u0308" * 101, "\U0001d160" * 34, "x" * 401):
+        assert at(await registers(anyone, password=password)) == (422, "$.password")
+
+
+async def test_password_of_the_old_rule_still_counts(
+    alice: Person, sql: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A password that was hashed as it was sent logs in as it was, and is hashed anew, so that then
+    each way to write it does; an unknown email takes as many hashes."""
+    digest = base64.b64encode(hashlib.sha256(DECOMPOSED.encode()).digest())
+    old = bcrypt.hashpw(digest, bcrypt.gensalt(4)).decode()
+    await sql.execute("update users set password_hash = $1", old)
+    body = {"email": "new@example.com", "current_password": DECOMPOSED}
+    assert (await alice.asks("PUT", f"/users/{alice.id}", body)).status == 200
+    assert (await logs_in(alice.client, "new@example.com", COMPOSED))[0] == 401
+    assert (await logs_in(alice.client, "new@example.com", DECOMPOSED))[0] == 200
+    assert (await logs_in(alice.client, "new@example.com", COMPOSED))[0] == 200
+
+    hashes: list[bytes] = []
+    real = bcrypt.checkpw
+
+    def spy(password: bytes, hashed: bytes) -> bool:
+        hashes.append(hashed)
+        return real(password, hashed)
+
+    monkeypatch.setattr(bcrypt, "checkpw", spy)
+    for password, status, count in (
+        (COMPOSED, 200, 1), (DECOMPOSED, 200, 1), ("wröng password", 401, 1),
+        ("wro\u0308ng password", 401, 2), ("u\u0308" * 7_000, 401, 1),
+    ):
+        for email in ("new@example.com", "nobody@example.com"):
+            hashes.clear()
+            told = (await logs_in(alice.client, email, password))[0]
+            if email.startswith("new"):
+                assert (told, len(hashes)) == (status, count), password
+            elif status == 401:
+                assert (told, len(hashes)) == (401, count), password
 
 
 async def test_every_character_of_a_password_counts(anyone: Client) -> None:
@@ -351,6 +465,42 @@ async def test_logins_at_once_all_get_in_while_the_hash_is_made_anew(
     assert {status for status, _ in answers} == {200}
     assert len(await alice.gets("/users/me/sessions")) == 11
     assert (await logs_in(dearer, alice.email))[0] == 200
+
+
+async def test_user_has_fifty_sessions_at_most(alice: Person, sql: asyncpg.Connection) -> None:
+    """A login beyond fifty live sessions ends the one that was used longest ago, its tokens and its
+    sockets too; no other is touched, and ended ones do not count."""
+    await alice.posts("/users/logout", status=204)
+    logins = [(await logs_in(alice.client, alice.email))[1] for _ in range(50)]
+    _, used = await refreshes(alice.client, logins[0]["refresh_token"])
+    lines = []
+    for tokens in (logins[1], logins[2], used):
+        headers = {"Authorization": f"Bearer {tokens['access_token']}"}
+        lines.append(Line(await alice.client.ws_connect("/ws", headers=headers)))
+    alice.lines += lines
+    assert await may_ask(alice.client, logins[1]["access_token"])
+    await alice.logs_in()
+    assert await lines[0].is_closed() == 4401
+    assert not await may_ask(alice.client, logins[1]["access_token"])
+    assert (await refreshes(alice.client, logins[1]["refresh_token"]))[0] == 401
+    for line in lines[1:]:
+        await line.sends(type="typing")
+        assert await line.hears("error")
+    assert len(await alice.gets("/users/me/sessions?limit=100")) == 50
+    assert await sql.fetchval("select count(*) from sessions where ended_at is null") == 50
+
+
+async def test_logins_at_once_leave_fifty_sessions(alice: Person, sql: asyncpg.Connection) -> None:
+    """However many log in at the same moment, fifty sessions are live in the end, theirs among
+    them; none stays because it seems to be used in the future."""
+    await sql.execute(
+        "insert into sessions (user_id, rotated_at, last_used_at)"
+        " select $1, now(), now() + interval '400 days' from generate_series(1, 60)", alice.id)
+    answers = await asyncio.gather(*(logs_in(alice.client, alice.email) for _ in range(10)))
+    assert {status for status, _ in answers} == {200}
+    for _, tokens in answers:
+        assert await may_ask(alice.client, tokens["access_token"])
+    assert await sql.fetchval("select count(*) from sessions where ended_at is null") == 50
 
 
 # ---- Refreshing

@@ -13,6 +13,7 @@ import messenger
 from support.people import Person, deletes, edits, pages
 from support.servers import Elsewhere
 
+SQL = messenger.SQL
 STRETCH = 65_536  # the index knows words by stretches of so many messages
 
 
@@ -57,8 +58,8 @@ SCRIPTS = {
     "ὈΔΥΣΣΕΎΣ και Οδός": (("ὀδυσσεύς", "ὀδυσσεύσ", "ΟΔΌΣ ΚΑΙ"), ("οδο",)),
     "Straße GROẞ": (("STRASSE", "straße", "groß", "GROSS"), ("strase",)),
     "नमस्ते दुनिया की": (("नमस्ते", "दुनिया नमस्ते", "की"), ("क", "नमस", "दुनय")),
-    "สวัสดี ชาวโลก": (("สวัสดี", "ชาวโลก"), ("สวสด", "ชาว")),
-    "漢字テスト。你好，世界": (("漢字テスト", "世界 你好"), ("漢", "你好世界")),
+    "สวัสดี ชาวโลก": (("สวัสดี", "ชาวโลก", "ชาว", "โลก"), ("สวสด", "โลกชาว")),
+    "漢字テスト。你好，世界": (("漢字テスト", "世界 你好", "漢", "字テ"), ("你好世界", "字漢")),
     "한국어 안녕": (("한국어", "\u1112\u1161\u11ab\u1100\u116e\u11a8\u110b\u1165"), ("한국",)),
     "caf\u00e9 nai\u0308ve": (("cafe\u0301", "CAF\u00c9", "NA\u00cfVE", "na\u00efve"), ("cafe",)),
     "ＦＵＬＬ　ｗｉｄｔｈ　１２３": (("full", "WIDTH 123", "ｆｕｌｌ"), ("12",)),
@@ -96,6 +97,112 @@ async def test_turkish_is_found_in_any_case(alice: Person, bob: Person) -> None:
         assert await finds(bob, chat, q) == [expected], q
 
 
+RUNS = {
+    # what is written, by what it is found, by what it is not
+    "我家在上海东边。": (
+        ("上海", "上", "上海东边", "我家在上海东边", "东边 我家"), ("海上", "上东", "家上")),
+    "海上生明月，天涯共此时": (("海上", "明月 天涯"), ("上海", "月天", "明月天涯")),
+    "東京タワーに行った": (("東京", "タワー", "行った", "ﾀﾜｰに"), ("京東", "ワタ")),
+    "ฉันรักภาษาไทยมาก": (("ภาษา", "ภาษาไทย", "รัก"), ("ไทยภาษา",)),
+    "ខ្ញុំស្រឡាញ់\u200bភាសាខ្មែរ": (("ភាសា", "ភាសា\u200bខ្មែរ", "ស្រឡាញ់ភាសា"), ("ខ្មែរភាសា",)),
+    "ພາສາລາວ": (("ພາສາ", "ລາວ"), ("ລາວພາ",)),
+    "မြန်မာဘာသာ": (("မြန်မာ", "ဘာသာ"), ("ဘာသာမြန်မာ",)),
+    "我买了iPhone15手机": (
+        ("iphone15", "手机 IPHONE15", "我买了", "iPhone15手机"), ("iphone", "了手")),
+    "葛\U000e0100飾区": (("葛飾", "葛\U000e0100飾区"), ("飾葛",)),
+}
+
+
+async def test_part_of_a_run_is_found_as_it_stands(alice: Person, bob: Person) -> None:
+    """In scripts that put no spaces between words any part of a run finds a message, and only as it
+    stands; beside it, words of other scripts are whole."""
+    chat = await alice.opens(bob)
+    for text in RUNS:
+        await alice.says(chat, text)
+    for text, (found, missed) in RUNS.items():
+        for q in found:
+            assert text in await finds(bob, chat, q), (text, q)
+        for q in missed:
+            assert text not in await finds(bob, chat, q), (text, q)
+
+
+async def test_run_whose_pairs_stand_apart_is_not_found(
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that holds each pair of a run, but not the run, is not found, however many of them
+    there are between those that are: pages are filled from what comes after, and lead on."""
+    monkeypatch.setattr(messenger, "SEARCH_READS_MAX", 2)
+    chat = await alice.opens(bob)
+    for number in range(20):
+        await alice.says(chat, f"甲乙丙 {number}" if number % 7 == 0 else f"甲乙。乙丙 {number}")
+    expected = [f"甲乙丙 {number}" for number in (14, 7, 0)]
+    assert await finds(bob, chat, "甲乙丙", "&limit=20") == expected
+    assert await finds(bob, chat, "甲乙 乙丙", "&limit=20") == await finds(bob, chat, "乙丙")
+    for limit in (1, 2, 3, 5, 7):
+        read = await pages(bob, query(chat, "甲乙丙", f"&limit={limit}"))
+        assert all(len(one) <= limit for one in read)
+        assert [message["text"] for one in read for message in one] == expected
+
+
+async def test_messages_of_many_words_are_indexed_in_pieces(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece of the index takes in no more words than its limit, but for the last text."""
+    monkeypatch.setattr(messenger, "INDEX_WORDS_MAX", 5000)
+    dice, pieces = random.Random(7), []
+    database = app[messenger.DATABASE]
+    rows = database.rows
+
+    async def notes(statement: str, *arguments: Any) -> Any:
+        if statement == messenger.INDEX_WORDS:
+            pieces.append(sum(len(words.split()) for words in arguments[4]))
+        return await rows(statement, *arguments)
+
+    chat = await alice.opens(bob)
+    texts = ["".join(chr(dice.randrange(0x4E00, 0x9FFF)) for _ in range(1500)) for _ in range(6)]
+    for text in texts:
+        await alice.says(chat, text)
+    monkeypatch.setattr(database, "rows", notes)
+    for text in texts:
+        assert await finds(bob, chat, text[700:800]) == [text]
+    assert len(pieces) > 2
+    assert max(pieces) <= 5000 + 3000
+
+
+async def test_index_puts_off_little(sql: asyncpg.Connection) -> None:
+    """Nobody has to put megabytes of other messages' words in order: that takes seconds."""
+    options = await sql.fetchval(
+        "select reloptions from pg_class where relname = 'message_words_search'")
+    assert options == ["gin_pending_list_limit=512"]
+
+
+async def test_words_of_the_old_rule_are_indexed_anew(
+    alice: Person, bob: Person, sql: asyncpg.Connection
+) -> None:
+    """After the migration what was indexed as whole words before is found by its parts."""
+    chat = await alice.opens(bob)
+    sent = await alice.says(chat, "我家在上海东边。")
+    await sql.execute("insert into search_positions values ($1, 1)", chat)
+    await sql.execute(
+        "insert into message_words values ($1, 1, array[$2])", chat, f"{chat}:0:我家在上海东边")
+    assert await finds(bob, chat, "上海") == []
+    await sql.execute((SQL / "0006_runs_in_search.sql").read_text())
+    assert await finds(bob, chat, "上海") == [sent["text"]]
+
+
+async def test_query_is_measured_in_nfc(alice: Person, bob: Person) -> None:
+    """A query has up to 200 characters however its accents are written, a name's start up to 50."""
+    chat = await alice.opens(bob)
+    await alice.says(chat, "ế" * 200)
+    for letter in ("ế", "e\u0302\u0301"):
+        assert await finds(bob, chat, letter * 200) == ["ế" * 200]
+        problem = await bob.gets(query(chat, letter * 201), 422)
+        assert problem["errors"][0]["loc"] == "$.q"
+        assert await bob.gets(f"/users?q={quote(letter * 50)}") == []
+        problem = await bob.gets(f"/users?q={quote(letter * 51)}", 422)
+        assert problem["errors"][0]["loc"] == "$.q"
+
+
 async def test_query_without_a_word_finds_nothing(alice: Person, bob: Person) -> None:
     """An empty query, punctuation and emoji are not words: the answer is an empty list, and a
     message of emoji cannot be found."""
@@ -125,7 +232,8 @@ async def test_long_words_do_no_harm(alice: Person, bob: Person) -> None:
     await alice.says(chat, "after it")
     assert await finds(bob, chat, "after") == ["after it"]
     assert await finds(bob, chat, "7 999") == [many]
-    assert await finds(bob, chat, word[:200]) == []
+    assert await finds(bob, chat, word[:200]) == [word]
+    assert await finds(bob, chat, word[199::-1]) == []
     assert await finds(bob, chat, "\ufdfa" * 200) == [wide]
 
 

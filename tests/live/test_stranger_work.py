@@ -21,7 +21,7 @@ from support.people import HEAR_SECONDS, PASSWORD, Person
 from support.raw import RawLine
 from support.servers import ROOT, Server
 
-PING, PONG, CLOSE = 0x89, 0x8A, 0x88
+PING, PONG, CLOSE, CONTINUED = 0x89, 0x8A, 0x88, 0x00
 MARKS = "\u0344" * 16_000 + "\u0323" * 15_900  # to be sorted, in quadratic time
 
 
@@ -56,6 +56,42 @@ async def test_words_of_many_marks_take_no_time(marks: str) -> None:
         "résumé " + "ñ" * 40)
 
 
+@pytest.mark.parametrize("text", [
+    "\ufdfa" * 4096,  # each is 18 characters once it is folded
+    "\ufdfa\u0344" * 2048,
+    "\ufdfa\ufdfb" * 2048,
+    "㌖" * 4096,  # each is 6, of a script without spaces
+    "".join(map(chr, range(0x4E00, 0x4E00 + 4096))),
+    "ß\u0390" * 2048,
+    "\u200b" * 4095 + "上",
+    "上\u200b" * 2048,
+], ids=[
+    "ligatures", "with marks", "two kinds", "squares", "characters", "long folds", "breaks",
+    "broken run"])
+def test_words_of_texts_that_grow_take_no_time(text: str) -> None:
+    """A text that becomes much longer by folding takes a few times what another of its length does,
+    and makes a bounded number of words."""
+
+    def takes(text: str) -> float:
+        times = []
+        for _ in range(10):
+            began = time.process_time()
+            messenger.words_of(text)
+            times.append(time.process_time() - began)
+        return min(times)
+
+    assert len(messenger.words_of(text)) < 10_000
+    assert takes(text) < 7 * takes("привет мир, " * 341)  # it was 9 to 13 times as much
+
+
+def test_end_of_a_text_that_grows_is_left_out() -> None:
+    """What follows 12,288 characters of a decomposed text is not looked into; a text of a language
+    is never as long."""
+    assert "end" in messenger.words_of("\ufdfa" * 600 + " end")
+    assert "end" not in messenger.words_of("\ufdfa" * 4000 + " end")
+    assert "end" in messenger.words_of("각" * 4092 + " end")
+
+
 @pytest.fixture
 async def client(server: Any, aiohttp_client: Any) -> TestClient[Any, Any]:
     """A client that is nobody's."""
@@ -74,26 +110,48 @@ async def reads_until_closed(line: RawLine) -> tuple[int, int]:
     return pongs, 1006
 
 
-@pytest.mark.parametrize("opcode", [PING, PONG])
-async def test_control_frames_count_like_any_other(
-    app: web.Application, alice: Person, bob: Person, raw: Any, opcode: int
+@pytest.mark.parametrize(("opening", "opcode", "size"), [
+    ("", PING, 0), ("", PONG, 0),
+    ("01 80 00000000", CONTINUED, 0),  # a text in empty fragments
+    ("02 80 00000000", CONTINUED, 1),  # a binary one, a byte in each
+    ("01 81 00000000 7b 89 80 00000000", CONTINUED, 0),  # with a ping between
+], ids=["pings", "pongs", "empty fragments", "small fragments", "fragments beside pings"])
+async def test_any_frames_count_like_messages(
+    app: web.Application, alice: Person, bob: Person, raw: Any, opening: str, opcode: int,
+    size: int,
 ) -> None:
-    """Pings and pongs are counted as frames: beyond the limit they go unanswered, and who goes on
-    is closed with 4429; meanwhile others are served."""
+    """Pings, pongs and fragments are counted as frames: beyond the limit pings go unanswered, and
+    who goes on is closed with 4429; meanwhile others are served."""
     app[messenger.RATES][messenger.TooManyFrames] = Rate(100, 1)
     app[messenger.RATES][messenger.FLOODING] = Rate(100, 1)
     chat = await alice.opens(bob)
     line = await raw(alice, chat)
-    block = bytes((opcode, 0x80, 0, 0, 0, 0)) * 4_000
-    await line.gives(block)
+    await line.gives(bytes.fromhex(opening))
+    await line.gives(bytes((opcode, 0x80 + size, 0, 0, 0, 0, *[65] * size)) * 4_000)
     await bob.gets("/users/me")
     pongs, code = await reads_until_closed(line)
     assert code == 4429
-    assert pongs == (100 if opcode == PING else 0)
+    assert pongs == (100 if opcode == PING else "89" in opening)
 
 
-async def test_pings_are_taken_in_turn_with_others(
-    app: web.Application, alice: Person, bob: Person, raw: Any, monkeypatch: Any
+async def test_message_in_many_fragments_is_read(alice: Person, bob: Person, raw: Any) -> None:
+    """A message may come in fragments, empty ones and pings among them; its last one ends it."""
+    chat = await alice.opens(bob)
+    line = await raw(alice, chat)
+    frame = b'{"type":"message","text":"whole","ref":"r"}'
+    await line.sends(0x01, b"")
+    for byte in frame:
+        await line.sends(CONTINUED, bytes((byte,)))
+        await line.sends(CONTINUED)
+    await line.sends(PING)
+    await line.sends(0x80)
+    assert (await line.hears("ack", "error"))["type"] == "ack"
+    assert await bob.history(chat) == ["whole"]
+
+
+@pytest.mark.parametrize("opcode", [PING, CONTINUED])
+async def test_frames_are_taken_in_turn_with_others(
+    app: web.Application, alice: Person, bob: Person, raw: Any, monkeypatch: Any, opcode: int
 ) -> None:
     """What one socket sends in one block is not all taken before anybody else has a turn."""
     chat = await alice.opens(bob)
@@ -113,7 +171,9 @@ async def test_pings_are_taken_in_turn_with_others(
 
     monkeypatch.setattr(messenger, "take_control", take)
     have_a_turn()
-    await line.gives(bytes((PING, 0x80, 0, 0, 0, 0)) * 1_000)
+    if opcode == CONTINUED:
+        await line.sends(0x01)
+    await line.gives(bytes((opcode, 0x80, 0, 0, 0, 0)) * 1_000)
     async with asyncio.timeout(HEAR_SECONDS):
         while taken < 1_000:
             await asyncio.sleep(0.01)

@@ -319,6 +319,19 @@ def test_password_in_an_origin_is_not_shown() -> None:
     assert "hunter2" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["Forwarded", "X-Forwarded-For"])
+@pytest.mark.parametrize("noise", ["for=192.0.2.1,", ",", "for=\"[", "1:2,", "9" * 8000])
+def test_long_way_is_not_read_to_its_beginning(name: str, noise: str) -> None:
+    """However much stands before the word of a trusted proxy, the address is the one that it names,
+    and found at once."""
+    told = "for=192.0.2.60" if name == "Forwarded" else "192.0.2.60"
+    headers = [(name, noise * (8000 // len(noise)))] * 120
+    began = time.process_time()
+    for _ in range(20):
+        assert asked_by(PROXY, *headers, (name, told)) == "192.0.2.60"
+    assert time.process_time() - began < 1  # of the processor; it took 2 s and more
+
+
 # ---- Passwords
 
 
@@ -385,6 +398,108 @@ async def test_queue_of_passwords_is_bounded(
     gate.set()
     assert set(await asyncio.gather(*waiting)) == {200}
     assert await login(alice, alice.email) == 200
+
+
+async def test_addresses_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many passwords come from one address, those of others are checked in turn with
+    them."""
+    gate, order = threading.Event(), []
+
+    def notes(password: bytes, hashed: bytes) -> bool:
+        gate.wait(SOON_SECONDS)
+        order.append(hashed.decode())
+        return True
+
+    monkeypatch.setattr(bcrypt, "checkpw", notes)
+    passwords = guard.Passwords(4)
+    asked = [("flood", f"flood {n}") for n in range(20)] + [
+        ("one", "one 0"), ("other", "other 0"), ("other", "other 1")]
+    checks = [asyncio.create_task(passwords.matching("x", name, key)) for key, name in asked]
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*checks)
+    passwords.close()
+    assert len(order) == 23
+    # Two are under way; then each address has its turn, and those who finish may overtake.
+    places = {name: order.index(name) for name in ("one 0", "other 0", "other 1")}
+    assert places["one 0"] <= 5
+    assert places["other 0"] <= 6
+    assert places["other 1"] <= 9
+    assert [name for name in order if name.startswith("flood")][-1] in ("flood 19", "flood 18")
+
+
+async def test_address_has_a_part_of_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once so many of one address wait its next is refused as Busy; another address is not, and
+    who gave up waiting leaves the place and the turn to others."""
+    gate = threading.Event()
+
+    def waits(password: bytes, hashed: bytes) -> bool:
+        return gate.wait(SOON_SECONDS)
+
+    monkeypatch.setattr(bcrypt, "checkpw", waits)
+    monkeypatch.setattr(guard, "PASSWORD_QUEUE_OF_ONE_MAX", 6)
+    passwords = guard.Passwords(4)
+
+    def comes(address: str) -> asyncio.Task[str | None]:
+        return asyncio.create_task(passwords.matching("password", "hash", address))
+
+    flood = [comes("flood") for _ in range(6)]
+    await asyncio.sleep(0)
+    with pytest.raises(guard.Busy):
+        await comes("flood")
+    with pytest.raises(guard.Busy):
+        passwords.check_queue("flood")
+    passwords.check_queue("other")
+    other = comes("other")
+    await asyncio.sleep(0)
+    for gone in (flood[2], flood[5]):
+        gone.cancel()
+    await asyncio.wait([flood[2], flood[5]])
+    passwords.check_queue("flood")
+    flood.append(comes("flood"))
+    gate.set()
+    still = [one for one in flood if not one.cancelled()]
+    assert await asyncio.gather(*still, other) == ["password"] * 6
+    for _ in range(3):  # every turn was given back
+        assert await asyncio.gather(comes("a"), comes("b"), comes("c")) == ["password"] * 3
+    passwords.close()
+
+
+async def test_logins_of_one_address_do_not_hold_up_another(
+    database_url: str, aiohttp_client: Callable[..., Awaitable[Client]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 96 logins with the right password at once from one address some are 503; a login from
+    another one is answered before the rest of them."""
+    settings = msgspec.structs.replace(SETTINGS, trusted_proxies="127.0.0.1", rate_limits="off")
+    client = await aiohttp_client(messenger.make_app(settings, database_url, SECRET_KEY))
+    people = [Person(client, name) for name in ("alice", "bob")]
+    for person in people:
+        await person.register()
+    real = bcrypt.checkpw
+
+    def slow(password: bytes, hashed: bytes) -> bool:
+        time.sleep(0.05)
+        return real(password, hashed)
+
+    monkeypatch.setattr(bcrypt, "checkpw", slow)
+    answered: list[str] = []
+
+    async def logs_in(person: Person, origin: str) -> int:
+        body = {"email": person.email, "password": PASSWORD}
+        headers = {"X-Forwarded-For": origin}
+        async with client.post("/api/v1/users/login", json=body, headers=headers) as answer:
+            answered.append(origin)
+            return answer.status
+
+    flood = [asyncio.create_task(logs_in(people[0], "203.0.113.1")) for _ in range(96)]
+    async with asyncio.timeout(SOON_SECONDS):
+        while not answered:
+            await asyncio.sleep(0.01)
+    assert await logs_in(people[1], "203.0.113.2") == 200
+    statuses = [await one for one in flood]
+    assert set(statuses) == {200, 503}
+    assert answered.index("203.0.113.2") < 96 - 10
 
 
 # ---- Browsers

@@ -4,7 +4,14 @@ import unicodedata
 
 import pytest
 
-from plumbing.text import MARKS_MAX, folded, stream_safe
+from plumbing.text import (
+    MARKS_MAX,
+    SHOWS_NOTHING,
+    composed,
+    folded,
+    stream_safe,
+    words_and_runs,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,3 +40,42 @@ def test_long_runs_of_marks_are_cut(mark: str) -> None:
     assert stream_safe(run + mark * 5 + "b") == run + "b"
     for text in ("plain", "naïve", unicodedata.normalize("NFD", "tiếng Việt"), "שָׁלוֹם", ""):
         assert stream_safe(text) == text
+
+
+def test_nothing_composes_of_more_than_four() -> None:
+    """A text in NFC has at least a quarter of the characters of any that becomes it: so a length
+    that is checked before bounds the one after, and the other way round."""
+    for c in map(chr, [*range(0xD800), *range(0xE000, 0x110000)]):
+        assert len(unicodedata.normalize("NFD", c)) <= 4
+        assert composed(unicodedata.normalize("NFD", c)) == composed(c)
+
+
+@pytest.mark.parametrize("c", [
+    "\u00ad", "\u034f", "\u115f", "\u1160", "\u200b", "\u3164", "\ufe00", "\ufe0f", "\ufeff",
+    "\uffa0", "\U000e0100", "\U000e01ef"])
+def test_characters_that_show_nothing_are_known(c: str) -> None:
+    """What is in no font and moves nothing is told from letters and marks that show."""
+    assert SHOWS_NOTHING.search(f"a{c}b")
+
+
+def test_characters_that_show_are_not_taken_for_unseen() -> None:
+    """Letters, marks and spaces of every script show."""
+    shown = "aéß и́ ก็ ำ 漢字 한국어 \u1100\u1161 ŏ̈ _9٤ \u0300\u036f\u20e3 \u00a0"
+    assert not SHOWS_NOTHING.search(shown)
+
+
+@pytest.mark.parametrize(("text", "words", "runs"), [
+    ("The quick_brown fox-2", ["the", "quick", "brown", "fox", "2"], []),
+    ("我家在上海东边。很好", [], ["我家在上海东边", "很好"]),
+    ("iPhoneを2台買う!", ["iphone", "2"], ["を", "台買う"]),
+    ("ｶﾞｷﾞ データ ㍿", [], ["ガギ", "データ", "株式会社"]),
+    ("ภาษาไทย ง่าย", [], ["ภาษาไทย", "ง่าย"]),
+    ("한국어 漢字", ["한국어"], ["漢字"]),
+    ("葛\U000e0100城 Schiff\u00adfahrt می\u200cخواهم", ["schifffahrt", "میخواهم"], ["葛城"]),
+    ("ភាសា\u200bខ្មែរ foo\u200bbar", ["foo", "bar"], ["ភាសាខ្មែរ"]),
+    ("... \u0301 🙂 \ufe0f", [], []),
+])
+def test_text_is_taken_apart(text: str, words: list[str], runs: list[str]) -> None:
+    """Words are parted by what is no letter, mark or digit; where a script has no spaces, its runs
+    stay whole, beside words of other scripts too; what shows nothing parts nothing."""
+    assert words_and_runs(text) == (words, runs)
