@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import messenger
-from support.people import PASSWORD, Person
+from support.people import NOBODYS, PASSWORD, Person
 from support.servers import SECRET_KEY, SETTINGS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -512,8 +512,8 @@ async def test_an_open_socket_is_told_of_the_next_token(
     await page.waits("socket?.readyState === 1")
     old = await page.finds("window.first = socket, session.refresh_token")
     await page.finds("session.renew_at = 0, localStorage.session = JSON.stringify(session)")
-    await page.finds("proveToken()")
-    await page.waits("provedAt && heardAt >= provedAt")
+    await page.finds("checkLife()")
+    await page.waits("shownToken === session.access_token && heardAt >= askedAt")
     assert await page.finds("storedSession().refresh_token") != old
     assert await page.finds("socket === first && isConnected()")
     assert page.complaints == []
@@ -531,6 +531,123 @@ async def test_a_session_that_was_ended_elsewhere_leads_to_the_login(
             await alice.expects(204, "DELETE", f"/users/me/sessions/{each['id']}")
     await page.sees("Your session has ended. Please log in again.", "#door")
     assert await page.finds("localStorage.length") == 0
+
+
+# ==== Resuming ====================================================================================
+
+
+async def tells(page: Page, kind: str, **data: Any) -> None:
+    """Hand a frame to a page as if the server had sent it."""
+    text = json.dumps({"type": kind, "data": data})
+    await page.finds(f"takeFrame({{data: {json.dumps(text)}}}), drawAll()")
+
+
+async def test_page_resumes_from_what_a_replay_vouches_for(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """What is heard before a replay is shown but moves no position, and a new socket undoes it: an
+    edited message is again what it was."""
+    chat = await alice.opens(bob)
+    said = await bob.says(chat, "first")
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.sees_message("first")
+    await page.waits("failures === 0 && current.moving")
+    await page.finds("socket.onmessage = null")
+    second = {**said, "id": NOBODYS, "seq": 2, "rev": 2, "text": "second", "position": "2.b"}
+    third = {**said, "rev": 3, "text": "edited", "position": "3.c"}
+
+    await tells(page, "hello", ping_seconds=25)
+    await tells(page, "message", **second)
+    await tells(page, "message_updated", **third)
+    await tells(page, "ready", chat_id=chat, rev=3, position="3.c")
+    assert await page.texts() == ["edited", "second"]
+    assert await page.finds("current.position") == said["position"]
+
+    await tells(page, "hello", ping_seconds=25)
+    assert await page.texts() == ["first"]
+    await tells(page, "replay", chat_id=chat, position=said["position"])
+    await tells(page, "message", **second)
+    assert await page.finds("current.position") == "2.b"
+    await page.finds(f"store({json.dumps(third)})")  # as a page of history brings it
+
+    await tells(page, "hello", ping_seconds=25)
+    assert await page.texts() == ["first", "second"]
+    await tells(page, "chats", chats={str(chat): ["2.b", 1]}, more=True)
+    await tells(page, "message_updated", **third)
+    assert await page.texts() == ["edited", "second"]
+    assert await page.finds("current.position") == "3.c"
+    assert page.complaints == []
+
+
+async def restore(sql: asyncpg.Connection, chat: int, number: int) -> None:
+    """Make of a chat what a backup holds that was taken when it had come to a number."""
+    await sql.execute("delete from messages where chat_id = $1 and seq > $2", chat, number)
+    await sql.execute("delete from revisions where chat_id = $1 and rev > $2", chat, number)
+    await sql.execute(
+        "update chats set last_rev = $2, last_seq = $2, last_mark = coalesce(mark_at(id, $2), '0')"
+        " where id = $1", chat, number)
+
+
+async def test_what_a_restored_server_lost_is_offered_again(
+    alice: Person, bob: Person, server: TestServer, sql: asyncpg.Connection, browser: Browser
+) -> None:
+    """A page whose history was rewritten forgets what is gone. Its own messages are offered, over a
+    reload too, and sent once somebody says so."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    for text in ("kept", "mine, lost"):
+        await page.says(text)
+        await page.sees_message(text)
+    await bob.says(chat, "theirs, lost")
+    await page.sees_message("theirs, lost")
+    await page.waits("failures === 0 && numberOf(current.position) === 3")
+    await restore(sql, chat, 1)
+    await page.finds("hangUp()")
+    await page.sees("Not sent", "#messages")
+    await page.sees_no_more("theirs, lost", "#messages")
+    assert await page.texts() == ["kept", "mine, lost"]
+    await page.commands("Page.reload")
+    await page.sees("Not sent", "#messages")
+    assert await page.texts() == ["kept", "mine, lost"]
+    assert await bob.history(chat) == ["kept"]
+    await page.does("retry", "mine, lost")
+    await page.sees_no_more("Not sent", "#messages")
+    assert await bob.history(chat) == ["kept", "mine, lost"]
+    assert all("404" in complaint for complaint in page.complaints)  # it asked for what is gone
+
+
+async def test_silent_socket_is_replaced(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """A page that hears nothing for long, not even an answer to its ping, comes back."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits("socket?.readyState === 1 && !isDown")
+    await page.finds("window.sent = [], socket.send = text => sent.push(JSON.parse(text).type)")
+    await page.finds("window.first = socket, checkLife()")
+    await page.waits("sent.join() === 'ping'")
+    await page.finds("heardAt -= 2000 * pingSeconds, checkLife()")
+    await page.waits("socket !== first && isConnected() && !isDown")
+    assert page.complaints == []
+
+
+async def test_page_comes_back_only_where_it_is_of_use(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """After 4401 the next socket has a fresh token; after 1009 there is none."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits("socket?.readyState === 1 && !isDown")
+    old = await page.finds("window.first = socket, session.access_token")
+    await page.finds("socket.onclose({code: 4401})")
+    await page.waits("socket !== first && isConnected() && !isDown")
+    assert old != await page.finds("session.access_token")
+    await page.finds("window.second = socket, socket.onclose({code: 1009})")
+    await page.sees("Please reload the page")
+    assert await page.finds("socket === second")
+    assert page.complaints == []
 
 
 # ==== The docs ====================================================================================
