@@ -30,6 +30,9 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-port=0",
+    # A mouse: headless it has none, and the page spares touch screens the keyboard.
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,"
+    "availablePointerTypes=4",
 )
 START_SECONDS = 50
 SEE_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
@@ -186,13 +189,14 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             await self.commands("Input.dispatchKeyEvent", type=kind, key=key, **key_event)
 
-    async def confirms(self, text: str = "") -> None:
-        """Say yes to what the page asks, or what it asks for."""
+    async def confirms(self, text: str = "") -> str:
+        """Say yes to what the page asks, or what it asks for; answer the question."""
         async with asyncio.timeout(SEE_SECONDS):
             while not self.asked:
                 await asyncio.sleep(LOOK_SECONDS)
-        self.asked.clear()
+        question = self.asked.pop()
         await self.commands("Page.handleJavaScriptDialog", accept=True, promptText=text)
+        return question
 
     # ---- The client
     async def registers(self, name: str) -> None:
@@ -413,7 +417,7 @@ async def test_hostile_text_is_shown_as_text(
     await page.clicks("#find")
     await page.types("#words", "taken")
     await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
-    await page.sees_no_more("what?", "#messages")
+    await page.sees(HOSTILE[1], "#messages")
     assert await page.texts() == list(HOSTILE[:2])
     assert await page.finds("document.querySelectorAll('img, b b, script').length") == 1
     assert "taken" not in await page.finds("document.title")
@@ -446,6 +450,7 @@ async def test_a_session_of_use_leaves_the_console_empty(
     await page.types("#words", "3 line")
     await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
     await page.sees_no_more("line 104", "#messages")
+    await page.sees("line 3", "#messages")
     assert await page.texts() == ["line 3"]
     await page.does("show", "line 3")
     await page.sees("line 104", "#messages")
@@ -467,6 +472,7 @@ async def test_a_session_of_use_leaves_the_console_empty(
     await page.confirms("Old friends")
     await page.sees("Old friends: 3 in it", "#group")
     await page.clicks("#members button[aria-label='Remove bob']")
+    assert await page.confirms() == "Remove bob?"
     await page.sees("Old friends: 2 in it", "#group")
     group = next(each for each in await carol.gets("/chats") if each["is_group"])
     assert [each["username"] for each in group["participants"]] == ["alice", "carol"]
@@ -552,7 +558,7 @@ async def test_page_resumes_from_what_a_replay_vouches_for(
     page = await browser.opens(f"{server.make_url('/')}#{chat}")
     await page.enters("alice")
     await page.sees_message("first")
-    await page.waits("failures === 0 && current.moving")
+    await page.waits("isConnected() && !replaying.size && failures === 0")
     await page.finds("socket.onmessage = null")
     second = {**said, "id": NOBODYS, "seq": 2, "rev": 2, "text": "second", "position": "2.b"}
     third = {**said, "rev": 3, "text": "edited", "position": "3.c"}
@@ -602,9 +608,9 @@ async def test_what_a_restored_server_lost_is_offered_again(
         await page.sees_message(text)
     await bob.says(chat, "theirs, lost")
     await page.sees_message("theirs, lost")
-    await page.waits("failures === 0 && numberOf(current.position) === 3")
+    await page.waits("isConnected() && document.querySelector('#connection').hidden")
     await restore(sql, chat, 1)
-    await page.finds("hangUp()")
+    await page.finds("socket.close()")
     await page.sees("Not sent", "#messages")
     await page.sees_no_more("theirs, lost", "#messages")
     assert await page.texts() == ["kept", "mine, lost"]
@@ -614,6 +620,7 @@ async def test_what_a_restored_server_lost_is_offered_again(
     assert await bob.history(chat) == ["kept"]
     await page.does("retry", "mine, lost")
     await page.sees_no_more("Not sent", "#messages")
+    await page.sees_no_more("sending", "#messages")
     assert await bob.history(chat) == ["kept", "mine, lost"]
     assert all("404" in complaint for complaint in page.complaints)  # it asked for what is gone
 
@@ -624,12 +631,12 @@ async def test_silent_socket_is_replaced(
     """A page that hears nothing for long, not even an answer to its ping, comes back."""
     page = await browser.opens(str(server.make_url("/")))
     await page.enters("alice")
-    await page.waits("socket?.readyState === 1 && !isDown")
+    await page.waits("socket?.readyState === 1 && !trouble")
     await page.finds("window.sent = [], socket.send = text => sent.push(JSON.parse(text).type)")
     await page.finds("window.first = socket, checkLife()")
     await page.waits("sent.join() === 'ping'")
     await page.finds("heardAt -= 2000 * pingSeconds, checkLife()")
-    await page.waits("socket !== first && isConnected() && !isDown")
+    await page.waits("socket !== first && isConnected() && !trouble")
     assert page.complaints == []
 
 
@@ -639,14 +646,266 @@ async def test_page_comes_back_only_where_it_is_of_use(
     """After 4401 the next socket has a fresh token; after 1009 there is none."""
     page = await browser.opens(str(server.make_url("/")))
     await page.enters("alice")
-    await page.waits("socket?.readyState === 1 && !isDown")
+    await page.waits("socket?.readyState === 1 && !trouble")
     old = await page.finds("window.first = socket, session.access_token")
     await page.finds("socket.onclose({code: 4401})")
-    await page.waits("socket !== first && isConnected() && !isDown")
+    await page.waits("socket !== first && isConnected() && !trouble")
     assert old != await page.finds("session.access_token")
     await page.finds("window.second = socket, socket.onclose({code: 1009})")
     await page.sees("Please reload the page")
     assert await page.finds("socket === second")
+    assert page.complaints == []
+
+
+# ==== What somebody writes ========================================================================
+
+
+async def test_long_text_is_counted_and_sent_in_parts(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A text that is too long for one message is kept whole: its characters are counted, and it is
+    sent in parts that together are the text, or none of it is."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.types("#text", "\N{GRINNING FACE}" * 3499)
+    assert await page.finds("$('length').innerText") == ""
+    await page.types("#text", "\N{GRINNING FACE}" * 3500)
+    await page.sees("3,500 of 4,096", "#composer")
+    text = "word " * 1000
+    await page.says(text)
+    await page.sees("5,000 of 4,096", "#composer")
+    await page.clicks("#split", "Send in 2 parts")
+    await page.sees_message("word")
+    await page.waits("document.querySelectorAll('.message').length === 2 && !outbox.messages.size")
+    parts = await bob.history(chat)
+    assert "".join(parts) == text
+    assert [len(part) for part in parts] == [4095, 905]
+    assert await page.finds("$('text').value") == ""
+    assert page.complaints == []
+
+
+async def test_drafts_outlive_reloads_and_edits(
+    alice: Person, bob: Person, carol: Person, server: TestServer, browser: Browser
+) -> None:
+    """What is written in a chat stays there: in another chat, over a reload, and beside an edit."""
+    first, second = await alice.opens(bob), await alice.opens(carol)
+    await alice.says(first, "a slip")
+    page = await browser.opens(f"{server.make_url('/')}#{first}")
+    await page.enters("alice")
+    await page.sees_message("a slip")
+    await page.types("#text", "for Bob")
+    await page.finds(f"location.hash = {second}")
+    await page.sees("carol", "#title")
+    assert await page.finds("$('text').value") == ""
+    await page.types("#text", "for Carol")
+    await page.commands("Page.reload")
+    await page.waits("document.querySelector('#text')?.value === 'for Carol'")
+    await page.finds(f"location.hash = {first}")
+    await page.waits("$('text').value === 'for Bob'")
+    await page.does("edit", "a slip")
+    await page.waits("$('text').value === 'a slip'")
+    await page.says("as meant")
+    await page.sees_message("as meant")
+    await page.waits("$('text').value === 'for Bob'")
+    await page.says("for Bob")
+    await page.sees_message("for Bob")
+    await page.commands("Page.reload")
+    await page.sees_message("for Bob")
+    assert await page.finds("$('text').value") == ""
+    assert page.complaints == []
+
+
+async def test_group_is_made_once_and_only_when_asked_for(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """Enter while looking for people makes no group; a double click makes one."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits("isConnected()")
+    await page.clicks("#new-group")
+    await page.types("#group-name", "Friends")
+    await page.types("#query", "bob")
+    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    await page.clicks("#found li button", "Choose")
+    await page.sees("bob", "#picked")
+    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    assert await page.finds("$('picker').open")
+    await page.finds("$('create').click(), $('create').click()")
+    await page.sees("Friends", "#title")
+    [group] = await alice.gets("/chats")
+    assert group["participant_count"] == 2
+    assert page.complaints == []
+
+
+async def test_only_what_somebody_looked_at_is_read(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """What appears while nobody is there is not read, until there is a sign of somebody; what they
+    have not scrolled to is not read either."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("bob")
+    await page.waits("isConnected() && !replaying.size && failures === 0")
+    await page.finds("touchedAt = 0")
+    for n in range(30):
+        await alice.says(chat, f"line {n}")
+    await page.sees_message("line 29")
+    await page.sees("30", "#chats .badge")
+
+    await page.finds("$('log').scrollTop = 0")
+    await page.waits("!following")
+    await page.presses("Shift")
+    await page.waits("current.unread_count && current.unread_count < 30")
+    [chat_of_bob] = await bob.gets("/chats")
+    assert 0 < chat_of_bob["unread_count"] < 30
+    await page.finds("$('log').scrollTop = 1e6")
+    await page.waits("!current.unread_count")
+    await page.waits("current.people.get(me.id).last_read_seq === 30")  # the server said so
+    assert page.complaints == []
+
+
+# ==== What somebody sees ==========================================================================
+
+
+async def test_frame_leaves_the_rows_alone_that_it_does_not_change(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """With 10,000 messages loaded a new one, an edit and a name are drawn, each row once."""
+    chat = await alice.opens(bob)
+    said = await bob.says(chat, "line 0")
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.sees_message("line 0")
+    await page.waits("isConnected() && !replaying.size && failures === 0")
+    await page.finds(f"""
+        window.line = (n, more) => ({{...{json.dumps(said)}, seq: n + 1, rev: n + 1,
+            position: `${{n + 1}}.m`, text: `line ${{n}}`, id: `line-${{n}}`, ...more}});
+        for (let n = 1; n < 10_000; n++) store(line(n));
+        drawAll();
+        window.filled = 0;
+        fillMessage = (fill => (...given) => {{ filled++; fill(...given); }})(fillMessage)""")
+    took = await page.finds("""
+        [10_000, 10_001, 10_002].map(n => {
+            const start = performance.now();
+            hear(line(n));
+            drawAll();
+            $("log").getBoundingClientRect();
+            return performance.now() - start;
+        })""")
+    assert await page.finds("filled") == 3
+    assert max(took) < 600
+    edited = "{rev: 10_004, position: '10004.e', text: 'edited'}"
+    await page.finds(f"hear(line(5_000, {edited})), drawAll()")
+    assert await page.finds("filled") == 4
+    assert "edited" in await page.texts()
+    await page.finds(f"setName({bob.id}, 'robert'), drawAll()")
+    assert await page.finds("filled") == 4 + 10_003
+    assert page.complaints == []
+
+
+async def test_loading_empty_and_failed_are_told_apart(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A chat without messages says so, one that cannot be loaded says that and can be tried again,
+    and one that is still being loaded says neither."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.sees("No messages yet.", "#log")
+    await bob.says(chat, "there")
+    await page.sees_message("there")
+    await page.commands("Network.enable")
+    await page.commands("Network.setBlockedURLs", urls=["*/messages*"])
+    await page.commands("Page.reload")
+    await page.sees("The server cannot be reached.", "#log")
+    assert await page.finds("document.body.innerText.split('cannot be reached').length") == 2
+    await page.commands("Network.setBlockedURLs", urls=[])
+    await page.clicks("#again")
+    await page.sees_message("there")
+    await page.sees_no_more("reached", "#log")
+    await page.finds("current.view = {loading: true}, drawAll()")
+    assert await page.finds("$('note').innerText") == "Loading …"
+
+
+async def test_refusal_is_told_once_where_it_belongs(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A refusal stands in its own form, once, in words for people."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.types("[name=username]", "al")
+    await page.types("[name=email]", "al@example.com")
+    await page.types("[name=password]", PASSWORD)
+    await page.clicks("#enter button", "Make an account")
+    await page.sees("The username must", "#enter .problem")
+    assert "$" not in await page.finds("$('enter').innerText")
+    await page.enters("alice")
+    await page.clicks("#new-group")
+    await page.clicks("#create")
+    await page.sees("name", "#picker .problem")
+    filled = "[...document.querySelectorAll('.problem')].filter(one => one.textContent).length"
+    assert await page.finds(filled) == 1
+    assert await page.finds("$('create').disabled") is False
+
+
+async def test_page_without_a_network_says_so(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """A page that is offline, or whose socket ended, says so, also where a chat covers the list."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits("isConnected() && !replaying.size && failures === 0")
+    await page.commands("Network.enable")
+    network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    await page.commands("Network.emulateNetworkConditions", offline=True, **network)
+    await page.waits("$('connection').checkVisibility()")
+    await page.sees("offline", "#connection")
+    await page.commands("Network.emulateNetworkConditions", offline=False, **network)
+    await page.waits("!$('connection').checkVisibility()")
+    await page.finds("socket.close()")
+    await page.sees("No connection", "#connection")
+    await page.waits("!$('connection').checkVisibility()")
+
+
+async def test_focus_goes_where_it_was_asked_for(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A page that opens on a chat has its focus in the composer, after a jump on the message."""
+    chat = await alice.opens(bob)
+    first = await bob.says(chat, "first")
+    for n in range(60):
+        await bob.says(chat, f"line {n}")
+    await bob.says(chat, "answer", reply_to=first["id"])
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.sees_message("answer")
+    await page.waits("document.activeElement === $('text')")
+    await page.waits("current.messages.has(current.last_message.reply_to)")
+    await page.does("jump", "answer")
+    await page.waits("document.activeElement.innerText.includes('first')")
+    assert await page.finds("document.activeElement.matches('.message')")
+    assert page.complaints == []
+
+
+async def test_everything_fits_on_a_narrow_screen(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """At 360 pixels nothing is cut off, the buttons of a group's dialog least of all."""
+    chat = await alice.founds(bob, name="Friends of long names")
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.commands("Emulation.setDeviceMetricsOverride", width=360, height=640,
+                        deviceScaleFactor=1, mobile=False)
+    await page.enters("alice")
+    await page.clicks("#about")
+    await page.sees("2 in it", "#group")
+    inside = """(element => { const {left, right} = element.getBoundingClientRect();
+        return left >= 0 && right <= innerWidth; })"""
+    dialog = "$('group').getBoundingClientRect()"
+    buttons = "[...document.querySelectorAll('#group .row button')]"
+    assert await page.finds(f"{buttons}.every({inside})")
+    assert await page.finds(
+        f"{buttons}.every(one => one.getBoundingClientRect().left >= {dialog}.left)")
+    assert await page.finds("$('group').scrollWidth <= $('group').clientWidth")
     assert page.complaints == []
 
 
