@@ -31,8 +31,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-port=0",
     # A mouse: headless it has none, and the page spares touch screens the keyboard.
-    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,"
-    "availablePointerTypes=4",
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2",
 )
 START_SECONDS = 50
 SEE_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
