@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from aiohttp.test_utils import TestServer
 
 import messenger
 from support.people import NOBODYS, PASSWORD, Person
+from support.resuming import Held, number_of
 from support.servers import SECRET_KEY, SETTINGS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -36,6 +38,7 @@ FLAGS = (
 START_SECONDS = 50
 SEE_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
 LOOK_SECONDS = 0.05
+UP_TO_DATE = "isConnected() && failures === 0 && !replaying.size && $('connection').hidden"
 TEXTS = "[...document.querySelectorAll('{}')].map(one => one.innerText)"
 
 
@@ -557,7 +560,7 @@ async def test_page_resumes_from_what_a_replay_vouches_for(
     page = await browser.opens(f"{server.make_url('/')}#{chat}")
     await page.enters("alice")
     await page.sees_message("first")
-    await page.waits("isConnected() && !replaying.size && failures === 0")
+    await page.waits(UP_TO_DATE)
     await page.finds("socket.onmessage = null")
     second = {**said, "id": NOBODYS, "seq": 2, "rev": 2, "text": "second", "position": "2.b"}
     third = {**said, "rev": 3, "text": "edited", "position": "3.c"}
@@ -585,6 +588,70 @@ async def test_page_resumes_from_what_a_replay_vouches_for(
     assert page.complaints == []
 
 
+PLAY = """schedules => {
+    me = {id: 1};
+    const full = one => ({chat_id: 7, sender_id: 2, read_by: [], read_count: 0, text: "", ...one});
+    return schedules.map(schedule => {
+        chats.clear();
+        const given = {id: 7, position: "0", participants: [], version: 1, last_rev: 0};
+        learn(given);
+        const chat = chats.get(7);
+        return schedule.map(([kind, data]) => {
+            if (kind === "opens") chats.forEach(comeBack);
+            else if (kind === "shows") store(full(data));
+            else if (kind === "message") hear(full(data));
+            else frames[kind]({chat_id: 7, ...data}, {ref: SYNC});
+            const kept = {};
+            for (const [id, copy] of chat.messages) {
+                const sure = copy.above && kind !== "opens" ? copy.under : copy;
+                if (sure) kept[id] = sure.position;
+            }
+            return [chat.position, kept];
+        });
+    });
+}"""
+
+
+def random_schedule(chance: random.Random) -> tuple[list[Any], list[Any]]:
+    """Make what a page may hear and be shown of a chat; answer it, and after each step what it has
+    to hold: its position, and the position of each message that counts.
+    """
+    held = Held(position="0")
+    schedule, expected = [], []
+    for _ in range(40):
+        at = number_of(held.position or "0")
+        low, high = (at + 1, at + 3) if held.is_moving else (max(1, at - 3), at + 6)
+        later = f"{max(at, chance.randint(low, high))}.m"
+        rev, name = chance.randint(low, high), chance.randint(1, 4)
+        message = {"id": f"m{name}", "seq": min(name, rev), "rev": rev, "position": f"{rev}.m"}
+        kind, data = chance.choice([
+            ("opens", None), ("replay", {"position": held.position}),
+            ("ready", {"position": later}), ("message", message), ("message", message),
+            ("shows", message)])
+        if kind == "opens":
+            held.opens()
+        elif kind == "shows":
+            held.shows(message)
+        else:
+            held.take({"type": kind, "data": data})
+        schedule.append([kind, data])
+        expected.append(
+            [held.position, {each["id"]: each["position"] for each in held.messages.values()}])
+    return schedule, expected
+
+
+async def test_page_keeps_what_the_rule_of_resuming_says(
+    server: TestServer, browser: Browser
+) -> None:
+    """Whatever a page hears and is shown, in whatever order, it holds what the rule says."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.waits("document.readyState === 'complete'")
+    played = [random_schedule(random.Random(seed)) for seed in range(300)]
+    held = await page.finds(f"({PLAY})({json.dumps([schedule for schedule, _ in played])})")
+    for seed, (_, expected) in enumerate(played):
+        assert held[seed] == expected, seed
+
+
 async def restore(sql: asyncpg.Connection, chat: int, number: int) -> None:
     """Make of a chat what a backup holds that was taken when it had come to a number."""
     await sql.execute("delete from messages where chat_id = $1 and seq > $2", chat, number)
@@ -607,7 +674,7 @@ async def test_what_a_restored_server_lost_is_offered_again(
         await page.sees_message(text)
     await bob.says(chat, "theirs, lost")
     await page.sees_message("theirs, lost")
-    await page.waits("isConnected() && document.querySelector('#connection').hidden")
+    await page.waits(UP_TO_DATE)
     await restore(sql, chat, 1)
     await page.finds("socket.close()")
     await page.sees("Not sent", "#messages")
@@ -630,12 +697,12 @@ async def test_silent_socket_is_replaced(
     """A page that hears nothing for long, not even an answer to its ping, comes back."""
     page = await browser.opens(str(server.make_url("/")))
     await page.enters("alice")
-    await page.waits("socket?.readyState === 1 && !trouble")
+    await page.waits(UP_TO_DATE)
     await page.finds("window.sent = [], socket.send = text => sent.push(JSON.parse(text).type)")
     await page.finds("window.first = socket, checkLife()")
     await page.waits("sent.join() === 'ping'")
     await page.finds("heardAt -= 2000 * pingSeconds, checkLife()")
-    await page.waits("socket !== first && isConnected() && !trouble")
+    await page.waits(f"socket !== first && {UP_TO_DATE}")
     assert page.complaints == []
 
 
@@ -645,10 +712,10 @@ async def test_page_comes_back_only_where_it_is_of_use(
     """After 4401 the next socket has a fresh token; after 1009 there is none."""
     page = await browser.opens(str(server.make_url("/")))
     await page.enters("alice")
-    await page.waits("socket?.readyState === 1 && !trouble")
+    await page.waits(UP_TO_DATE)
     old = await page.finds("window.first = socket, session.access_token")
     await page.finds("socket.onclose({code: 4401})")
-    await page.waits("socket !== first && isConnected() && !trouble")
+    await page.waits(f"socket !== first && {UP_TO_DATE}")
     assert old != await page.finds("session.access_token")
     await page.finds("window.second = socket, socket.onclose({code: 1009})")
     await page.sees("Please reload the page")
@@ -668,7 +735,7 @@ async def test_long_text_is_counted_and_sent_in_parts(
     page = await browser.opens(f"{server.make_url('/')}#{chat}")
     await page.enters("alice")
     await page.types("#text", "\N{GRINNING FACE}" * 3499)
-    assert await page.finds("$('length').innerText") == ""
+    await page.sees_no_more("3,499", "#composer")
     await page.types("#text", "\N{GRINNING FACE}" * 3500)
     await page.sees("3,500 of 4,096", "#composer")
     text = "word " * 1000
@@ -745,7 +812,7 @@ async def test_only_what_somebody_looked_at_is_read(
     chat = await alice.opens(bob)
     page = await browser.opens(f"{server.make_url('/')}#{chat}")
     await page.enters("bob")
-    await page.waits("isConnected() && !replaying.size && failures === 0")
+    await page.waits(UP_TO_DATE)
     await page.finds("touchedAt = 0")
     for n in range(30):
         await alice.says(chat, f"line {n}")
@@ -776,7 +843,7 @@ async def test_frame_leaves_the_rows_alone_that_it_does_not_change(
     page = await browser.opens(f"{server.make_url('/')}#{chat}")
     await page.enters("alice")
     await page.sees_message("line 0")
-    await page.waits("isConnected() && !replaying.size && failures === 0")
+    await page.waits(UP_TO_DATE)
     await page.finds(f"""
         window.line = (n, more) => ({{...{json.dumps(said)}, seq: n + 1, rev: n + 1,
             position: `${{n + 1}}.m`, text: `line ${{n}}`, id: `line-${{n}}`, ...more}});
@@ -853,7 +920,7 @@ async def test_page_without_a_network_says_so(
     """A page that is offline, or whose socket ended, says so, also where a chat covers the list."""
     page = await browser.opens(str(server.make_url("/")))
     await page.enters("alice")
-    await page.waits("isConnected() && !replaying.size && failures === 0")
+    await page.waits(UP_TO_DATE)
     await page.commands("Network.enable")
     network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     await page.commands("Network.emulateNetworkConditions", offline=True, **network)
@@ -905,6 +972,7 @@ async def test_everything_fits_on_a_narrow_screen(
     assert await page.finds(
         f"{buttons}.every(one => one.getBoundingClientRect().left >= {dialog}.left)")
     assert await page.finds("$('group').scrollWidth <= $('group').clientWidth")
+    assert await page.finds("document.documentElement.scrollWidth <= innerWidth")
     assert page.complaints == []
 
 
