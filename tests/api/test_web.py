@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import messenger
-from support.people import PASSWORD, Person
+from support.people import NOBODYS, PASSWORD, Person
+from support.resuming import Held, number_of
 from support.servers import SECRET_KEY, SETTINGS
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -30,10 +32,13 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-port=0",
+    # A mouse: headless it has none, and the page spares touch screens the keyboard.
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2",
 )
 START_SECONDS = 50
 SEE_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
 LOOK_SECONDS = 0.05
+UP_TO_DATE = "isConnected() && failures === 0 && !replaying.size && $('connection').hidden"
 TEXTS = "[...document.querySelectorAll('{}')].map(one => one.innerText)"
 
 
@@ -186,13 +191,14 @@ class Page:
         for kind in ("keyDown", "keyUp"):
             await self.commands("Input.dispatchKeyEvent", type=kind, key=key, **key_event)
 
-    async def confirms(self, text: str = "") -> None:
-        """Say yes to what the page asks, or what it asks for."""
+    async def confirms(self, text: str = "") -> str:
+        """Say yes to what the page asks, or what it asks for; answer the question."""
         async with asyncio.timeout(SEE_SECONDS):
             while not self.asked:
                 await asyncio.sleep(LOOK_SECONDS)
-        self.asked.clear()
+        question = self.asked.pop()
         await self.commands("Page.handleJavaScriptDialog", accept=True, promptText=text)
+        return question
 
     # ---- The client
     async def registers(self, name: str) -> None:
@@ -413,7 +419,7 @@ async def test_hostile_text_is_shown_as_text(
     await page.clicks("#find")
     await page.types("#words", "taken")
     await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
-    await page.sees_no_more("what?", "#messages")
+    await page.sees(HOSTILE[1], "#messages")
     assert await page.texts() == list(HOSTILE[:2])
     assert await page.finds("document.querySelectorAll('img, b b, script').length") == 1
     assert "taken" not in await page.finds("document.title")
@@ -446,10 +452,11 @@ async def test_a_session_of_use_leaves_the_console_empty(
     await page.types("#words", "3 line")
     await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
     await page.sees_no_more("line 104", "#messages")
+    await page.sees("line 3", "#messages")
     assert await page.texts() == ["line 3"]
     await page.does("show", "line 3")
-    await page.sees("line 104", "#messages")
-    assert "line 3" in await page.texts()
+    await page.waits("document.activeElement.querySelector('.text')?.innerText === 'line 3'")
+    assert "line 104" in await page.texts()
 
     await page.clicks("#new-group")
     await page.types("#group-name", "Friends")
@@ -467,6 +474,7 @@ async def test_a_session_of_use_leaves_the_console_empty(
     await page.confirms("Old friends")
     await page.sees("Old friends: 3 in it", "#group")
     await page.clicks("#members button[aria-label='Remove bob']")
+    assert await page.confirms() == "Remove bob?"
     await page.sees("Old friends: 2 in it", "#group")
     group = next(each for each in await carol.gets("/chats") if each["is_group"])
     assert [each["username"] for each in group["participants"]] == ["alice", "carol"]
@@ -512,8 +520,8 @@ async def test_an_open_socket_is_told_of_the_next_token(
     await page.waits("socket?.readyState === 1")
     old = await page.finds("window.first = socket, session.refresh_token")
     await page.finds("session.renew_at = 0, localStorage.session = JSON.stringify(session)")
-    await page.finds("proveToken()")
-    await page.waits("provedAt && heardAt >= provedAt")
+    await page.finds("checkLife()")
+    await page.waits("shownToken === session.access_token && heardAt >= askedAt")
     assert await page.finds("storedSession().refresh_token") != old
     assert await page.finds("socket === first && isConnected()")
     assert page.complaints == []
@@ -531,6 +539,442 @@ async def test_a_session_that_was_ended_elsewhere_leads_to_the_login(
             await alice.expects(204, "DELETE", f"/users/me/sessions/{each['id']}")
     await page.sees("Your session has ended. Please log in again.", "#door")
     assert await page.finds("localStorage.length") == 0
+
+
+# ==== Resuming ====================================================================================
+
+
+async def tells(page: Page, kind: str, **data: Any) -> None:
+    """Hand a frame to a page as if the server had sent it."""
+    text = json.dumps({"type": kind, "data": data})
+    await page.finds(f"takeFrame({{data: {json.dumps(text)}}}), drawAll()")
+
+
+async def test_page_resumes_from_what_a_replay_vouches_for(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """What is heard before a replay is shown but moves no position, and a new socket undoes it: an
+    edited message is again what it was."""
+    chat = await alice.opens(bob)
+    said = await bob.says(chat, "first")
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.sees_message("first")
+    await page.waits(UP_TO_DATE)
+    await page.finds("socket.onmessage = null")
+    second = {**said, "id": NOBODYS, "seq": 2, "rev": 2, "text": "second", "position": "2.b"}
+    third = {**said, "rev": 3, "text": "edited", "position": "3.c"}
+
+    await tells(page, "hello", ping_seconds=25)
+    await tells(page, "message", **second)
+    await tells(page, "message_updated", **third)
+    await tells(page, "ready", chat_id=chat, rev=3, position="3.c")
+    assert await page.texts() == ["edited", "second"]
+    assert await page.finds("current.position") == said["position"]
+
+    await tells(page, "hello", ping_seconds=25)
+    assert await page.texts() == ["first"]
+    await tells(page, "replay", chat_id=chat, position=said["position"])
+    await tells(page, "message", **second)
+    assert await page.finds("current.position") == "2.b"
+    await page.finds(f"store({json.dumps(third)})")  # as a page of history brings it
+
+    await tells(page, "hello", ping_seconds=25)
+    assert await page.texts() == ["first", "second"]
+    await tells(page, "chats", chats={str(chat): ["2.b", 1]}, more=True)
+    await tells(page, "message_updated", **third)
+    assert await page.texts() == ["edited", "second"]
+    assert await page.finds("current.position") == "3.c"
+    assert page.complaints == []
+
+
+PLAY = """schedules => {
+    me = {id: 1};
+    const full = one => ({chat_id: 7, sender_id: 2, read_by: [], read_count: 0, text: "", ...one});
+    return schedules.map(schedule => {
+        chats.clear();
+        const given = {id: 7, position: "0", participants: [], version: 1, last_rev: 0};
+        learn(given);
+        const chat = chats.get(7);
+        return schedule.map(([kind, data]) => {
+            if (kind === "opens") chats.forEach(comeBack);
+            else if (kind === "shows") store(full(data));
+            else if (kind === "message") hear(full(data));
+            else frames[kind]({chat_id: 7, ...data}, {ref: SYNC});
+            const kept = {};
+            for (const [id, copy] of chat.messages) {
+                const sure = copy.above && kind !== "opens" ? copy.under : copy;
+                if (sure) kept[id] = sure.position;
+            }
+            return [chat.position, kept];
+        });
+    });
+}"""
+
+
+def random_schedule(chance: random.Random) -> tuple[list[Any], list[Any]]:
+    """Make what a page may hear and be shown of a chat; answer it, and after each step what it has
+    to hold: its position, and the position of each message that counts.
+    """
+    held = Held(position="0")
+    schedule, expected = [], []
+    for _ in range(40):
+        at = number_of(held.position or "0")
+        low, high = (at + 1, at + 3) if held.is_moving else (max(1, at - 3), at + 6)
+        later = f"{max(at, chance.randint(low, high))}.m"
+        rev, name = chance.randint(low, high), chance.randint(1, 4)
+        message = {"id": f"m{name}", "seq": min(name, rev), "rev": rev, "position": f"{rev}.m"}
+        kind, data = chance.choice([
+            ("opens", None), ("replay", {"position": held.position}),
+            ("ready", {"position": later}), ("message", message), ("message", message),
+            ("shows", message)])
+        if kind == "opens":
+            held.opens()
+        elif kind == "shows":
+            held.shows(message)
+        else:
+            held.take({"type": kind, "data": data})
+        schedule.append([kind, data])
+        expected.append(
+            [held.position, {each["id"]: each["position"] for each in held.messages.values()}])
+    return schedule, expected
+
+
+async def test_page_keeps_what_the_rule_of_resuming_says(
+    server: TestServer, browser: Browser
+) -> None:
+    """Whatever a page hears and is shown, in whatever order, it holds what the rule says."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.waits("document.readyState === 'complete'")
+    played = [random_schedule(random.Random(seed)) for seed in range(300)]
+    held = await page.finds(f"({PLAY})({json.dumps([schedule for schedule, _ in played])})")
+    for seed, (_, expected) in enumerate(played):
+        assert held[seed] == expected, seed
+
+
+async def restore(sql: asyncpg.Connection, chat: int, number: int) -> None:
+    """Make of a chat what a backup holds that was taken when it had come to a number."""
+    await sql.execute("delete from messages where chat_id = $1 and seq > $2", chat, number)
+    await sql.execute("delete from revisions where chat_id = $1 and rev > $2", chat, number)
+    await sql.execute(
+        "update chats set last_rev = $2, last_seq = $2, last_mark = coalesce(mark_at(id, $2), '0')"
+        " where id = $1", chat, number)
+
+
+async def test_what_a_restored_server_lost_is_offered_again(
+    alice: Person, bob: Person, server: TestServer, sql: asyncpg.Connection, browser: Browser
+) -> None:
+    """A page whose history was rewritten forgets what is gone. Its own messages are offered, over a
+    reload too, and sent once somebody says so."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    for text in ("kept", "mine, lost"):
+        await page.says(text)
+        await page.sees_message(text)
+    await bob.says(chat, "theirs, lost")
+    await page.sees_message("theirs, lost")
+    await page.waits(UP_TO_DATE)
+    await restore(sql, chat, 1)
+    await page.finds("socket.close()")
+    await page.sees("Not sent", "#messages")
+    await page.sees("kept", "#messages")
+    assert await page.texts() == ["kept", "mine, lost"]
+    await page.commands("Page.reload")
+    await page.sees("Not sent", "#messages")
+    await page.sees("kept", "#messages")
+    assert await page.texts() == ["kept", "mine, lost"]
+    assert await bob.history(chat) == ["kept"]
+    await page.does("retry", "mine, lost")
+    await page.sees_no_more("Not sent", "#messages")
+    await page.sees_no_more("sending", "#messages")
+    assert await bob.history(chat) == ["kept", "mine, lost"]
+    assert all("404" in complaint for complaint in page.complaints)  # it asked for what is gone
+
+
+async def test_silent_socket_is_replaced(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """A page that hears nothing for long, not even an answer to its ping, comes back."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits(UP_TO_DATE)
+    await page.finds("window.sent = [], socket.send = text => sent.push(JSON.parse(text).type)")
+    await page.finds("window.first = socket, checkLife()")
+    await page.waits("sent.join() === 'ping'")
+    await page.finds("heardAt -= 2000 * pingSeconds, checkLife()")
+    await page.waits(f"socket !== first && {UP_TO_DATE}")
+    assert page.complaints == []
+
+
+async def test_page_comes_back_only_where_it_is_of_use(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """After 4401 the next socket has a fresh token; after 1009 there is none."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits(UP_TO_DATE)
+    old = await page.finds("window.first = socket, session.access_token")
+    await page.finds("socket.onclose({code: 4401})")
+    await page.waits(f"socket !== first && {UP_TO_DATE}")
+    assert old != await page.finds("session.access_token")
+    await page.finds("window.second = socket, socket.onclose({code: 1009})")
+    await page.sees("Please reload the page")
+    assert await page.finds("socket === second")
+    assert page.complaints == []
+
+
+# ==== What somebody writes ========================================================================
+
+
+async def test_long_text_is_counted_and_sent_in_parts(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A text that is too long for one message is kept whole: its characters are counted, and it is
+    sent in parts that together are the text, or none of it is."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.types("#text", "\N{GRINNING FACE}" * 3499)
+    await page.sees_no_more("3,499", "#composer")
+    await page.types("#text", "\N{GRINNING FACE}" * 3500)
+    await page.sees("3,500 of 4,096", "#composer")
+    text = "word " * 1000
+    await page.says(text)
+    await page.sees("5,000 of 4,096", "#composer")
+    await page.clicks("#split", "Send in 2 parts")
+    await page.sees_message("word")
+    await page.waits("document.querySelectorAll('.message').length === 2 && !outbox.messages.size")
+    parts = await bob.history(chat)
+    assert "".join(parts) == text
+    assert [len(part) for part in parts] == [4095, 905]
+    assert await page.finds("$('text').value") == ""
+    assert page.complaints == []
+
+
+async def test_drafts_outlive_reloads_and_edits(
+    alice: Person, bob: Person, carol: Person, server: TestServer, browser: Browser
+) -> None:
+    """What is written in a chat stays there: in another chat, over a reload, and beside an edit."""
+    first, second = await alice.opens(bob), await alice.opens(carol)
+    await alice.says(first, "a slip")
+    page = await browser.opens(f"{server.make_url('/')}#{first}")
+    await page.enters("alice")
+    await page.sees_message("a slip")
+    await page.types("#text", "for Bob")
+    await page.finds(f"location.hash = {second}")
+    await page.sees("carol", "#title")
+    assert await page.finds("$('text').value") == ""
+    await page.types("#text", "for Carol")
+    await page.commands("Page.reload")
+    await page.waits("document.querySelector('#text')?.value === 'for Carol'")
+    await page.finds(f"location.hash = {first}")
+    await page.waits("$('text').value === 'for Bob'")
+    await page.does("edit", "a slip")
+    await page.waits("$('text').value === 'a slip'")
+    await page.says("as meant")
+    await page.sees_message("as meant")
+    await page.waits("$('text').value === 'for Bob'")
+    await page.says("for Bob")
+    await page.sees_message("for Bob")
+    await page.commands("Page.reload")
+    await page.sees_message("for Bob")
+    assert await page.finds("$('text').value") == ""
+    assert page.complaints == []
+
+
+async def test_group_is_made_once_and_only_when_asked_for(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """Enter while looking for people makes no group; a double click makes one."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits("isConnected()")
+    await page.clicks("#new-group")
+    await page.types("#group-name", "Friends")
+    await page.types("#query", "bob")
+    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    await page.clicks("#found li button", "Choose")
+    await page.sees("bob", "#picked")
+    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    assert await page.finds("$('picker').open")
+    await page.finds("$('create').click(), $('create').click()")
+    await page.sees("Friends", "#title")
+    [group] = await alice.gets("/chats")
+    assert group["participant_count"] == 2
+    assert page.complaints == []
+
+
+async def test_only_what_somebody_looked_at_is_read(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """What appears while nobody is there is not read, until there is a sign of somebody; what they
+    have not scrolled to is not read either."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("bob")
+    await page.waits(UP_TO_DATE)
+    await page.finds("touchedAt = 0")
+    for n in range(30):
+        await alice.says(chat, f"line {n}")
+    await page.sees_message("line 29")
+    await page.sees("30", "#chats .badge")
+
+    await page.finds("$('log').scrollTop = 0")
+    await page.waits("!following")
+    await page.presses("Shift")
+    await page.waits("current.unread_count && current.unread_count < 30")
+    [chat_of_bob] = await bob.gets("/chats")
+    assert 0 < chat_of_bob["unread_count"] < 30
+    await page.finds("$('log').scrollTop = 1e6")
+    await page.waits("!current.unread_count")
+    await page.waits("current.people.get(me.id).last_read_seq === 30")  # the server said so
+    assert page.complaints == []
+
+
+# ==== What somebody sees ==========================================================================
+
+
+async def test_frame_leaves_the_rows_alone_that_it_does_not_change(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """With 10,000 messages loaded a new one, an edit and a name are drawn, each row once."""
+    chat = await alice.opens(bob)
+    said = await bob.says(chat, "line 0")
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.sees_message("line 0")
+    await page.waits(UP_TO_DATE)
+    await page.finds(f"""
+        window.line = (n, more) => ({{...{json.dumps(said)}, seq: n + 1, rev: n + 1,
+            position: `${{n + 1}}.m`, text: `line ${{n}}`, id: `line-${{n}}`, ...more}});
+        for (let n = 1; n < 10_000; n++) store(line(n));
+        drawAll();
+        window.filled = 0;
+        fillMessage = (fill => (...given) => {{ filled++; fill(...given); }})(fillMessage)""")
+    took = await page.finds("""
+        [10_000, 10_001, 10_002].map(n => {
+            const start = performance.now();
+            hear(line(n));
+            drawAll();
+            $("log").getBoundingClientRect();
+            return performance.now() - start;
+        })""")
+    assert await page.finds("filled") == 3
+    assert max(took) < 600
+    edited = "{rev: 10_004, position: '10004.e', text: 'edited'}"
+    await page.finds(f"hear(line(5_000, {edited})), drawAll()")
+    assert await page.finds("filled") == 4
+    assert "edited" in await page.texts()
+    await page.finds(f"setName({bob.id}, 'robert'), drawAll()")
+    assert await page.finds("filled") == 4 + 10_003
+    assert page.complaints == []
+
+
+async def test_loading_empty_and_failed_are_told_apart(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A chat without messages says so, one that cannot be loaded says that and can be tried again,
+    and one that is still being loaded says neither."""
+    chat = await alice.opens(bob)
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.sees("No messages yet.", "#log")
+    await bob.says(chat, "there")
+    await page.sees_message("there")
+    await page.commands("Network.enable")
+    await page.commands("Network.setBlockedURLs", urls=["*/messages*"])
+    await page.commands("Page.reload")
+    await page.sees("The server cannot be reached.", "#log")
+    assert await page.finds("document.body.innerText.split('cannot be reached').length") == 2
+    await page.commands("Network.setBlockedURLs", urls=[])
+    await page.clicks("#again")
+    await page.sees_message("there")
+    await page.sees_no_more("reached", "#log")
+    await page.finds("current.view = {loading: true}, drawAll()")
+    assert await page.finds("$('note').innerText") == "Loading …"
+
+
+async def test_refusal_is_told_once_where_it_belongs(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A refusal stands in its own form, once, in words for people."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.types("[name=username]", "al")
+    await page.types("[name=email]", "al@example.com")
+    await page.types("[name=password]", PASSWORD)
+    await page.clicks("#enter button", "Make an account")
+    await page.sees("The username must", "#enter .problem")
+    assert "$" not in await page.finds("$('enter').innerText")
+    await page.enters("alice")
+    await page.clicks("#new-group")
+    await page.clicks("#create")
+    await page.sees("name", "#picker .problem")
+    filled = "[...document.querySelectorAll('.problem')].filter(one => one.textContent).length"
+    assert await page.finds(filled) == 1
+    assert await page.finds("$('create').disabled") is False
+
+
+async def test_page_without_a_network_says_so(
+    alice: Person, server: TestServer, browser: Browser
+) -> None:
+    """A page that is offline, or whose socket ended, says so, also where a chat covers the list."""
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.waits(UP_TO_DATE)
+    await page.commands("Network.enable")
+    network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    await page.commands("Network.emulateNetworkConditions", offline=True, **network)
+    await page.waits("$('connection').checkVisibility()")
+    await page.sees("offline", "#connection")
+    await page.commands("Network.emulateNetworkConditions", offline=False, **network)
+    await page.waits("!$('connection').checkVisibility()")
+    await page.finds("socket.close()")
+    await page.sees("No connection", "#connection")
+    await page.waits("!$('connection').checkVisibility()")
+
+
+async def test_focus_goes_where_it_was_asked_for(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """A page that opens on a chat has its focus in the composer, after a jump on the message."""
+    chat = await alice.opens(bob)
+    first = await bob.says(chat, "first")
+    for n in range(60):
+        await bob.says(chat, f"line {n}")
+    await bob.says(chat, "answer", reply_to=first["id"])
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.enters("alice")
+    await page.sees_message("answer")
+    await page.waits("document.activeElement === $('text')")
+    await page.waits("current.messages.has(current.last_message.reply_to)")
+    await page.does("jump", "answer")
+    await page.waits("document.activeElement.innerText.includes('first')")
+    assert await page.finds("document.activeElement.matches('.message')")
+    assert page.complaints == []
+
+
+async def test_everything_fits_on_a_narrow_screen(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """At 360 pixels nothing is cut off, the buttons of a group's dialog least of all."""
+    chat = await alice.founds(bob, name="Friends of long names")
+    page = await browser.opens(f"{server.make_url('/')}#{chat}")
+    await page.commands("Emulation.setDeviceMetricsOverride", width=360, height=640,
+                        deviceScaleFactor=1, mobile=False)
+    await page.enters("alice")
+    await page.clicks("#about")
+    await page.sees("2 in it", "#group")
+    inside = """(element => { const {left, right} = element.getBoundingClientRect();
+        return left >= 0 && right <= innerWidth; })"""
+    dialog = "$('group').getBoundingClientRect()"
+    buttons = "[...document.querySelectorAll('#group .row button')]"
+    assert await page.finds(f"{buttons}.every({inside})")
+    assert await page.finds(
+        f"{buttons}.every(one => one.getBoundingClientRect().left >= {dialog}.left)")
+    assert await page.finds("$('group').scrollWidth <= $('group').clientWidth")
+    assert await page.finds("document.documentElement.scrollWidth <= innerWidth")
+    assert page.complaints == []
 
 
 # ==== The docs ====================================================================================
