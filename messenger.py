@@ -81,19 +81,13 @@ FRAME_HANDLERS, and its example.
 import asyncio
 import bisect
 import contextlib
-import functools
-import hashlib
 import itertools
 import logging
 import os
-import random
 import re
 import secrets
-import signal
 import sys
 import time
-import typing
-import unicodedata
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
@@ -112,8 +106,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-import email_validator
-import jwt
 import msgspec
 import prometheus_client
 import uvloop
@@ -123,6 +115,16 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from plumbing import guard, process
 from plumbing.address import read_address, with_password
 from plumbing.bus import Bus
+from plumbing.credentials import (
+    Email,
+    NameStart,
+    Password,
+    Username,
+    checked_email,
+    checked_password,
+    checked_username,
+    name_start_key,
+)
 from plumbing.database import Database, Unavailable, repeat
 from plumbing.deadline import deadline, request_deadline
 from plumbing.embedded import Postgres
@@ -140,26 +142,23 @@ from plumbing.endpoints import (
     ServiceUnavailable,
     Unauthorized,
     UpgradeRequired,
+    add_routes,
     answer_problems,
     as_problem,
-    bind,
+    composed_text,
     created,
     decode_json,
     invalid,
     page,
-    route_path,
 )
 from plumbing.groups import GroupReader, GroupWriter, Outcome
-from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
+from plumbing.guard import Passwords, Rate
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
-from plumbing.text import (
-    COMPOSED_FROM_MAX,
-    SHOWS_NOTHING,
-    composed,
-    folded,
-    words_and_runs,
-)
+from plumbing.serving import metrics_app, observe_request, run_workers, start_site
+from plumbing.settings import Port, check_metrics_ports, read_settings
+from plumbing.text import COMPOSED_FROM_MAX, holds_runs, words_and_runs, words_of, words_wanted
+from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
@@ -168,8 +167,6 @@ HERE = Path(__file__).resolve().parent
 SQL, WEB, ADMINISTER = HERE / "sql", HERE / "web", HERE / "tools" / "administer.py"
 log = logging.getLogger("messenger")
 
-REQUESTS = prometheus_client.Histogram(
-    "messenger_request_seconds", "Time to answer a call.", ["operation", "status"])
 POSTED = prometheus_client.Counter("messenger_messages_posted", "Messages committed.")
 SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 
@@ -179,15 +176,13 @@ SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 # the bounds that are part of the contract or guard the process.
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
-PORT_MAX = 65_535
-SURROGATE = re.compile("[\ud800-\udfff]")  # what stands in os.environ for what is not UTF-8
 
 
 class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     """What is set from outside; README.md tells what each is for."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=PORT_MAX)] = 8080
+    port: Port = 8080
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     database_url: str = ""
     database_password: str = ""
@@ -211,23 +206,13 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
     workers: Annotated[int, Meta(ge=1, le=16)] = 1
-    metrics_port: Annotated[int, Meta(ge=0, le=PORT_MAX)] = 0
+    metrics_port: Port = 0
     metrics_host: str = "127.0.0.1"
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> "Settings":
         """Read the settings from environment variables. Raises StartError naming a wrong one."""
-        for name in cls.__struct_encode_fields__:
-            if name != "DATA_DIR" and SURROGATE.search(environ.get(name, "")):
-                raise StartError(f"{name} must be in UTF-8")  # a path may hold any bytes
-        try:
-            settings = msgspec.convert(environ, cls, strict=False)
-        except msgspec.ValidationError as error:
-            reason, _, name = str(error).rpartition(" - at `$.")
-            name = name.rstrip("`")
-            if choices := typing.get_args(typing.get_type_hints(cls)[name.lower()]):
-                reason = f"must be {' or '.join(choices)}"
-            raise StartError(f"{name}={environ.get(name)!r}: {reason}") from None
+        settings = read_settings(cls, environ, paths=("DATA_DIR",))
         settings.check()
         return settings
 
@@ -238,16 +223,10 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
             if not self.secret_key:
                 raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
         for name in ("secret_key", "secret_key_old"):
-            size, least = len(getattr(self, name).encode()), guard.SECRET_BYTES_MIN
-            if 0 < size < least:
-                raise StartError(f"{name.upper()} must have at least {least} bytes")
+            guard.check_secret(name.upper(), getattr(self, name))
         guard.read_networks(self.trusted_proxies)
         guard.read_origins(self.cors_origins)
-        first, last = self.metrics_port, self.metrics_port + self.workers - 1  # a worker, a port
-        if first and last > PORT_MAX:
-            raise StartError(f"METRICS_PORT={first}: WORKERS={self.workers} need a port each")
-        if first and first <= self.port <= last:
-            raise StartError(f"METRICS_PORT={first}: PORT={self.port} is one of the ports it takes")
+        check_metrics_ports(self.metrics_port, self.workers, self.port)
 
     @property
     def database(self) -> str:
@@ -262,10 +241,6 @@ GROUP_PARTICIPANTS_MAX = 1000
 HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_IN_CHAT_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
-EMAIL_CHARS_MAX = 254
-USERNAME_CHARS_MAX = 50
-USERNAME_MARKS_MAX = 3  # on one letter
-PASSWORD_CHARS_MAX = 100
 QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
@@ -281,7 +256,6 @@ SESSION_SECRET_BYTES = 8
 SESSIONS_OF_USER_MAX = 50
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
-IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which is up to 600
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
@@ -293,7 +267,6 @@ OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 RUN_GAP = 100  # numbers between two messages, up to which their readers are looked for in one run
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
-WORD_CHARS_MAX = 64  # in the index
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 SEARCH_READS_MAX = 10  # for a page, where what the index names is not what was asked for
@@ -311,8 +284,6 @@ POLL_BACK_SECONDS = 10  # further back than the last poll: so what was committed
 VERSION_SECONDS = 1.0  # within which a query must see the version that a room knows
 VERSION_PAUSE_SECONDS = 0.05
 RETRY_SECONDS = 0.2  # before who catches up asks the database again
-SHUTDOWN_SECONDS = 2
-PARENT = "MESSENGER_PARENT"  # in the environment of a worker: its parent's pid
 
 
 # ==== Shapes ======================================================================================
@@ -329,20 +300,10 @@ Position = Annotated[
 Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
-# Four that are counted in their composed form (composed_text), and may be longer as sent.
-Username = Annotated[str, Meta(
-    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX,
-    description="3 to 50 letters of any script, digits and `_`, counted in NFC.")]
-Password = Annotated[str, Meta(
-    max_length=PASSWORD_CHARS_MAX * COMPOSED_FROM_MAX,
-    description="8 to 100 characters of any kind, counted in NFC.")]
+# Counted in its composed form (composed_text); it may be longer as sent.
 Query = Annotated[str, Meta(
     max_length=QUERY_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
     description="Words; up to 200 characters, counted in NFC.")]
-NameStart = Annotated[str, Meta(
-    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
-    description="Start of the name; up to 50 characters, counted in NFC.")]
-Email = Annotated[str, Meta(min_length=3, max_length=EMAIL_CHARS_MAX)]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
 
@@ -724,14 +685,6 @@ SEQ = attrgetter("seq")
 PARTICIPANT = msgspec.json.Decoder(Participant)
 
 
-def uuid7() -> UUID:
-    """Make a UUID that sorts by time (RFC 9562, section 5.7)."""
-    milliseconds = time.time_ns() // 1_000_000
-    chance = random.getrandbits(74)
-    value = milliseconds << 80 | 0x7 << 76 | (chance >> 62) << 64 | 0b10 << 62
-    return UUID(int=value | chance & (2**62 - 1))
-
-
 def new_mark() -> str:
     """Make the mark of one call that takes numbers."""
     return secrets.token_urlsafe(MARK_BYTES)
@@ -842,8 +795,7 @@ class Sessions:
     """Makes tokens, reads them, and knows for a moment which sessions are alive."""
 
     def __init__(self, settings: Settings, secret_key: str, database: Database) -> None:
-        self._key = secret_key  # signs; the old one is only believed
-        self._keys = [key for key in (secret_key, settings.secret_key_old) if key]
+        self._signer = guard.Signer(secret_key, settings.secret_key_old)
         self._database = database
         self._access_seconds = settings.access_token_expire_minutes * 60
         self._refresh_seconds = settings.refresh_token_expire_days * 86_400
@@ -862,7 +814,7 @@ class Sessions:
         def sign(since: int, seconds: int, **claims: Any) -> str:
             claims |= {"sub": str(user_id), "sid": session["id"], "key": session["secret"]}
             claims |= {"gen": generation, "iat": since, "exp": since + seconds}
-            return sign_claims(claims, self._key)
+            return self._signer.sign(claims)
 
         return Tokens(
             sign(int(time.time()), self._access_seconds, typ="access", jti=secrets.token_hex(8)),
@@ -872,15 +824,10 @@ class Sessions:
 
     def read(self, token: str, kind: Literal["access", "refresh"]) -> dict[str, Any] | None:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
-        for key in self._keys:
-            with contextlib.suppress(jwt.InvalidTokenError, ValueError):
-                claims = signed_claims(token, key, "sub", "sid", "typ", "jti", "iat", "exp")
-                now = time.time()
-                is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= now
-                # Signed while a clock was ahead; of a refresh token the session is put right.
-                is_early = kind == "access" and claims["iat"] > now + self._access_seconds
-                is_good = claims["typ"] == kind and not is_expired and not is_early
-                return claims if is_good else None
+        claims = self._signer.read(token, kind, TOKEN_LEEWAY_SECONDS, "sub", "sid", "jti")
+        # Of a refresh token the session is put right.
+        if claims is None or kind == "refresh" or not guard.is_early(claims, self._access_seconds):
+            return claims
         return None
 
     async def asker(self, token: str) -> Asker:
@@ -968,16 +915,10 @@ def refuse_foreign_page(request: web.Request) -> None:
 
 def bearer_token(request: web.Request) -> str:
     """Find the token of a request: in Authorization, and for sockets also where browsers can."""
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
-        return token.strip()
-    if is_of_socket(request):
-        offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
-        protocols = [protocol.strip() for protocol in offered]
-        if protocols[0] == SUBPROTOCOL and len(protocols) == 2:
-            return protocols[1]
-        return request.query.get("token", "")
-    return ""
+    token = guard.bearer_token(request)
+    if token is None and is_of_socket(request):
+        token = guard.token_of_socket(request, SUBPROTOCOL)
+    return token or ""
 
 
 def address_of(request: web.Request) -> str:
@@ -2251,27 +2192,6 @@ class ReadWriter(ChatWriter[NewRead, Read]):
         return outcomes
 
 
-def words_of(text: str) -> set[str]:
-    """Tell what the index has of a text: its words, and of runs of a script that puts no spaces
-    between words each character and each pair.
-    """
-    words, runs = words_and_runs(text)
-    found = set(map(short_word, words))
-    for run in runs:
-        found.update(run, pairs(run))
-    return found
-
-
-def short_word(word: str) -> str:
-    """Answer a word as it is in the index: a digest stands for one too long for it."""
-    return word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
-
-
-def pairs(run: str) -> list[str]:
-    """List the pairs of characters of a run; of a single character, itself."""
-    return [first + second for first, second in itertools.pairwise(run)] or [run]
-
-
 class SearchIndex:
     """Takes in the words of messages a little later than the messages, so that posts do not wait.
 
@@ -2444,45 +2364,6 @@ END_SESSION = """  -- session_id, user_id, secret
     update sessions set ended_at = now()
     where id = $1 and user_id = $2 and secret = coalesce($3, secret) and ended_at is null
     returning id"""
-
-
-def composed_text(loc: str, text: str, least: int, most: int) -> str:
-    """Answer a text in NFC. Raises InvalidInput unless it has so many characters then."""
-    normal = composed(text)
-    if not least <= len(normal) <= most:
-        raise invalid(loc, f"must have {least} to {most} characters")
-    return normal
-
-
-def checked_password(password: str) -> str:
-    """Answer a new password. Raises InvalidInput."""
-    return composed_text("$.password", password, 8, PASSWORD_CHARS_MAX)
-
-
-def checked_username(username: str) -> tuple[str, str]:
-    """Answer a username and its key, by which it is unique. Raises InvalidInput."""
-    name = composed_text("$.username", username, 3, USERNAME_CHARS_MAX)
-    # L for a letter, digit or underscore, M for a mark
-    kinds = "".join(
-        "L" if c.isdecimal() or c == "_" else unicodedata.category(c)[0] for c in name)
-    if SHOWS_NOTHING.search(name) or not re.fullmatch(f"(LM{{0,{USERNAME_MARKS_MAX}}})+", kinds):
-        raise invalid(
-            "$.username", "must be letters with up to 3 marks each, digits or underscores")
-    return name, folded(name)
-
-
-def checked_email(email: str) -> tuple[str, str]:
-    """Answer an email and its key, by which it is unique. Raises InvalidInput."""
-    try:
-        if len(email) > EMAIL_CHARS_MAX:  # first: to normalise many marks takes quadratic time
-            raise email_validator.EmailSyntaxError
-        valid = email_validator.validate_email(email, check_deliverability=False).normalized
-    except email_validator.EmailNotValidError:
-        raise invalid("$.email", "is not an email address") from None
-    return valid, folded(valid)
-
-# No mail is ever sent, and a server may be private: reserved domains are fine.
-email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 
 
 async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
@@ -2703,7 +2584,7 @@ async def list_users(
     q: NameStart = "",
 ) -> Answer[list[User]]:
     """List users by id, all or those whose username starts with `q`. Raises InvalidInput."""
-    key = folded(composed_text("$.q", q, 0, USERNAME_CHARS_MAX))
+    key = name_start_key(q)
     bounds = key, key + "\U0010ffff"
     rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
@@ -3037,7 +2918,7 @@ async def search_messages(
     """
     me, database = request[ME], request.app[DATABASE]
     words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
-    wanted = {short_word(word) for word in words}.union(*map(pairs, runs))
+    wanted = words_wanted(words, runs)
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
         await request.app[INDEX].index(chat_id)
     found: list[Message] = []
@@ -3066,8 +2947,7 @@ async def holding(messages: list[Message], runs: list[str]) -> list[Message]:
         return messages
     found = []
     for message in messages:
-        held = " ".join(words_and_runs(message.text)[1])
-        found += [message] if all(run in held for run in runs) else []
+        found += [message] if holds_runs(message.text, runs) else []
         await asyncio.sleep(0)  # others come first: a long text takes a millisecond
     return found
 
@@ -3382,12 +3262,6 @@ async def get_asyncapi(request: web.Request) -> web.StreamResponse:
     return web.FileResponse(WEB / "asyncapi.json", headers={"Cache-Control": "no-cache"})
 
 
-async def get_metrics(request: web.Request) -> web.Response:
-    """Get what Prometheus collects; on a port of its own, so that it can be kept private."""
-    headers = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
-    return web.Response(body=prometheus_client.generate_latest(), headers=headers)
-
-
 async def get_liveness(request: web.Request) -> Health:
     """Tell that the server is there."""
     return Health("alive")
@@ -3454,14 +3328,6 @@ PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id":
 # Start, serve, stop. Whatever keeps the server from starting is one line.
 
 
-request_timer = functools.cache(REQUESTS.labels)  # to find one takes longer than to count
-
-
-def observe_request(operation: str, status: int, seconds: float) -> None:
-    """Count a call that was answered."""
-    request_timer(operation, status).observe(seconds)
-
-
 def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
     """Make what this process counts by itself."""
     handshakes = settings.refused_handshakes_per_second
@@ -3497,12 +3363,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
-    paths = [endpoint.path for endpoint in ENDPOINTS]
-    for endpoint in ENDPOINTS:
-        name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, PATH_PROBLEMS)
-        path = route_path(endpoint.path, paths)
-        for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
-            app.router.add_route(method, path, handler, name=name)
+    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS)
     return app
 
 
@@ -3527,11 +3388,8 @@ async def close_sockets(app: web.Application) -> None:
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
-    loop = asyncio.get_running_loop()
-    task = cast("asyncio.Task[None]", asyncio.current_task())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
-    is_worker, has_workers = PARENT in os.environ, settings.workers > 1
+    process.end_on_signals()
+    is_worker, has_workers = process.has_parent(), settings.workers > 1
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(
             process.hold_port(settings.host, settings.port) if has_workers
@@ -3564,37 +3422,25 @@ async def start_sites(
     app: web.Application,
 ) -> None:
     """Serve the application, and the metrics on a port of their own. Raises StartError."""
-    metrics = web.Application()
-    metrics.router.add_get("/metrics", get_metrics)
-    metrics.on_response_prepare.append(process.show_request_id)
-    sites = [(app, listener)]
+    private = None
     if settings.metrics_port:
         private = stack.enter_context(process.listen_on(
             settings.metrics_host, settings.metrics_port, names=("METRICS_HOST", "METRICS_PORT")))
-        sites.append((metrics, private))
-    for served, port in sites:
-        runner = web.AppRunner(
-            served, access_log=None, handle_signals=False, keepalive_timeout=IDLE_SECONDS,
-            shutdown_timeout=SHUTDOWN_SECONDS)
-        stack.push_async_callback(runner.cleanup)
-        await runner.setup()
-        if served is app:  # its sockets first: once the runner cleans up, they answer no close
-            stack.push_async_callback(close_sockets, app)
-        stack.callback(process.Acceptor(port, cast(web.Server, runner.server)).stop)
+    # Its sockets are closed first: once the runner cleans up, they answer no close.
+    await start_site(stack, listener, app, close=close_sockets)
+    if private is not None:
+        await start_site(stack, private, metrics_app())
 
 
 async def start_workers(
     settings: Settings, stack: contextlib.AsyncExitStack, **shared: str | int
 ) -> None:
     """Start the workers, and keep them up; return once one listens."""
-    own = {name: str(value) for name, value in shared.items()}
-    own |= {"WORKERS": "1", PARENT: str(os.getpid())}
-    workers = await stack.enter_async_context(asyncio.TaskGroup())
-    for number in range(settings.workers):
-        if settings.metrics_port:
-            own["METRICS_PORT"] = str(settings.metrics_port + number)
-        command = [sys.executable, __file__]
-        workers.create_task(process.keep_running(command, os.environ | own))
+    own = {name: str(value) for name, value in shared.items()} | {"WORKERS": "1"}
+    first = settings.metrics_port
+    ports = [first and first + number for number in range(settings.workers)]
+    await run_workers(
+        stack, [sys.executable, __file__], [own | {"METRICS_PORT": str(port)} for port in ports])
     await process.until_listening(settings.host, int(shared["PORT"]))
 
 
@@ -3603,8 +3449,7 @@ def main() -> int:
     process.be_init()
     if sys.argv[1:]:
         os.execv(sys.executable, [sys.executable, str(ADMINISTER), *sys.argv[1:]])  # noqa: S606
-    if PARENT in os.environ:
-        process.die_with(int(os.environ[PARENT]))
+    process.die_with_parent()
     try:
         process.require_parser()
         process.raise_descriptor_limit()

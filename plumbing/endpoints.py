@@ -29,6 +29,7 @@ from plumbing.database import Unavailable
 from plumbing.deadline import request_deadline, uncounted
 from plumbing.guard import SAFE_HEADERS, Busy
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
+from plumbing.text import composed
 from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
@@ -130,6 +131,14 @@ HTTP_PROBLEMS: Mapping[int, type[Problem]] = {
 def invalid(loc: str, msg: str) -> InvalidInput:
     """Say what is wrong with one field, named like `$.text`."""
     return InvalidInput(errors=[FieldError(loc, msg)])
+
+
+def composed_text(loc: str, text: str, least: int, most: int) -> str:
+    """Answer a text in NFC. Raises InvalidInput unless it has so many characters then."""
+    normal = composed(text)
+    if not least <= len(normal) <= most:
+        raise invalid(loc, f"must have {least} to {most} characters")
+    return normal
 
 
 def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
@@ -313,6 +322,20 @@ def route_path(path: str, paths: Iterable[str]) -> str:
     rests = [other.removeprefix(start) for other in paths if other.startswith(start)]
     words = "|".join(re.escape(rest) for rest in rests if re.fullmatch(r"[\w-]+", rest))
     return f"{start}{{{name}:(?!(?:{words})$)[^{{}}/]+}}" if words else path
+
+
+def add_routes(
+    app: web.Application, endpoints: Sequence[Endpoint],
+    authenticate: Callable[[web.Request], Awaitable[None]],
+    path_problems: Mapping[str, type[Problem]],
+) -> None:
+    """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD."""
+    paths = [endpoint.path for endpoint in endpoints]
+    for endpoint in endpoints:
+        name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, path_problems)
+        path = route_path(endpoint.path, paths)
+        for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
+            app.router.add_route(method, path, handler, name=name)
 
 
 def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:

@@ -6,6 +6,7 @@ Nothing here knows what is asked for.
 
 import asyncio
 import base64
+import contextlib
 import functools
 import hashlib
 import ipaddress
@@ -322,6 +323,23 @@ class Passwords:
 # ---- Signed tokens
 
 
+def bearer_token(request: web.Request) -> str | None:
+    """Find the token of a request in Authorization (RFC 6750); None where there is none."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token else None
+
+
+def token_of_socket(request: web.Request, subprotocol: str) -> str:
+    """Find the token of a handshake where browsers can put one: behind the subprotocol, or in the
+    query. Empty where there is none.
+    """
+    offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
+    protocols = [protocol.strip() for protocol in offered]
+    if protocols[0] == subprotocol and len(protocols) == 2:
+        return protocols[1]
+    return request.query.get("token", "")
+
+
 @functools.lru_cache(TOKENS_REMEMBERED_MAX)  # it takes as long as a small answer
 def signed_claims(token: str, key: str, *required: str) -> dict[str, Any]:
     """Answer the claims of a token (JWT, RFC 7519) signed with a key, expired or not.
@@ -338,9 +356,40 @@ def signed_claims(token: str, key: str, *required: str) -> dict[str, Any]:
     return claims
 
 
-def sign_claims(claims: Mapping[str, Any], key: str) -> str:
-    """Make a token of claims."""
-    return jwt.encode(dict(claims), key, algorithm="HS256")
+class Signer:
+    """Makes tokens with a key, and believes those made with it or with an old one."""
+
+    def __init__(self, key: str, old_key: str = "") -> None:
+        self._key = key
+        self._believed = [each for each in (key, old_key) if each]
+
+    def sign(self, claims: Mapping[str, Any]) -> str:
+        """Make a token of claims."""
+        return jwt.encode(dict(claims), self._key, algorithm="HS256")
+
+    def read(self, token: str, kind: str, leeway: float, *required: str) -> dict[str, Any] | None:
+        """Read a token's claims; None unless it is ours, of this kind (`typ`) and did not expire
+        over so many seconds ago. It has those required, `typ`, `iat` and `exp`.
+        """
+        for key in self._believed:
+            with contextlib.suppress(jwt.InvalidTokenError, ValueError):
+                claims = signed_claims(token, key, "typ", "iat", "exp", *required)
+                is_expired = claims["exp"] + leeway <= time.time()
+                return claims if claims["typ"] == kind and not is_expired else None
+        return None
+
+
+def is_early(claims: Mapping[str, Any], seconds: float) -> bool:
+    """Tell whether a token says that it was signed over so many seconds from now: some clock was
+    ahead.
+    """
+    return bool(claims["iat"] > time.time() + seconds)
+
+
+def check_secret(name: str, secret: str) -> None:
+    """Insist that a secret is long enough where there is one. Raises StartError."""
+    if 0 < len(secret.encode()) < SECRET_BYTES_MIN:
+        raise StartError(f"{name} must have at least {SECRET_BYTES_MIN} bytes")
 
 
 def kept_secret(path: Path) -> str:

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import messenger
-from plumbing import endpoints, guard, process
+from plumbing import endpoints, guard, process, serving
 from support.people import HEAR_SECONDS
 from support.raw import RawConnection
 from support.servers import SETTINGS
@@ -126,7 +126,7 @@ async def test_slow_headers_are_cut(hasty: Any) -> None:
 async def test_idle_connection_is_kept_for_longer_than_a_proxy_keeps_it(hasty: Any) -> None:
     """Between two requests a connection may wait for longer than headers may take, again and again;
     proxies, which keep theirs for 60 s to 600 s, are the first to close."""
-    assert messenger.IDLE_SECONDS > 600
+    assert serving.IDLE_SECONDS > 600
     raw = await hasty(ALIVE)
     for _ in range(2):
         await hears_alive(raw)
@@ -141,7 +141,7 @@ async def test_idle_connection_is_closed_at_last(
     app: web.Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection on which nothing more is asked is closed after its time."""
-    monkeypatch.setattr(messenger, "IDLE_SECONDS", 1)
+    monkeypatch.setattr(serving, "IDLE_SECONDS", 1)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(process.listen_on("127.0.0.1", 0))
         await messenger.start_sites(SETTINGS, stack, listener, app)
