@@ -145,6 +145,7 @@ from plumbing.endpoints import (
     add_routes,
     answer_problems,
     as_problem,
+    beyond,
     composed_text,
     created,
     decode_json,
@@ -251,7 +252,6 @@ NO_MARK = "0"  # of a chat in which nothing was posted, and of what is older tha
 TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
-SESSIONS_REMEMBERED_MAX = 10_000
 SESSION_SECRET_BYTES = 8
 SESSIONS_OF_USER_MAX = 50
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
@@ -752,11 +752,6 @@ def refused(outcome: str) -> Problem | None:
     return Problem.named[outcome]() if outcome in Problem.named else None
 
 
-def check_outcome(outcome: str) -> None:
-    """Raise the problem that a function of sql/functions.sql names, if any."""
-    if problem := refused(outcome):
-        raise problem
-
 
 # ==== Sessions ====================================================================================
 # Tokens are JWTs (RFC 7519) that name a session; a session is one login, and a refresh token is
@@ -800,9 +795,8 @@ class Sessions:
         self._access_seconds = settings.access_token_expire_minutes * 60
         self._refresh_seconds = settings.refresh_token_expire_days * 86_400
         self._look_ups = GroupReader(self._sessions_of)
-        # By session: its secret and generation, and until when it is believed alive (monotonic).
-        self._alive: dict[int, tuple[str, int, float]] = {}
-        self._ended: dict[int, float] = {}  # by session: when it ended; a look-up may be under way
+        # By session: its secret and generation, while it is believed alive.
+        self._trusted = guard.Trusted(SESSION_TRUST_SECONDS)
 
     def tokens(self, user_id: int, session: Mapping[str, Any]) -> Tokens:
         """Make the pair of tokens of a session's generation; its refresh token is always the same.
@@ -811,16 +805,15 @@ class Sessions:
         """
         generation, rotated = session["generation"], int(session["rotated_at"].timestamp())
 
-        def sign(since: int, seconds: int, **claims: Any) -> str:
-            claims |= {"sub": str(user_id), "sid": session["id"], "key": session["secret"]}
-            claims |= {"gen": generation, "iat": since, "exp": since + seconds}
-            return self._signer.sign(claims)
-
+        own = {
+            "sub": str(user_id), "sid": session["id"], "key": session["secret"],
+            "gen": generation}
+        access, refresh = self._access_seconds, self._refresh_seconds
         return Tokens(
-            sign(int(time.time()), self._access_seconds, typ="access", jti=secrets.token_hex(8)),
-            sign(rotated, self._refresh_seconds, typ="refresh", jti=str(generation)),
-            self._access_seconds,
-        )
+            self._signer.sign(
+                time.time(), access, typ="access", jti=secrets.token_hex(8), **own),
+            self._signer.sign(rotated, refresh, typ="refresh", jti=str(generation), **own),
+            access)
 
     def read(self, token: str, kind: Literal["access", "refresh"]) -> dict[str, Any] | None:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
@@ -837,16 +830,11 @@ class Sessions:
             raise Unauthorized
         asker = Asker(int(claims["sub"]), claims["sid"], claims["exp"])
         secret, generation = claims.get("key", ""), claims.get("gen", 0)
-        known = self._alive.get(asker.session_id, ("", 0, 0.0))
-        if known[:2] != (secret, generation) or known[2] < time.monotonic():
+        if not self._trusted.holds(asker.session_id, (secret, generation)):
             asked_at = time.monotonic()
             await self._look_up(asker, secret, generation)
-            if self._ended.get(asker.session_id, 0) > asked_at:
+            if not self._trusted.put(asker.session_id, (secret, generation), asked_at):
                 raise Unauthorized
-            if len(self._alive) > SESSIONS_REMEMBERED_MAX:
-                self._alive.clear()
-            until = asked_at + SESSION_TRUST_SECONDS
-            self._alive[asker.session_id] = secret, generation, until
         return asker
 
     async def _look_up(self, asker: Asker, secret: str, generation: int) -> None:
@@ -875,15 +863,11 @@ class Sessions:
 
     def forget(self) -> None:
         """Believe of no session that it is alive."""
-        self._alive.clear()
+        self._trusted.forget()
 
     def end(self, session_ids: Iterable[int]) -> None:
         """Believe no longer that these sessions are alive."""
-        if len(self._ended) > SESSIONS_REMEMBERED_MAX:
-            self._ended.clear()
-        for session_id in session_ids:
-            self._alive.pop(session_id, None)
-            self._ended[session_id] = time.monotonic()
+        self._trusted.end(session_ids)
 
 # What the application holds, by key.
 SETTINGS = web.AppKey("settings", Settings)
@@ -2420,9 +2404,7 @@ async def login(request: web.Request, body: Login) -> Tokens:
         form = await passwords.matching(body.password, hashed, address)
         if form is None or not user:
             raise InvalidCredentials
-        anew = None
-        if passwords.is_outdated(form, hashed):
-            anew = await passwords.hash(form, address)
+        anew = await passwords.renewed(form, hashed, address)
         session = await database.row(
             START_SESSION, user["id"], hashed, anew, agent, account_key, address_key,
             secrets.token_urlsafe(SESSION_SECRET_BYTES))
@@ -2464,8 +2446,7 @@ async def list_sessions(
     life = request.app[SETTINGS].refresh_token_expire_days * 86_400
     rows = await request.app[DATABASE].rows(SELECT_SESSIONS, me, life, after, limit + 1)
     sessions = [Session(**row, current=row["id"] == current) for row in rows[:limit]]
-    more = {"after": sessions[-1].id} if len(rows) > limit else None
-    return page(request, sessions, next=more)
+    return page(request, sessions, next=beyond(rows, limit, lambda row: {"after": row["id"]}))
 
 
 async def delete_session(request: web.Request, session_id: SessionId) -> None:
@@ -2588,8 +2569,7 @@ async def list_users(
     bounds = key, key + "\U0010ffff"
     rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
-    more = {"after": users[-1].id} if len(rows) > limit else None
-    return page(request, users, next=more)
+    return page(request, users, next=beyond(rows, limit, lambda row: {"after": row["id"]}))
 
 
 # ==== Handlers: chats =============================================================================
@@ -2683,10 +2663,7 @@ async def list_chats(
     rows = await request.app[DATABASE].rows(
         SELECT_CHATS, request[ME], 1, INT8_MAX, int(match[1]), int(match[2]), limit + 1)
     chats = chats_of(rows)[:limit]
-    more = None
-    if len(rows) > limit:
-        last = rows[limit - 1]
-        more = {"cursor": f"{last['place']}.{last['id']}"}
+    more = beyond(rows, limit, lambda row: {"cursor": f"{row['place']}.{row['id']}"})
     return page(request, chats, next=more)
 
 
@@ -2705,7 +2682,7 @@ async def list_participants(
     if not rows and not await database.row(SELECT_MEMBERSHIP, chat_id, me):
         raise ChatNotFound
     people = [Participant(*row) for row in rows[:limit]]
-    return page(request, people, next={"after": people[-1].user_id} if len(rows) > limit else None)
+    return page(request, people, next=beyond(rows, limit, lambda row: {"after": row["user_id"]}))
 
 
 async def add_participant(
@@ -2755,7 +2732,8 @@ async def alter_chat(
     """
     async with request.app[TURNS].setdefault(chat_id, asyncio.Lock()):
         row = await request.app[DATABASE].row(statement, chat_id, request[ME], *arguments)
-    check_outcome(row["outcome"])
+    if problem := refused(row["outcome"]):
+        raise problem
     request.app[ROOMS].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
     return cast("Mapping[str, Any]", row)
 
@@ -2933,11 +2911,8 @@ async def search_messages(
         if len(rows) <= limit or len(found) >= limit:
             break
         bound = named[-1].seq
-    more = None
-    if len(found) > limit:
-        more = {"before": found[limit - 1].seq}
-    elif len(rows) > limit:
-        more = {"before": named[-1].seq}
+    more = beyond(found, limit, lambda message: {"before": message.seq})
+    more = more or beyond(rows, limit, lambda row: {"before": row["seq"]})
     return page(request, found[:limit], next=more)
 
 
@@ -2969,7 +2944,7 @@ async def list_changes(
     if mark is not None and mark != rows[0]["mark"]:
         raise HistoryRewritten
     messages = await messages_of(database, chat_id, rows[:limit])
-    more = {"after": messages[-1].position} if len(rows) > limit else None
+    more = beyond(rows, limit, lambda row: {"after": row["position"]})
     return page(request, messages, next=more)
 
 

@@ -197,6 +197,13 @@ def page(request: web.Request, values: ShapeT, **links: dict[str, Any] | None) -
     return Answer(values, headers={"Link": ", ".join(shown)} if shown else {})
 
 
+def beyond(
+    rows: Sequence[Any], limit: int, place: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Tell where the next page begins, by the last row of this one; None unless more were read."""
+    return place(rows[limit - 1]) if len(rows) > limit else None
+
+
 @dataclass(frozen=True, slots=True)
 class Signature:
     """What a handler takes, read from its annotations."""

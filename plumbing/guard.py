@@ -16,7 +16,7 @@ import secrets
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +39,7 @@ PASSWORD_QUEUE_MAX = 128  # hashes waiting for a thread or under way
 PASSWORD_QUEUE_OF_ONE_MAX = 32  # of them from one address
 PASSWORD_CHARS_MAX = 1000  # of one that is looked into: a longer one is nobody's
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
+FACTS_MAX = 10_000  # believed at once
 TOKENS_REMEMBERED_MAX = 10_000
 TOKEN_CHARS_MAX = 2000
 SECRET_BYTES_MIN = 32
@@ -203,6 +204,47 @@ class Rate:
         return 0.0
 
 
+# ---- What is believed
+
+
+class Trusted:
+    """Facts that are believed for a while without asking again, each by its key.
+
+    What ended while it was asked about is not: the answer may be older than its end.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._facts: dict[Hashable, tuple[object, float]] = {}  # until when (monotonic)
+        self._ended: dict[Hashable, float] = {}  # when it ended
+
+    def holds(self, key: Hashable, fact: object) -> bool:
+        """Tell whether this fact is believed of a key right now."""
+        known, until = self._facts.get(key, (None, 0.0))
+        return known == fact and until >= time.monotonic()
+
+    def put(self, key: Hashable, fact: object, asked_at: float) -> bool:
+        """Believe a fact, from when it was asked for; False where the key ended meanwhile."""
+        if self._ended.get(key, 0) > asked_at:
+            return False
+        if len(self._facts) > FACTS_MAX:
+            self._facts.clear()
+        self._facts[key] = fact, asked_at + self._seconds
+        return True
+
+    def forget(self) -> None:
+        """Believe nothing."""
+        self._facts.clear()
+
+    def end(self, keys: Iterable[Hashable]) -> None:
+        """Believe nothing of these keys, nor what is being asked about them right now."""
+        if len(self._ended) > FACTS_MAX:
+            self._ended.clear()
+        for key in keys:
+            self._facts.pop(key, None)
+            self._ended[key] = time.monotonic()
+
+
 # ---- Passwords
 
 
@@ -285,9 +327,12 @@ class Passwords:
                 return form
         return None
 
-    def is_outdated(self, form: str, hashed: str) -> bool:
-        """Tell whether a hash was made of another form, or when hashes cost less."""
-        return form != composed(form) or int(hashed.split("$")[2]) < self.cost
+    async def renewed(self, form: str, hashed: str, address: str) -> str | None:
+        """Hash a password anew where its hash was made of another form than now, or when hashes
+        cost less; else answer None. Raises Busy.
+        """
+        is_outdated = form != composed(form) or int(hashed.split("$")[2]) < self.cost
+        return await self.hash(form, address) if is_outdated else None
 
     @staticmethod
     def _digest(password: str) -> bytes:
@@ -363,9 +408,10 @@ class Signer:
         self._key = key
         self._believed = [each for each in (key, old_key) if each]
 
-    def sign(self, claims: Mapping[str, Any]) -> str:
-        """Make a token of claims."""
-        return jwt.encode(dict(claims), self._key, algorithm="HS256")
+    def sign(self, since: float, seconds: int, **claims: Any) -> str:
+        """Make a token of claims that is good from a time on (since the epoch), for so long."""
+        claims |= {"iat": int(since), "exp": int(since) + seconds}
+        return jwt.encode(claims, self._key, algorithm="HS256")
 
     def read(self, token: str, kind: str, leeway: float, *required: str) -> dict[str, Any] | None:
         """Read a token's claims; None unless it is ours, of this kind (`typ`) and did not expire
