@@ -84,7 +84,6 @@ import contextlib
 import itertools
 import logging
 import os
-import re
 import secrets
 import sys
 import time
@@ -126,7 +125,7 @@ from plumbing.credentials import (
     name_start_key,
 )
 from plumbing.database import Database, Unavailable, repeat
-from plumbing.deadline import deadline, request_deadline
+from plumbing.deadline import linger, request_deadline
 from plumbing.embedded import Postgres
 from plumbing.endpoints import (
     ENCODER,
@@ -151,9 +150,12 @@ from plumbing.endpoints import (
     decode_json,
     invalid,
     page,
+    peek,
+    read_cursor,
 )
-from plumbing.groups import GroupReader, GroupWriter, Outcome
+from plumbing.groups import GroupReader, GroupWriter, Outcome, columns_of
 from plumbing.guard import Passwords, Rate
+from plumbing.positions import new_mark, position_of, read_position
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
 from plumbing.serving import metrics_app, observe_request, run_workers, start_site
@@ -246,7 +248,6 @@ QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame
-MARK_BYTES = 8  # random
 NO_MARK = "0"  # of a chat in which nothing was posted, and of what is older than marks
 
 TOKEN_LEEWAY_SECONDS = 10
@@ -683,24 +684,6 @@ CLOSE_CODES = {
 
 SEQ = attrgetter("seq")
 PARTICIPANT = msgspec.json.Decoder(Participant)
-
-
-def new_mark() -> str:
-    """Make the mark of one call that takes numbers."""
-    return secrets.token_urlsafe(MARK_BYTES)
-
-
-def position_of(number: int, mark: str) -> str:
-    """Write a position; before the first number there is no mark."""
-    return f"{number}.{mark}" if number else "0"
-
-
-def read_position(loc: str, given: int | str) -> tuple[int, str | None]:
-    """Read a position, or a bare number, which has no mark, as 0 has none. Raises InvalidInput."""
-    number, _, mark = str(given).partition(".")
-    if int(number) > INT8_MAX:
-        raise invalid(loc, f"must be at most {INT8_MAX}")
-    return int(number), mark if mark and int(number) else None
 
 
 def mark_of(stands: Message | Chat) -> str:
@@ -2064,10 +2047,9 @@ class ChatWriter(GroupWriter[ItemT, Outcome]):
 
     async def commit(self, items: list[ItemT]) -> list[Any]:
         """Commit a group; answer a row for each item."""
-        rows = [msgspec.structs.astuple(item) for item in items]
-        columns = zip(*rows, strict=True)
+        columns = columns_of(map(msgspec.structs.astuple, items))
         mark = [new_mark()] if self.TAKES_NUMBERS else []
-        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns), *mark)
+        return await self._app[DATABASE].rows(self.STATEMENT, *columns, *mark)
 
     def lock_of(self, item: ItemT) -> Hashable:
         """Tell which row an item changes: its chat's."""
@@ -2154,7 +2136,7 @@ class ReadWriter(ChatWriter[NewRead, Read]):
 
     async def free(self, locks: list[Any]) -> set[Any]:
         """Answer those readers of some that nobody holds right now."""
-        columns = map(list, zip(*locks, strict=True))
+        columns = columns_of(locks)
         return set(map(tuple, await self._app[DATABASE].rows(SELECT_FREE_PARTICIPANTS, *columns)))
 
     def publish(
@@ -2411,8 +2393,7 @@ async def login(request: web.Request, body: Login) -> Tokens:
         if session:
             break
         # The hash is another by now: the password was changed, or another login hashed it anew.
-    surplus = await database.rows(END_OLDEST_SESSIONS, user["id"], SESSIONS_OF_USER_MAX)
-    for ended in surplus:
+    for ended in await database.rows(END_OLDEST_SESSIONS, user["id"], SESSIONS_OF_USER_MAX):
         request.app[ROOMS].publish(SessionHint(ended["id"]))
     return request.app[SESSIONS].tokens(user["id"], session)
 
@@ -2552,9 +2533,7 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     # A user in very many chats is answered before leaving them all; keep_tidy finishes what is
     # left over.
     leaving = request.app[TASKS].spawn(leave_chats(request.app, user_id))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(deadline()):
-            await asyncio.wait([leaving], timeout=LEAVING_SECONDS)
+    await linger(leaving, LEAVING_SECONDS)
 
 
 async def list_users(
@@ -2657,11 +2636,9 @@ async def list_chats(
     cursor: Annotated[str, Meta(description="From the `Link` of the page before.")] = "",
 ) -> Answer[list[Chat]]:
     """List one's chats, the most recently active first. Raises InvalidInput."""
-    match = re.fullmatch(r"([0-9]{1,16})\.([0-9]{1,19})", cursor or f"{PLACE_MAX}.{INT8_MAX}")
-    if match is None or int(match[2]) > INT8_MAX:
-        raise invalid("$.cursor", "is not a cursor of this list")
+    place = read_cursor(cursor, PLACE_MAX, INT8_MAX)
     rows = await request.app[DATABASE].rows(
-        SELECT_CHATS, request[ME], 1, INT8_MAX, int(match[1]), int(match[2]), limit + 1)
+        SELECT_CHATS, request[ME], 1, INT8_MAX, *place, limit + 1)
     chats = chats_of(rows)[:limit]
     more = beyond(rows, limit, lambda row: {"cursor": f"{row['place']}.{row['id']}"})
     return page(request, chats, next=more)
@@ -2862,12 +2839,12 @@ async def list_messages(
     me, database = request[ME], request.app[DATABASE]
     if after is not None and (before is not None or q is not None):
         raise invalid("$.after", "must not be given with before or q")
+    bound = INT8_MAX if before is None else before
     if q is not None:
-        return await search_messages(request, chat_id, q, limit, before)
+        return await search_messages(request, chat_id, q, limit, bound)
     if after is not None:
         rows = await database.rows(SELECT_MESSAGES_AFTER, chat_id, me, after, limit)
     else:
-        bound = INT8_MAX if before is None else before
         rows = await database.rows(SELECT_MESSAGES_BEFORE, chat_id, me, bound, limit)
     rows.sort(key=itemgetter("seq"))
     messages = messages_with(rows, rows[-1]) if rows else []
@@ -2887,7 +2864,7 @@ async def list_messages(
 
 
 async def search_messages(
-    request: web.Request, chat_id: int, q: str, limit: int, before: int | None
+    request: web.Request, chat_id: int, q: str, limit: int, before: int
 ) -> Answer[list[Message]]:
     """Find the messages of a chat that hold all of some words. Raises ChatNotFound, InvalidInput.
 
@@ -2900,17 +2877,16 @@ async def search_messages(
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
         await request.app[INDEX].index(chat_id)
     found: list[Message] = []
-    bound = INT8_MAX if before is None else before
     for _ in range(SEARCH_READS_MAX):
         rows = await database.rows(
-            SELECT_MESSAGES_FOUND, chat_id, me, bound, list(wanted), limit + 1)
+            SELECT_MESSAGES_FOUND, chat_id, me, before, list(wanted), limit + 1)
         if not rows:
             raise ChatNotFound
         named = await messages_of(database, chat_id, rows[:limit])
         found += await holding(named, [run for run in runs if len(run) > 2])
         if len(rows) <= limit or len(found) >= limit:
             break
-        bound = named[-1].seq
+        before = named[-1].seq
     more = beyond(found, limit, lambda message: {"before": message.seq})
     more = more or beyond(rows, limit, lambda row: {"before": row["seq"]})
     return page(request, found[:limit], next=more)
@@ -2961,7 +2937,6 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
 # that order without waiting for one another; any other frame waits for those before it.
 
 CLIENT_FRAME = msgspec.json.Decoder(ClientFrame)
-FRAME = msgspec.json.Decoder(dict[str, Any])
 
 
 async def follow_chat(
@@ -3101,12 +3076,8 @@ def problem_of(socket: Socket, error: Exception) -> Problem:
 
 def refuse_text(socket: Socket, text: str | bytes, problem: Problem) -> None:
     """Refuse a frame as it came, with its `ref` and `chat_id` as far as they can be read."""
-    ref = chat_id = None
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        ref, chat_id = map(FRAME.decode(text).get, ("ref", "chat_id"))
-    refuse_frame(
-        socket, problem, ref if type(ref) in (str, int, float) else None,
-        chat_id if type(chat_id) is int else None)
+    told = peek(text, ref=(str, int, float), chat_id=(int,))
+    refuse_frame(socket, problem, **told)
 
 
 def refuse_frame(

@@ -38,6 +38,7 @@ PLACES = ("before", "after", "cursor")  # the parameters of a query that say whe
 PROBLEM_JSON = "application/problem+json"
 RETRY_SECONDS = 1  # after which to try again, where nothing better is known
 ENCODER = msgspec.json.Encoder()
+OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 ShapeT = TypeVar("ShapeT")
 log = logging.getLogger("messenger.endpoints")
@@ -156,6 +157,14 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
     raise refusal
 
 
+def peek(text: bytes | str, **kinds: Sequence[type]) -> dict[str, Any]:
+    """Read fields of a JSON object as far as it can be read: None for one of another type."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        found = OBJECT.decode(text)
+    return {name: found[name] if type(found.get(name)) in kinds[name] else None for name in kinds}
+
+
 # ---- Endpoints and answers
 
 
@@ -202,6 +211,19 @@ def beyond(
 ) -> dict[str, Any] | None:
     """Tell where the next page begins, by the last row of this one; None unless more were read."""
     return place(rows[limit - 1]) if len(rows) > limit else None
+
+
+def read_cursor(cursor: str, *most: int) -> tuple[int, ...]:
+    """Read the numbers of a cursor, which dots part; where there is none, the most that each may
+    be. Raises InvalidInput.
+    """
+    numbers = cursor.split(".") if cursor else [str(each) for each in most]
+    if len(numbers) != len(most) or not all(
+        re.fullmatch(f"[0-9]{{1,{len(str(limit))}}}", number) and int(number) <= limit
+        for number, limit in zip(numbers, most, strict=True)
+    ):
+        raise invalid("$.cursor", "is not a cursor of this list")
+    return tuple(map(int, numbers))
 
 
 @dataclass(frozen=True, slots=True)
