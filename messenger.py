@@ -155,7 +155,7 @@ from plumbing.endpoints import (
 )
 from plumbing.groups import GroupReader, GroupWriter, Outcome, columns_of
 from plumbing.guard import Passwords, Rate
-from plumbing.positions import new_mark, position_of, read_position
+from plumbing.marks import new_mark, position_of, read_position
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
 from plumbing.serving import metrics_app, observe_request, run_workers, start_site

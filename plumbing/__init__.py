@@ -18,6 +18,6 @@ A file imports only those above it in this list, and none imports the applicatio
     websocket    one connection of a websocket
     validation   what is wrong with a value, in words for people
     endpoints    from a handler's signature to validation to an answer
-    positions    numbers of a count, with the marks that vouch for them
+    marks        numbers of a count, with the marks that vouch for them
     credentials  emails, usernames, passwords: their shapes and spelling
 """
