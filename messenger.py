@@ -81,19 +81,12 @@ FRAME_HANDLERS, and its example.
 import asyncio
 import bisect
 import contextlib
-import functools
-import hashlib
 import itertools
 import logging
 import os
-import random
-import re
 import secrets
-import signal
 import sys
 import time
-import typing
-import unicodedata
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
@@ -112,8 +105,6 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import UUID
 from weakref import WeakValueDictionary
 
-import email_validator
-import jwt
 import msgspec
 import prometheus_client
 import uvloop
@@ -123,8 +114,18 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from plumbing import guard, process
 from plumbing.address import read_address, with_password
 from plumbing.bus import Bus
+from plumbing.credentials import (
+    Email,
+    NameStart,
+    Password,
+    Username,
+    checked_email,
+    checked_password,
+    checked_username,
+    name_start_key,
+)
 from plumbing.database import Database, Unavailable, repeat
-from plumbing.deadline import deadline, request_deadline
+from plumbing.deadline import linger, request_deadline
 from plumbing.embedded import Postgres
 from plumbing.endpoints import (
     ENCODER,
@@ -140,26 +141,27 @@ from plumbing.endpoints import (
     ServiceUnavailable,
     Unauthorized,
     UpgradeRequired,
+    add_routes,
     answer_problems,
     as_problem,
-    bind,
+    beyond,
+    composed_text,
     created,
     decode_json,
     invalid,
     page,
-    route_path,
+    peek,
+    read_cursor,
 )
-from plumbing.groups import GroupReader, GroupWriter, Outcome
-from plumbing.guard import Passwords, Rate, sign_claims, signed_claims
+from plumbing.groups import GroupReader, GroupWriter, Outcome, columns_of
+from plumbing.guard import Passwords, Rate
+from plumbing.marks import new_mark, position_of, read_position
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
-from plumbing.text import (
-    COMPOSED_FROM_MAX,
-    SHOWS_NOTHING,
-    composed,
-    folded,
-    words_and_runs,
-)
+from plumbing.serving import metrics_app, observe_request, run_workers, start_site
+from plumbing.settings import Port, check_metrics_ports, read_settings
+from plumbing.text import COMPOSED_FROM_MAX, holds_runs, words_and_runs, words_of, words_wanted
+from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
@@ -168,8 +170,6 @@ HERE = Path(__file__).resolve().parent
 SQL, WEB, ADMINISTER = HERE / "sql", HERE / "web", HERE / "tools" / "administer.py"
 log = logging.getLogger("messenger")
 
-REQUESTS = prometheus_client.Histogram(
-    "messenger_request_seconds", "Time to answer a call.", ["operation", "status"])
 POSTED = prometheus_client.Counter("messenger_messages_posted", "Messages committed.")
 SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 
@@ -179,15 +179,13 @@ SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
 # the bounds that are part of the contract or guard the process.
 
 Count = Annotated[int, Meta(ge=1, le=1_000_000)]
-PORT_MAX = 65_535
-SURROGATE = re.compile("[\ud800-\udfff]")  # what stands in os.environ for what is not UTF-8
 
 
 class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     """What is set from outside; README.md tells what each is for."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=PORT_MAX)] = 8080
+    port: Port = 8080
     data_dir: Annotated[str, Meta(min_length=1)] = "./data"
     database_url: str = ""
     database_password: str = ""
@@ -211,23 +209,13 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
     workers: Annotated[int, Meta(ge=1, le=16)] = 1
-    metrics_port: Annotated[int, Meta(ge=0, le=PORT_MAX)] = 0
+    metrics_port: Port = 0
     metrics_host: str = "127.0.0.1"
 
     @classmethod
     def load(cls, environ: Mapping[str, str]) -> "Settings":
         """Read the settings from environment variables. Raises StartError naming a wrong one."""
-        for name in cls.__struct_encode_fields__:
-            if name != "DATA_DIR" and SURROGATE.search(environ.get(name, "")):
-                raise StartError(f"{name} must be in UTF-8")  # a path may hold any bytes
-        try:
-            settings = msgspec.convert(environ, cls, strict=False)
-        except msgspec.ValidationError as error:
-            reason, _, name = str(error).rpartition(" - at `$.")
-            name = name.rstrip("`")
-            if choices := typing.get_args(typing.get_type_hints(cls)[name.lower()]):
-                reason = f"must be {' or '.join(choices)}"
-            raise StartError(f"{name}={environ.get(name)!r}: {reason}") from None
+        settings = read_settings(cls, environ, paths=("DATA_DIR",))
         settings.check()
         return settings
 
@@ -238,16 +226,10 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
             if not self.secret_key:
                 raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
         for name in ("secret_key", "secret_key_old"):
-            size, least = len(getattr(self, name).encode()), guard.SECRET_BYTES_MIN
-            if 0 < size < least:
-                raise StartError(f"{name.upper()} must have at least {least} bytes")
+            guard.check_secret(name.upper(), getattr(self, name))
         guard.read_networks(self.trusted_proxies)
         guard.read_origins(self.cors_origins)
-        first, last = self.metrics_port, self.metrics_port + self.workers - 1  # a worker, a port
-        if first and last > PORT_MAX:
-            raise StartError(f"METRICS_PORT={first}: WORKERS={self.workers} need a port each")
-        if first and first <= self.port <= last:
-            raise StartError(f"METRICS_PORT={first}: PORT={self.port} is one of the ports it takes")
+        check_metrics_ports(self.metrics_port, self.workers, self.port)
 
     @property
     def database(self) -> str:
@@ -262,26 +244,19 @@ GROUP_PARTICIPANTS_MAX = 1000
 HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_IN_CHAT_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
-EMAIL_CHARS_MAX = 254
-USERNAME_CHARS_MAX = 50
-USERNAME_MARKS_MAX = 3  # on one letter
-PASSWORD_CHARS_MAX = 100
 QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame
-MARK_BYTES = 8  # random
 NO_MARK = "0"  # of a chat in which nothing was posted, and of what is older than marks
 
 TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
 SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without asking
-SESSIONS_REMEMBERED_MAX = 10_000
 SESSION_SECRET_BYTES = 8
 SESSIONS_OF_USER_MAX = 50
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
-IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which is up to 600
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
@@ -293,7 +268,6 @@ OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 RUN_GAP = 100  # numbers between two messages, up to which their readers are looked for in one run
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
-WORD_CHARS_MAX = 64  # in the index
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 SEARCH_READS_MAX = 10  # for a page, where what the index names is not what was asked for
@@ -311,8 +285,6 @@ POLL_BACK_SECONDS = 10  # further back than the last poll: so what was committed
 VERSION_SECONDS = 1.0  # within which a query must see the version that a room knows
 VERSION_PAUSE_SECONDS = 0.05
 RETRY_SECONDS = 0.2  # before who catches up asks the database again
-SHUTDOWN_SECONDS = 2
-PARENT = "MESSENGER_PARENT"  # in the environment of a worker: its parent's pid
 
 
 # ==== Shapes ======================================================================================
@@ -329,20 +301,10 @@ Position = Annotated[
 Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
-# Four that are counted in their composed form (composed_text), and may be longer as sent.
-Username = Annotated[str, Meta(
-    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX,
-    description="3 to 50 letters of any script, digits and `_`, counted in NFC.")]
-Password = Annotated[str, Meta(
-    max_length=PASSWORD_CHARS_MAX * COMPOSED_FROM_MAX,
-    description="8 to 100 characters of any kind, counted in NFC.")]
+# Counted in its composed form (composed_text); it may be longer as sent.
 Query = Annotated[str, Meta(
     max_length=QUERY_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
     description="Words; up to 200 characters, counted in NFC.")]
-NameStart = Annotated[str, Meta(
-    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
-    description="Start of the name; up to 50 characters, counted in NFC.")]
-Email = Annotated[str, Meta(min_length=3, max_length=EMAIL_CHARS_MAX)]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
 
@@ -724,32 +686,6 @@ SEQ = attrgetter("seq")
 PARTICIPANT = msgspec.json.Decoder(Participant)
 
 
-def uuid7() -> UUID:
-    """Make a UUID that sorts by time (RFC 9562, section 5.7)."""
-    milliseconds = time.time_ns() // 1_000_000
-    chance = random.getrandbits(74)
-    value = milliseconds << 80 | 0x7 << 76 | (chance >> 62) << 64 | 0b10 << 62
-    return UUID(int=value | chance & (2**62 - 1))
-
-
-def new_mark() -> str:
-    """Make the mark of one call that takes numbers."""
-    return secrets.token_urlsafe(MARK_BYTES)
-
-
-def position_of(number: int, mark: str) -> str:
-    """Write a position; before the first number there is no mark."""
-    return f"{number}.{mark}" if number else "0"
-
-
-def read_position(loc: str, given: int | str) -> tuple[int, str | None]:
-    """Read a position, or a bare number, which has no mark, as 0 has none. Raises InvalidInput."""
-    number, _, mark = str(given).partition(".")
-    if int(number) > INT8_MAX:
-        raise invalid(loc, f"must be at most {INT8_MAX}")
-    return int(number), mark if mark and int(number) else None
-
-
 def mark_of(stands: Message | Chat) -> str:
     """Tell the mark of a position."""
     return stands.position.partition(".")[2] or NO_MARK
@@ -799,11 +735,6 @@ def refused(outcome: str) -> Problem | None:
     return Problem.named[outcome]() if outcome in Problem.named else None
 
 
-def check_outcome(outcome: str) -> None:
-    """Raise the problem that a function of sql/functions.sql names, if any."""
-    if problem := refused(outcome):
-        raise problem
-
 
 # ==== Sessions ====================================================================================
 # Tokens are JWTs (RFC 7519) that name a session; a session is one login, and a refresh token is
@@ -842,15 +773,13 @@ class Sessions:
     """Makes tokens, reads them, and knows for a moment which sessions are alive."""
 
     def __init__(self, settings: Settings, secret_key: str, database: Database) -> None:
-        self._key = secret_key  # signs; the old one is only believed
-        self._keys = [key for key in (secret_key, settings.secret_key_old) if key]
+        self._signer = guard.Signer(secret_key, settings.secret_key_old)
         self._database = database
         self._access_seconds = settings.access_token_expire_minutes * 60
         self._refresh_seconds = settings.refresh_token_expire_days * 86_400
         self._look_ups = GroupReader(self._sessions_of)
-        # By session: its secret and generation, and until when it is believed alive (monotonic).
-        self._alive: dict[int, tuple[str, int, float]] = {}
-        self._ended: dict[int, float] = {}  # by session: when it ended; a look-up may be under way
+        # By session: its secret and generation, while it is believed alive.
+        self._trusted = guard.Trusted(SESSION_TRUST_SECONDS)
 
     def tokens(self, user_id: int, session: Mapping[str, Any]) -> Tokens:
         """Make the pair of tokens of a session's generation; its refresh token is always the same.
@@ -859,28 +788,22 @@ class Sessions:
         """
         generation, rotated = session["generation"], int(session["rotated_at"].timestamp())
 
-        def sign(since: int, seconds: int, **claims: Any) -> str:
-            claims |= {"sub": str(user_id), "sid": session["id"], "key": session["secret"]}
-            claims |= {"gen": generation, "iat": since, "exp": since + seconds}
-            return sign_claims(claims, self._key)
-
+        own = {
+            "sub": str(user_id), "sid": session["id"], "key": session["secret"],
+            "gen": generation}
+        access, refresh = self._access_seconds, self._refresh_seconds
         return Tokens(
-            sign(int(time.time()), self._access_seconds, typ="access", jti=secrets.token_hex(8)),
-            sign(rotated, self._refresh_seconds, typ="refresh", jti=str(generation)),
-            self._access_seconds,
-        )
+            self._signer.sign(
+                time.time(), access, typ="access", jti=secrets.token_hex(8), **own),
+            self._signer.sign(rotated, refresh, typ="refresh", jti=str(generation), **own),
+            access)
 
     def read(self, token: str, kind: Literal["access", "refresh"]) -> dict[str, Any] | None:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
-        for key in self._keys:
-            with contextlib.suppress(jwt.InvalidTokenError, ValueError):
-                claims = signed_claims(token, key, "sub", "sid", "typ", "jti", "iat", "exp")
-                now = time.time()
-                is_expired = claims["exp"] + TOKEN_LEEWAY_SECONDS <= now
-                # Signed while a clock was ahead; of a refresh token the session is put right.
-                is_early = kind == "access" and claims["iat"] > now + self._access_seconds
-                is_good = claims["typ"] == kind and not is_expired and not is_early
-                return claims if is_good else None
+        claims = self._signer.read(token, kind, TOKEN_LEEWAY_SECONDS, "sub", "sid", "jti")
+        # Of a refresh token the session is put right.
+        if claims is None or kind == "refresh" or not guard.is_early(claims, self._access_seconds):
+            return claims
         return None
 
     async def asker(self, token: str) -> Asker:
@@ -890,16 +813,11 @@ class Sessions:
             raise Unauthorized
         asker = Asker(int(claims["sub"]), claims["sid"], claims["exp"])
         secret, generation = claims.get("key", ""), claims.get("gen", 0)
-        known = self._alive.get(asker.session_id, ("", 0, 0.0))
-        if known[:2] != (secret, generation) or known[2] < time.monotonic():
+        if not self._trusted.holds(asker.session_id, (secret, generation)):
             asked_at = time.monotonic()
             await self._look_up(asker, secret, generation)
-            if self._ended.get(asker.session_id, 0) > asked_at:
+            if not self._trusted.put(asker.session_id, (secret, generation), asked_at):
                 raise Unauthorized
-            if len(self._alive) > SESSIONS_REMEMBERED_MAX:
-                self._alive.clear()
-            until = asked_at + SESSION_TRUST_SECONDS
-            self._alive[asker.session_id] = secret, generation, until
         return asker
 
     async def _look_up(self, asker: Asker, secret: str, generation: int) -> None:
@@ -928,15 +846,11 @@ class Sessions:
 
     def forget(self) -> None:
         """Believe of no session that it is alive."""
-        self._alive.clear()
+        self._trusted.forget()
 
     def end(self, session_ids: Iterable[int]) -> None:
         """Believe no longer that these sessions are alive."""
-        if len(self._ended) > SESSIONS_REMEMBERED_MAX:
-            self._ended.clear()
-        for session_id in session_ids:
-            self._alive.pop(session_id, None)
-            self._ended[session_id] = time.monotonic()
+        self._trusted.end(session_ids)
 
 # What the application holds, by key.
 SETTINGS = web.AppKey("settings", Settings)
@@ -968,16 +882,10 @@ def refuse_foreign_page(request: web.Request) -> None:
 
 def bearer_token(request: web.Request) -> str:
     """Find the token of a request: in Authorization, and for sockets also where browsers can."""
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and token:
-        return token.strip()
-    if is_of_socket(request):
-        offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
-        protocols = [protocol.strip() for protocol in offered]
-        if protocols[0] == SUBPROTOCOL and len(protocols) == 2:
-            return protocols[1]
-        return request.query.get("token", "")
-    return ""
+    token = guard.bearer_token(request)
+    if token is None and is_of_socket(request):
+        token = guard.token_of_socket(request, SUBPROTOCOL)
+    return token or ""
 
 
 def address_of(request: web.Request) -> str:
@@ -2139,10 +2047,9 @@ class ChatWriter(GroupWriter[ItemT, Outcome]):
 
     async def commit(self, items: list[ItemT]) -> list[Any]:
         """Commit a group; answer a row for each item."""
-        rows = [msgspec.structs.astuple(item) for item in items]
-        columns = zip(*rows, strict=True)
+        columns = columns_of(map(msgspec.structs.astuple, items))
         mark = [new_mark()] if self.TAKES_NUMBERS else []
-        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns), *mark)
+        return await self._app[DATABASE].rows(self.STATEMENT, *columns, *mark)
 
     def lock_of(self, item: ItemT) -> Hashable:
         """Tell which row an item changes: its chat's."""
@@ -2229,7 +2136,7 @@ class ReadWriter(ChatWriter[NewRead, Read]):
 
     async def free(self, locks: list[Any]) -> set[Any]:
         """Answer those readers of some that nobody holds right now."""
-        columns = map(list, zip(*locks, strict=True))
+        columns = columns_of(locks)
         return set(map(tuple, await self._app[DATABASE].rows(SELECT_FREE_PARTICIPANTS, *columns)))
 
     def publish(
@@ -2249,27 +2156,6 @@ class ReadWriter(ChatWriter[NewRead, Read]):
                 frame = ENCODER.encode(ReadOut(data=stand)).decode()
                 self._app[ROOMS].publish(FrameHint(read.chat_id, frame, only))
         return outcomes
-
-
-def words_of(text: str) -> set[str]:
-    """Tell what the index has of a text: its words, and of runs of a script that puts no spaces
-    between words each character and each pair.
-    """
-    words, runs = words_and_runs(text)
-    found = set(map(short_word, words))
-    for run in runs:
-        found.update(run, pairs(run))
-    return found
-
-
-def short_word(word: str) -> str:
-    """Answer a word as it is in the index: a digest stands for one too long for it."""
-    return word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
-
-
-def pairs(run: str) -> list[str]:
-    """List the pairs of characters of a run; of a single character, itself."""
-    return [first + second for first, second in itertools.pairwise(run)] or [run]
 
 
 class SearchIndex:
@@ -2446,45 +2332,6 @@ END_SESSION = """  -- session_id, user_id, secret
     returning id"""
 
 
-def composed_text(loc: str, text: str, least: int, most: int) -> str:
-    """Answer a text in NFC. Raises InvalidInput unless it has so many characters then."""
-    normal = composed(text)
-    if not least <= len(normal) <= most:
-        raise invalid(loc, f"must have {least} to {most} characters")
-    return normal
-
-
-def checked_password(password: str) -> str:
-    """Answer a new password. Raises InvalidInput."""
-    return composed_text("$.password", password, 8, PASSWORD_CHARS_MAX)
-
-
-def checked_username(username: str) -> tuple[str, str]:
-    """Answer a username and its key, by which it is unique. Raises InvalidInput."""
-    name = composed_text("$.username", username, 3, USERNAME_CHARS_MAX)
-    # L for a letter, digit or underscore, M for a mark
-    kinds = "".join(
-        "L" if c.isdecimal() or c == "_" else unicodedata.category(c)[0] for c in name)
-    if SHOWS_NOTHING.search(name) or not re.fullmatch(f"(LM{{0,{USERNAME_MARKS_MAX}}})+", kinds):
-        raise invalid(
-            "$.username", "must be letters with up to 3 marks each, digits or underscores")
-    return name, folded(name)
-
-
-def checked_email(email: str) -> tuple[str, str]:
-    """Answer an email and its key, by which it is unique. Raises InvalidInput."""
-    try:
-        if len(email) > EMAIL_CHARS_MAX:  # first: to normalise many marks takes quadratic time
-            raise email_validator.EmailSyntaxError
-        valid = email_validator.validate_email(email, check_deliverability=False).normalized
-    except email_validator.EmailNotValidError:
-        raise invalid("$.email", "is not an email address") from None
-    return valid, folded(valid)
-
-# No mail is ever sent, and a server may be private: reserved domains are fine.
-email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
-
-
 async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
     """Register a user.
 
@@ -2539,17 +2386,14 @@ async def login(request: web.Request, body: Login) -> Tokens:
         form = await passwords.matching(body.password, hashed, address)
         if form is None or not user:
             raise InvalidCredentials
-        anew = None
-        if passwords.is_outdated(form, hashed):
-            anew = await passwords.hash(form, address)
+        anew = await passwords.renewed(form, hashed, address)
         session = await database.row(
             START_SESSION, user["id"], hashed, anew, agent, account_key, address_key,
             secrets.token_urlsafe(SESSION_SECRET_BYTES))
         if session:
             break
         # The hash is another by now: the password was changed, or another login hashed it anew.
-    surplus = await database.rows(END_OLDEST_SESSIONS, user["id"], SESSIONS_OF_USER_MAX)
-    for ended in surplus:
+    for ended in await database.rows(END_OLDEST_SESSIONS, user["id"], SESSIONS_OF_USER_MAX):
         request.app[ROOMS].publish(SessionHint(ended["id"]))
     return request.app[SESSIONS].tokens(user["id"], session)
 
@@ -2583,8 +2427,7 @@ async def list_sessions(
     life = request.app[SETTINGS].refresh_token_expire_days * 86_400
     rows = await request.app[DATABASE].rows(SELECT_SESSIONS, me, life, after, limit + 1)
     sessions = [Session(**row, current=row["id"] == current) for row in rows[:limit]]
-    more = {"after": sessions[-1].id} if len(rows) > limit else None
-    return page(request, sessions, next=more)
+    return page(request, sessions, next=beyond(rows, limit, lambda row: {"after": row["id"]}))
 
 
 async def delete_session(request: web.Request, session_id: SessionId) -> None:
@@ -2690,9 +2533,7 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     # A user in very many chats is answered before leaving them all; keep_tidy finishes what is
     # left over.
     leaving = request.app[TASKS].spawn(leave_chats(request.app, user_id))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout_at(deadline()):
-            await asyncio.wait([leaving], timeout=LEAVING_SECONDS)
+    await linger(leaving, LEAVING_SECONDS)
 
 
 async def list_users(
@@ -2703,12 +2544,11 @@ async def list_users(
     q: NameStart = "",
 ) -> Answer[list[User]]:
     """List users by id, all or those whose username starts with `q`. Raises InvalidInput."""
-    key = folded(composed_text("$.q", q, 0, USERNAME_CHARS_MAX))
+    key = name_start_key(q)
     bounds = key, key + "\U0010ffff"
     rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
-    more = {"after": users[-1].id} if len(rows) > limit else None
-    return page(request, users, next=more)
+    return page(request, users, next=beyond(rows, limit, lambda row: {"after": row["id"]}))
 
 
 # ==== Handlers: chats =============================================================================
@@ -2796,16 +2636,11 @@ async def list_chats(
     cursor: Annotated[str, Meta(description="From the `Link` of the page before.")] = "",
 ) -> Answer[list[Chat]]:
     """List one's chats, the most recently active first. Raises InvalidInput."""
-    match = re.fullmatch(r"([0-9]{1,16})\.([0-9]{1,19})", cursor or f"{PLACE_MAX}.{INT8_MAX}")
-    if match is None or int(match[2]) > INT8_MAX:
-        raise invalid("$.cursor", "is not a cursor of this list")
+    place = read_cursor(cursor, PLACE_MAX, INT8_MAX)
     rows = await request.app[DATABASE].rows(
-        SELECT_CHATS, request[ME], 1, INT8_MAX, int(match[1]), int(match[2]), limit + 1)
+        SELECT_CHATS, request[ME], 1, INT8_MAX, *place, limit + 1)
     chats = chats_of(rows)[:limit]
-    more = None
-    if len(rows) > limit:
-        last = rows[limit - 1]
-        more = {"cursor": f"{last['place']}.{last['id']}"}
+    more = beyond(rows, limit, lambda row: {"cursor": f"{row['place']}.{row['id']}"})
     return page(request, chats, next=more)
 
 
@@ -2824,7 +2659,7 @@ async def list_participants(
     if not rows and not await database.row(SELECT_MEMBERSHIP, chat_id, me):
         raise ChatNotFound
     people = [Participant(*row) for row in rows[:limit]]
-    return page(request, people, next={"after": people[-1].user_id} if len(rows) > limit else None)
+    return page(request, people, next=beyond(rows, limit, lambda row: {"after": row["user_id"]}))
 
 
 async def add_participant(
@@ -2874,7 +2709,8 @@ async def alter_chat(
     """
     async with request.app[TURNS].setdefault(chat_id, asyncio.Lock()):
         row = await request.app[DATABASE].row(statement, chat_id, request[ME], *arguments)
-    check_outcome(row["outcome"])
+    if problem := refused(row["outcome"]):
+        raise problem
     request.app[ROOMS].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
     return cast("Mapping[str, Any]", row)
 
@@ -3003,12 +2839,12 @@ async def list_messages(
     me, database = request[ME], request.app[DATABASE]
     if after is not None and (before is not None or q is not None):
         raise invalid("$.after", "must not be given with before or q")
+    bound = INT8_MAX if before is None else before
     if q is not None:
-        return await search_messages(request, chat_id, q, limit, before)
+        return await search_messages(request, chat_id, q, limit, bound)
     if after is not None:
         rows = await database.rows(SELECT_MESSAGES_AFTER, chat_id, me, after, limit)
     else:
-        bound = INT8_MAX if before is None else before
         rows = await database.rows(SELECT_MESSAGES_BEFORE, chat_id, me, bound, limit)
     rows.sort(key=itemgetter("seq"))
     messages = messages_with(rows, rows[-1]) if rows else []
@@ -3028,7 +2864,7 @@ async def list_messages(
 
 
 async def search_messages(
-    request: web.Request, chat_id: int, q: str, limit: int, before: int | None
+    request: web.Request, chat_id: int, q: str, limit: int, before: int
 ) -> Answer[list[Message]]:
     """Find the messages of a chat that hold all of some words. Raises ChatNotFound, InvalidInput.
 
@@ -3037,26 +2873,22 @@ async def search_messages(
     """
     me, database = request[ME], request.app[DATABASE]
     words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
-    wanted = {short_word(word) for word in words}.union(*map(pairs, runs))
+    wanted = words_wanted(words, runs)
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
         await request.app[INDEX].index(chat_id)
     found: list[Message] = []
-    bound = INT8_MAX if before is None else before
     for _ in range(SEARCH_READS_MAX):
         rows = await database.rows(
-            SELECT_MESSAGES_FOUND, chat_id, me, bound, list(wanted), limit + 1)
+            SELECT_MESSAGES_FOUND, chat_id, me, before, list(wanted), limit + 1)
         if not rows:
             raise ChatNotFound
         named = await messages_of(database, chat_id, rows[:limit])
         found += await holding(named, [run for run in runs if len(run) > 2])
         if len(rows) <= limit or len(found) >= limit:
             break
-        bound = named[-1].seq
-    more = None
-    if len(found) > limit:
-        more = {"before": found[limit - 1].seq}
-    elif len(rows) > limit:
-        more = {"before": named[-1].seq}
+        before = named[-1].seq
+    more = beyond(found, limit, lambda message: {"before": message.seq})
+    more = more or beyond(rows, limit, lambda row: {"before": row["seq"]})
     return page(request, found[:limit], next=more)
 
 
@@ -3066,8 +2898,7 @@ async def holding(messages: list[Message], runs: list[str]) -> list[Message]:
         return messages
     found = []
     for message in messages:
-        held = " ".join(words_and_runs(message.text)[1])
-        found += [message] if all(run in held for run in runs) else []
+        found += [message] if holds_runs(message.text, runs) else []
         await asyncio.sleep(0)  # others come first: a long text takes a millisecond
     return found
 
@@ -3089,7 +2920,7 @@ async def list_changes(
     if mark is not None and mark != rows[0]["mark"]:
         raise HistoryRewritten
     messages = await messages_of(database, chat_id, rows[:limit])
-    more = {"after": messages[-1].position} if len(rows) > limit else None
+    more = beyond(rows, limit, lambda row: {"after": row["position"]})
     return page(request, messages, next=more)
 
 
@@ -3106,7 +2937,6 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
 # that order without waiting for one another; any other frame waits for those before it.
 
 CLIENT_FRAME = msgspec.json.Decoder(ClientFrame)
-FRAME = msgspec.json.Decoder(dict[str, Any])
 
 
 async def follow_chat(
@@ -3246,12 +3076,8 @@ def problem_of(socket: Socket, error: Exception) -> Problem:
 
 def refuse_text(socket: Socket, text: str | bytes, problem: Problem) -> None:
     """Refuse a frame as it came, with its `ref` and `chat_id` as far as they can be read."""
-    ref = chat_id = None
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        ref, chat_id = map(FRAME.decode(text).get, ("ref", "chat_id"))
-    refuse_frame(
-        socket, problem, ref if type(ref) in (str, int, float) else None,
-        chat_id if type(chat_id) is int else None)
+    told = peek(text, ref=(str, int, float), chat_id=(int,))
+    refuse_frame(socket, problem, **told)
 
 
 def refuse_frame(
@@ -3382,12 +3208,6 @@ async def get_asyncapi(request: web.Request) -> web.StreamResponse:
     return web.FileResponse(WEB / "asyncapi.json", headers={"Cache-Control": "no-cache"})
 
 
-async def get_metrics(request: web.Request) -> web.Response:
-    """Get what Prometheus collects; on a port of its own, so that it can be kept private."""
-    headers = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
-    return web.Response(body=prometheus_client.generate_latest(), headers=headers)
-
-
 async def get_liveness(request: web.Request) -> Health:
     """Tell that the server is there."""
     return Health("alive")
@@ -3454,14 +3274,6 @@ PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id":
 # Start, serve, stop. Whatever keeps the server from starting is one line.
 
 
-request_timer = functools.cache(REQUESTS.labels)  # to find one takes longer than to count
-
-
-def observe_request(operation: str, status: int, seconds: float) -> None:
-    """Count a call that was answered."""
-    request_timer(operation, status).observe(seconds)
-
-
 def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
     """Make what this process counts by itself."""
     handshakes = settings.refused_handshakes_per_second
@@ -3497,12 +3309,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
-    paths = [endpoint.path for endpoint in ENDPOINTS]
-    for endpoint in ENDPOINTS:
-        name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, PATH_PROBLEMS)
-        path = route_path(endpoint.path, paths)
-        for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
-            app.router.add_route(method, path, handler, name=name)
+    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS)
     return app
 
 
@@ -3527,11 +3334,8 @@ async def close_sockets(app: web.Application) -> None:
 
 async def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT. Raises StartError."""
-    loop = asyncio.get_running_loop()
-    task = cast("asyncio.Task[None]", asyncio.current_task())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
-    is_worker, has_workers = PARENT in os.environ, settings.workers > 1
+    process.end_on_signals()
+    is_worker, has_workers = process.has_parent(), settings.workers > 1
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(
             process.hold_port(settings.host, settings.port) if has_workers
@@ -3564,37 +3368,25 @@ async def start_sites(
     app: web.Application,
 ) -> None:
     """Serve the application, and the metrics on a port of their own. Raises StartError."""
-    metrics = web.Application()
-    metrics.router.add_get("/metrics", get_metrics)
-    metrics.on_response_prepare.append(process.show_request_id)
-    sites = [(app, listener)]
+    private = None
     if settings.metrics_port:
         private = stack.enter_context(process.listen_on(
             settings.metrics_host, settings.metrics_port, names=("METRICS_HOST", "METRICS_PORT")))
-        sites.append((metrics, private))
-    for served, port in sites:
-        runner = web.AppRunner(
-            served, access_log=None, handle_signals=False, keepalive_timeout=IDLE_SECONDS,
-            shutdown_timeout=SHUTDOWN_SECONDS)
-        stack.push_async_callback(runner.cleanup)
-        await runner.setup()
-        if served is app:  # its sockets first: once the runner cleans up, they answer no close
-            stack.push_async_callback(close_sockets, app)
-        stack.callback(process.Acceptor(port, cast(web.Server, runner.server)).stop)
+    # Its sockets are closed first: once the runner cleans up, they answer no close.
+    await start_site(stack, listener, app, close=close_sockets)
+    if private is not None:
+        await start_site(stack, private, metrics_app())
 
 
 async def start_workers(
     settings: Settings, stack: contextlib.AsyncExitStack, **shared: str | int
 ) -> None:
     """Start the workers, and keep them up; return once one listens."""
-    own = {name: str(value) for name, value in shared.items()}
-    own |= {"WORKERS": "1", PARENT: str(os.getpid())}
-    workers = await stack.enter_async_context(asyncio.TaskGroup())
-    for number in range(settings.workers):
-        if settings.metrics_port:
-            own["METRICS_PORT"] = str(settings.metrics_port + number)
-        command = [sys.executable, __file__]
-        workers.create_task(process.keep_running(command, os.environ | own))
+    own = {name: str(value) for name, value in shared.items()} | {"WORKERS": "1"}
+    first = settings.metrics_port
+    ports = [first and first + number for number in range(settings.workers)]
+    await run_workers(
+        stack, [sys.executable, __file__], [own | {"METRICS_PORT": str(port)} for port in ports])
     await process.until_listening(settings.host, int(shared["PORT"]))
 
 
@@ -3603,8 +3395,7 @@ def main() -> int:
     process.be_init()
     if sys.argv[1:]:
         os.execv(sys.executable, [sys.executable, str(ADMINISTER), *sys.argv[1:]])  # noqa: S606
-    if PARENT in os.environ:
-        process.die_with(int(os.environ[PARENT]))
+    process.die_with_parent()
     try:
         process.require_parser()
         process.raise_descriptor_limit()

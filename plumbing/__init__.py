@@ -3,7 +3,10 @@
 A file imports only those above it in this list, and none imports the application:
 
     text         text that compares without regard to case
+    uuids        ids that sort by time
     process      a port, signals, children, logs, and a word for a bad start
+    settings     settings from the environment
+    serving      applications on ports, metrics, workers
     address      where PostgreSQL is, and the one way to connect
     embedded     the embedded PostgreSQL
     deadline     how long a request may wait
@@ -15,4 +18,6 @@ A file imports only those above it in this list, and none imports the applicatio
     websocket    one connection of a websocket
     validation   what is wrong with a value, in words for people
     endpoints    from a handler's signature to validation to an answer
+    marks        numbers of a count, with the marks that vouch for them
+    credentials  emails, usernames, passwords: their shapes and spelling
 """

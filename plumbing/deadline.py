@@ -44,3 +44,10 @@ def uncounted() -> Iterator[None]:
     finally:
         if task in _deadlines:
             _deadlines[task] += loop.time() - began
+
+
+async def linger(task: asyncio.Task[None], seconds: float) -> None:
+    """Wait for a task, so many seconds at most and not beyond the deadline; it goes on."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(deadline()):
+            await asyncio.wait([task], timeout=seconds)

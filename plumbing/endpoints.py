@@ -29,6 +29,7 @@ from plumbing.database import Unavailable
 from plumbing.deadline import request_deadline, uncounted
 from plumbing.guard import SAFE_HEADERS, Busy
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
+from plumbing.text import composed
 from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
@@ -37,6 +38,7 @@ PLACES = ("before", "after", "cursor")  # the parameters of a query that say whe
 PROBLEM_JSON = "application/problem+json"
 RETRY_SECONDS = 1  # after which to try again, where nothing better is known
 ENCODER = msgspec.json.Encoder()
+OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 ShapeT = TypeVar("ShapeT")
 log = logging.getLogger("messenger.endpoints")
@@ -132,6 +134,14 @@ def invalid(loc: str, msg: str) -> InvalidInput:
     return InvalidInput(errors=[FieldError(loc, msg)])
 
 
+def composed_text(loc: str, text: str, least: int, most: int) -> str:
+    """Answer a text in NFC. Raises InvalidInput unless it has so many characters then."""
+    normal = composed(text)
+    if not least <= len(normal) <= most:
+        raise invalid(loc, f"must have {least} to {most} characters")
+    return normal
+
+
 def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> ShapeT:
     """Decode JSON into its declared shape.
 
@@ -145,6 +155,14 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
             msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
             refusal = invalid(*describe(error, decoder.type))
     raise refusal
+
+
+def peek(text: bytes | str, **kinds: Sequence[type]) -> dict[str, Any]:
+    """Read fields of a JSON object as far as it can be read: None for one of another type."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        found = OBJECT.decode(text)
+    return {name: found[name] if type(found.get(name)) in kinds[name] else None for name in kinds}
 
 
 # ---- Endpoints and answers
@@ -186,6 +204,26 @@ def page(request: web.Request, values: ShapeT, **links: dict[str, Any] | None) -
     shown = [
         f'<{path}?{urlencode(kept | to)}>; rel="{name}"' for name, to in links.items() if to]
     return Answer(values, headers={"Link": ", ".join(shown)} if shown else {})
+
+
+def beyond(
+    rows: Sequence[Any], limit: int, place: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Tell where the next page begins, by the last row of this one; None unless more were read."""
+    return place(rows[limit - 1]) if len(rows) > limit else None
+
+
+def read_cursor(cursor: str, *most: int) -> tuple[int, ...]:
+    """Read the numbers of a cursor, which dots part; where there is none, the most that each may
+    be. Raises InvalidInput.
+    """
+    numbers = cursor.split(".") if cursor else [str(each) for each in most]
+    if len(numbers) != len(most) or not all(
+        re.fullmatch(f"[0-9]{{1,{len(str(limit))}}}", number) and int(number) <= limit
+        for number, limit in zip(numbers, most, strict=True)
+    ):
+        raise invalid("$.cursor", "is not a cursor of this list")
+    return tuple(map(int, numbers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +351,20 @@ def route_path(path: str, paths: Iterable[str]) -> str:
     rests = [other.removeprefix(start) for other in paths if other.startswith(start)]
     words = "|".join(re.escape(rest) for rest in rests if re.fullmatch(r"[\w-]+", rest))
     return f"{start}{{{name}:(?!(?:{words})$)[^{{}}/]+}}" if words else path
+
+
+def add_routes(
+    app: web.Application, endpoints: Sequence[Endpoint],
+    authenticate: Callable[[web.Request], Awaitable[None]],
+    path_problems: Mapping[str, type[Problem]],
+) -> None:
+    """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD."""
+    paths = [endpoint.path for endpoint in endpoints]
+    for endpoint in endpoints:
+        name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, path_problems)
+        path = route_path(endpoint.path, paths)
+        for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
+            app.router.add_route(method, path, handler, name=name)
 
 
 def respond(endpoint: Endpoint, answer: Any) -> web.StreamResponse:

@@ -77,6 +77,11 @@ def undone(waiting: Iterable[list[asyncio.Future[Any]]]) -> Iterator[asyncio.Fut
     return (future for futures in waiting for future in futures if not future.done())
 
 
+def columns_of(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Turn rows into columns, as a statement takes a group: an array of each."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
 # ---- Commits in groups
 
 

@@ -6,6 +6,7 @@ Nothing here knows what is asked for.
 
 import asyncio
 import base64
+import contextlib
 import functools
 import hashlib
 import ipaddress
@@ -15,7 +16,7 @@ import secrets
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ PASSWORD_QUEUE_MAX = 128  # hashes waiting for a thread or under way
 PASSWORD_QUEUE_OF_ONE_MAX = 32  # of them from one address
 PASSWORD_CHARS_MAX = 1000  # of one that is looked into: a longer one is nobody's
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
+FACTS_MAX = 10_000  # believed at once
 TOKENS_REMEMBERED_MAX = 10_000
 TOKEN_CHARS_MAX = 2000
 SECRET_BYTES_MIN = 32
@@ -202,6 +204,47 @@ class Rate:
         return 0.0
 
 
+# ---- What is believed
+
+
+class Trusted:
+    """Facts that are believed for a while without asking again, each by its key.
+
+    What ended while it was asked about is not: the answer may be older than its end.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._facts: dict[Hashable, tuple[object, float]] = {}  # until when (monotonic)
+        self._ended: dict[Hashable, float] = {}  # when it ended
+
+    def holds(self, key: Hashable, fact: object) -> bool:
+        """Tell whether this fact is believed of a key right now."""
+        known, until = self._facts.get(key, (None, 0.0))
+        return known == fact and until >= time.monotonic()
+
+    def put(self, key: Hashable, fact: object, asked_at: float) -> bool:
+        """Believe a fact, from when it was asked for; False where the key ended meanwhile."""
+        if self._ended.get(key, 0) > asked_at:
+            return False
+        if len(self._facts) > FACTS_MAX:
+            self._facts.clear()
+        self._facts[key] = fact, asked_at + self._seconds
+        return True
+
+    def forget(self) -> None:
+        """Believe nothing."""
+        self._facts.clear()
+
+    def end(self, keys: Iterable[Hashable]) -> None:
+        """Believe nothing of these keys, nor what is being asked about them right now."""
+        if len(self._ended) > FACTS_MAX:
+            self._ended.clear()
+        for key in keys:
+            self._facts.pop(key, None)
+            self._ended[key] = time.monotonic()
+
+
 # ---- Passwords
 
 
@@ -284,9 +327,12 @@ class Passwords:
                 return form
         return None
 
-    def is_outdated(self, form: str, hashed: str) -> bool:
-        """Tell whether a hash was made of another form, or when hashes cost less."""
-        return form != composed(form) or int(hashed.split("$")[2]) < self.cost
+    async def renewed(self, form: str, hashed: str, address: str) -> str | None:
+        """Hash a password anew where its hash was made of another form than now, or when hashes
+        cost less; else answer None. Raises Busy.
+        """
+        is_outdated = form != composed(form) or int(hashed.split("$")[2]) < self.cost
+        return await self.hash(form, address) if is_outdated else None
 
     @staticmethod
     def _digest(password: str) -> bytes:
@@ -322,6 +368,23 @@ class Passwords:
 # ---- Signed tokens
 
 
+def bearer_token(request: web.Request) -> str | None:
+    """Find the token of a request in Authorization (RFC 6750); None where there is none."""
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token else None
+
+
+def token_of_socket(request: web.Request, subprotocol: str) -> str:
+    """Find the token of a handshake where browsers can put one: behind the subprotocol, or in the
+    query. Empty where there is none.
+    """
+    offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
+    protocols = [protocol.strip() for protocol in offered]
+    if protocols[0] == subprotocol and len(protocols) == 2:
+        return protocols[1]
+    return request.query.get("token", "")
+
+
 @functools.lru_cache(TOKENS_REMEMBERED_MAX)  # it takes as long as a small answer
 def signed_claims(token: str, key: str, *required: str) -> dict[str, Any]:
     """Answer the claims of a token (JWT, RFC 7519) signed with a key, expired or not.
@@ -338,9 +401,41 @@ def signed_claims(token: str, key: str, *required: str) -> dict[str, Any]:
     return claims
 
 
-def sign_claims(claims: Mapping[str, Any], key: str) -> str:
-    """Make a token of claims."""
-    return jwt.encode(dict(claims), key, algorithm="HS256")
+class Signer:
+    """Makes tokens with a key, and believes those made with it or with an old one."""
+
+    def __init__(self, key: str, old_key: str = "") -> None:
+        self._key = key
+        self._believed = [each for each in (key, old_key) if each]
+
+    def sign(self, since: float, seconds: int, **claims: Any) -> str:
+        """Make a token of claims that is good from a time on (since the epoch), for so long."""
+        claims |= {"iat": int(since), "exp": int(since) + seconds}
+        return jwt.encode(claims, self._key, algorithm="HS256")
+
+    def read(self, token: str, kind: str, leeway: float, *required: str) -> dict[str, Any] | None:
+        """Read a token's claims; None unless it is ours, of this kind (`typ`) and did not expire
+        over so many seconds ago. It has those required, `typ`, `iat` and `exp`.
+        """
+        for key in self._believed:
+            with contextlib.suppress(jwt.InvalidTokenError, ValueError):
+                claims = signed_claims(token, key, "typ", "iat", "exp", *required)
+                is_expired = claims["exp"] + leeway <= time.time()
+                return claims if claims["typ"] == kind and not is_expired else None
+        return None
+
+
+def is_early(claims: Mapping[str, Any], seconds: float) -> bool:
+    """Tell whether a token says that it was signed over so many seconds from now: some clock was
+    ahead.
+    """
+    return bool(claims["iat"] > time.time() + seconds)
+
+
+def check_secret(name: str, secret: str) -> None:
+    """Insist that a secret is long enough where there is one. Raises StartError."""
+    if 0 < len(secret.encode()) < SECRET_BYTES_MIN:
+        raise StartError(f"{name} must have at least {SECRET_BYTES_MIN} bytes")
 
 
 def kept_secret(path: Path) -> str:

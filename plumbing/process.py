@@ -23,7 +23,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from aiohttp import http_parser, web
 
@@ -34,6 +34,7 @@ DESCRIPTORS_SPARE = 64  # that connections may not take
 CHILD_STOP_SECONDS = 2.7  # until a child that does not stop is killed
 CHILD_PAUSE_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: which signal the end of the parent sends
+PARENT = "MESSENGER_PARENT"  # in the environment of a child: its parent's pid
 REQUEST_ID_HEADER = "X-Request-Id"
 
 Listener = socket.socket
@@ -210,7 +211,29 @@ def be_init() -> None:
                 sys.exit(ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128))
 
 
+# ---- Signals
+
+
+def end_on_signals() -> None:
+    """Let SIGTERM and SIGINT cancel the task that asks."""
+    loop = asyncio.get_running_loop()
+    task = cast("asyncio.Task[None]", asyncio.current_task())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+
+
 # ---- Children
+
+
+def has_parent() -> bool:
+    """Tell whether a process of ours started this one as a child."""
+    return PARENT in os.environ
+
+
+def die_with_parent() -> None:
+    """Let a child end with its parent, however that ends: the kernel sends SIGKILL."""
+    if has_parent():
+        die_with(int(os.environ[PARENT]))
 
 
 def die_with(parent: int) -> None:

@@ -1,14 +1,19 @@
-"""Text as people write it: composed, folded so that it compares, and taken apart into words.
+"""Text as people write it: composed, folded so that it compares, and taken apart into the words of
+an index.
 
 Python's unicodedata tells neither which characters show nothing nor which script one belongs to:
 the ranges here are those of Unicode 17.
 """
 
+import hashlib
+import itertools
 import re
 import unicodedata
+from collections.abc import Iterable
 
 MARKS_MAX = 30  # in a row (Unicode UAX #15, Stream-Safe Text)
 COMPOSED_FROM_MAX = 4  # characters that NFC may make one of (UAX #15, of which NFD tells the most)
+WORD_CHARS_MAX = 64  # in an index of words
 DECOMPOSED_CHARS_MAX = 12_288  # of 4,096 syllables of Hangul; but U+FDFA alone becomes 18
 
 # DerivedCoreProperties.txt, Default_Ignorable_Code_Point; but for U+200B, where a line may break.
@@ -74,3 +79,38 @@ def words_and_runs(text: str) -> tuple[list[str], list[str]]:
         kept.append(last)
     letters = "".join(kept)
     return RUN.sub(" ", letters).split(), RUN.findall(letters)
+
+
+def words_of(text: str) -> set[str]:
+    """Tell what an index of words has of a text: its words, and of runs of a script that puts no
+    spaces between words each character and each pair.
+    """
+    words, runs = words_and_runs(text)
+    found = set(map(short_word, words))
+    for run in runs:
+        found.update(run, pairs(run))
+    return found
+
+
+def words_wanted(words: Iterable[str], runs: Iterable[str]) -> set[str]:
+    """Tell what an index of words must have of a text that holds all of some words and runs.
+
+    That it holds a run as it stands only the text itself can tell (holds_runs).
+    """
+    return {short_word(word) for word in words}.union(*map(pairs, runs))
+
+
+def holds_runs(text: str, runs: Iterable[str]) -> bool:
+    """Tell whether a text holds each of some runs as it stands."""
+    held = " ".join(words_and_runs(text)[1])
+    return all(run in held for run in runs)
+
+
+def short_word(word: str) -> str:
+    """Answer a word as it is in an index: a digest stands for one too long for it."""
+    return word if len(word) <= WORD_CHARS_MAX else hashlib.sha256(word.encode()).hexdigest()
+
+
+def pairs(run: str) -> list[str]:
+    """List the pairs of characters of a run; of a single character, itself."""
+    return [first + second for first, second in itertools.pairwise(run)] or [run]

@@ -23,6 +23,7 @@ from asyncpg import UniqueViolationError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import messenger as m
+from plumbing.credentials import checked_email, checked_username
 from plumbing.database import Database, Unavailable
 from plumbing.embedded import Postgres
 from plumbing.endpoints import InternalError, Problem, as_problem
@@ -69,7 +70,7 @@ async def create_account(
     database: Database, passwords: Passwords, email: str, username: str
 ) -> None:
     """Make an account, and print its first password. Raises Problem."""
-    names = *m.checked_email(email), *m.checked_username(username)
+    names = *checked_email(email), *checked_username(username)
     password = secrets.token_urlsafe(PASSWORD_BYTES)
     try:
         row = await database.row(m.INSERT_USER, *names, await passwords.hash(password))
@@ -82,7 +83,7 @@ async def change_account(
     database: Database, passwords: Passwords, verb: str, email: str
 ) -> None:
     """Disable, enable or delete an account, or give it another password. Raises Problem."""
-    user_id = await database.value(SELECT_ACCOUNT, m.checked_email(email)[1])
+    user_id = await database.value(SELECT_ACCOUNT, checked_email(email)[1])
     if user_id is None:
         raise m.UserNotFound
     if verb == "reset-password":

@@ -20,6 +20,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
+from plumbing.text import folded
 from support.people import PASSWORD, Line, Person, pages
 from support.servers import SECRET_KEY, SETTINGS
 
@@ -191,7 +192,7 @@ async def test_name_of_before_the_rule_is_kept(alice: Person, sql: asyncpg.Conne
     """An account keeps the name that it has, and changes other things beside it."""
     old = "ann\u3164"
     await sql.execute("update users set username = $2, username_key = $3 where id = $1",
-                      alice.id, old, messenger.folded(old))
+                      alice.id, old, folded(old))
     assert (await alice.gets("/users/me"))["username"] == old
     body = {"password": "another password", "current_password": PASSWORD}
     assert (await alice.expects(200, "PUT", f"/users/{alice.id}", body))["username"] == old
@@ -738,7 +739,7 @@ async def crowd(sql: asyncpg.Connection, *names: str) -> list[int]:
     """Insert users who only have to be there; answer their ids."""
     ids = []
     for name in names:
-        key = messenger.folded(name)
+        key = folded(name)
         ids.append(
             await sql.fetchval(
                 "insert into users (email, email_key, username, username_key, password_hash)"

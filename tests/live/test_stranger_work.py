@@ -17,6 +17,7 @@ from aiohttp.test_utils import TestClient
 
 import messenger
 from plumbing.guard import Rate
+from plumbing.text import words_of
 from support.people import HEAR_SECONDS, PASSWORD, Person
 from support.raw import RawLine
 from support.servers import ROOT, Server
@@ -50,9 +51,9 @@ async def test_words_of_many_marks_take_no_time(marks: str) -> None:
     """A text is searched for its words as fast when it consists of marks."""
     began = time.process_time()
     for _ in range(200):
-        messenger.words_of("a" + marks)
+        words_of("a" + marks)
     assert time.process_time() - began < 1.5  # of the processor; it took 2.7 to 8.6 s
-    assert messenger.words_of("re\u0301sume\u0301 " + "n\u0303" * 40) == messenger.words_of(
+    assert words_of("re\u0301sume\u0301 " + "n\u0303" * 40) == words_of(
         "résumé " + "ñ" * 40)
 
 
@@ -76,20 +77,20 @@ def test_words_of_texts_that_grow_take_no_time(text: str) -> None:
         times = []
         for _ in range(10):
             began = time.process_time()
-            messenger.words_of(text)
+            words_of(text)
             times.append(time.process_time() - began)
         return min(times)
 
-    assert len(messenger.words_of(text)) < 10_000
+    assert len(words_of(text)) < 10_000
     assert takes(text) < 7 * takes("привет мир, " * 341)  # it was 9 to 13 times as much
 
 
 def test_end_of_a_text_that_grows_is_left_out() -> None:
     """What follows 12,288 characters of a decomposed text is not looked into; a text of a language
     is never as long."""
-    assert "end" in messenger.words_of("\ufdfa" * 600 + " end")
-    assert "end" not in messenger.words_of("\ufdfa" * 4000 + " end")
-    assert "end" in messenger.words_of("각" * 4092 + " end")
+    assert "end" in words_of("\ufdfa" * 600 + " end")
+    assert "end" not in words_of("\ufdfa" * 4000 + " end")
+    assert "end" in words_of("각" * 4092 + " end")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from plumbing.database import Database, Unavailable
-from plumbing.deadline import REQUEST_SECONDS, deadline, request_deadline, uncounted
+from plumbing.deadline import REQUEST_SECONDS, deadline, linger, request_deadline, uncounted
 from plumbing.endpoints import Endpoint, answer_problems, bind
 from plumbing.groups import GroupWriter, Outcome
 from support.people import Person
@@ -141,3 +141,19 @@ async def test_frame_is_a_request_of_its_own(alice: Person, bob: Person) -> None
     assert (await line.hears("read", "error"))["type"] == "read"
     await line.sends(type="sync", after=0)
     assert (await line.hears("message", "error"))["data"]["text"] == "hello"
+
+
+async def test_task_that_is_waited_for_a_while_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who lingers waits for the end of a task, or as long as they may; the task itself goes on."""
+    monkeypatch.setattr("plumbing.deadline.REQUEST_SECONDS", 0.1)
+    done, loop = asyncio.Event(), asyncio.get_running_loop()
+    task = loop.create_task(asyncio.wait_for(done.wait(), 60))
+    began = loop.time()
+    await linger(task, 0.05)
+    with request_deadline():
+        await linger(task, 60)
+    assert loop.time() - began < BOUND_SECONDS
+    assert not task.done()
+    done.set()
+    await linger(task, 60)
+    assert task.done()

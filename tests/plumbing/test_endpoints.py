@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import messenger
-from plumbing import endpoints, guard, process
+from plumbing import endpoints, guard, process, serving
 from support.people import HEAR_SECONDS
 from support.raw import RawConnection
 from support.servers import SETTINGS
@@ -126,7 +126,7 @@ async def test_slow_headers_are_cut(hasty: Any) -> None:
 async def test_idle_connection_is_kept_for_longer_than_a_proxy_keeps_it(hasty: Any) -> None:
     """Between two requests a connection may wait for longer than headers may take, again and again;
     proxies, which keep theirs for 60 s to 600 s, are the first to close."""
-    assert messenger.IDLE_SECONDS > 600
+    assert serving.IDLE_SECONDS > 600
     raw = await hasty(ALIVE)
     for _ in range(2):
         await hears_alive(raw)
@@ -141,7 +141,7 @@ async def test_idle_connection_is_closed_at_last(
     app: web.Application, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A connection on which nothing more is asked is closed after its time."""
-    monkeypatch.setattr(messenger, "IDLE_SECONDS", 1)
+    monkeypatch.setattr(serving, "IDLE_SECONDS", 1)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(process.listen_on("127.0.0.1", 0))
         await messenger.start_sites(SETTINGS, stack, listener, app)
@@ -186,3 +186,31 @@ async def test_slow_body_is_408(hasty: Any) -> None:
             await asyncio.wait([heard], timeout=0.2)
         status, _, body = await heard
         assert (status, json.loads(body)["type"]) == (408, "request-timeout")
+
+
+def test_next_page_begins_after_the_last_row() -> None:
+    """Only where more was read than a page holds is there a next one."""
+    assert endpoints.beyond([1, 2, 3], 2, lambda row: {"after": row}) == {"after": 2}
+    assert endpoints.beyond([1, 2], 2, lambda row: {"after": row}) is None
+    assert endpoints.beyond([], 2, lambda row: {"after": row}) is None
+
+
+@pytest.mark.parametrize("cursor", ["7", "7.8.9", "7.", "100.8", "7.10", "-1.8", "7.8 ", "٧.8"])
+def test_wrong_cursor_is_refused(cursor: str) -> None:
+    """A cursor has as many numbers as its list needs, each up to the most that it may be."""
+    assert endpoints.read_cursor("", 99, 9) == (99, 9)
+    assert endpoints.read_cursor("07.8", 99, 9) == (7, 8)
+    with pytest.raises(endpoints.InvalidInput):
+        endpoints.read_cursor(cursor, 99, 9)
+
+
+@pytest.mark.parametrize(("text", "found"), [
+    ('{"a": 1, "b": "x", "c": 2}', {"a": 1, "b": "x"}), (b'{"a": 1}', {"a": 1, "b": None}),
+    ('{"a": true, "b": []}', {"a": None, "b": None}), ("[1]", {"a": None, "b": None}),
+    (b"\xff", {"a": None, "b": None}), ("[" * 100_000, {"a": None, "b": None}),
+])
+def test_fields_are_read_as_far_as_they_can_be(
+    text: str | bytes, found: dict[str, Any]
+) -> None:
+    """Fields of the right types are found; of anything else, whatever it is, nothing."""
+    assert endpoints.peek(text, a=(int,), b=(str, int)) == found

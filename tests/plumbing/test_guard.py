@@ -21,11 +21,16 @@ import messenger
 from plumbing import guard
 from plumbing.guard import (
     Rate,
+    Signer,
+    Trusted,
+    bearer_token,
     client_address,
+    is_early,
     read_address,
     read_networks,
     read_origin,
     read_origins,
+    token_of_socket,
 )
 from plumbing.process import StartError
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, login
@@ -739,3 +744,74 @@ async def test_page_runs_its_own_script_alone(anyone: Client) -> None:
         assert "unsafe" not in policy
         assert policy.count("'sha256-") == len(re.findall("<script|<style", page)) > 1
         assert not re.search(r"<\w[^>]*\s(on\w+|style)\s*=", page)
+
+
+# ---- What is believed
+
+
+def test_fact_is_believed_for_a_while() -> None:
+    """A fact is believed of its key alone, from when it was asked for, until its time is over."""
+    trusted, now = Trusted(60), time.monotonic()
+    assert trusted.put(1, "fact", now)
+    assert trusted.put(2, "fact", now - 61)
+    assert trusted.holds(1, "fact")
+    assert not any((trusted.holds(1, "other"), trusted.holds(2, "fact"), trusted.holds(3, None)))
+    trusted.forget()
+    assert not trusted.holds(1, "fact")
+
+
+def test_what_ended_while_it_was_asked_about_is_not_believed() -> None:
+    """An answer may be older than the end; who asks after the end may be told anew."""
+    trusted, asked_at = Trusted(60), time.monotonic()
+    trusted.put(1, "fact", asked_at)
+    time.sleep(0.01)
+    trusted.end([1, 2])
+    assert not trusted.holds(1, "fact")
+    assert not trusted.put(2, "fact", asked_at)
+    time.sleep(0.01)
+    assert trusted.put(2, "fact", time.monotonic())
+    assert trusted.holds(2, "fact")
+
+
+# ---- Tokens
+
+
+def test_token_is_read_with_the_key_or_the_old_one() -> None:
+    """A token is believed if it was signed with either key, is of the kind that is asked for, has
+    what it needs and did not expire."""
+    now, key, old = time.time(), "k" * 32, "o" * 32
+    token = Signer(old).sign(now, 60, typ="access", sub="7")
+    claims = Signer(key, old).read(token, "access", 10, "sub")
+    assert claims == {"typ": "access", "sub": "7", "iat": int(now), "exp": int(now) + 60}
+    late = Signer(key).sign(now - 65, 60, typ="access")
+    assert Signer(key).read(late, "access", 10)
+    for signer, given, kind, leeway, needed in (
+        (Signer(key), token, "access", 10, "sub"), (Signer(key, old), token, "refresh", 10, "sub"),
+        (Signer(key, old), token, "access", 10, "sid"), (Signer(key), late, "access", 1, "typ"),
+        (Signer(key, old), token[:-2], "access", 10, "sub"), (Signer(key), "", "access", 10, "typ"),
+    ):
+        assert signer.read(given, kind, leeway, needed) is None
+
+
+def test_token_of_a_clock_that_was_ahead_is_early() -> None:
+    """A token that says it was signed later than it can have been is told."""
+    assert is_early({"iat": time.time() + 100}, 60)
+    assert not is_early({"iat": time.time() + 30}, 60)
+
+
+@pytest.mark.parametrize(("headers", "query", "bearer", "of_socket"), [
+    ({"Authorization": "Bearer abc"}, "", "abc", ""),
+    ({"Authorization": "bearer  abc"}, "?token=x", "abc", "x"),
+    ({"Authorization": "Basic abc"}, "", None, ""), ({"Authorization": "Bearer"}, "", None, ""),
+    ({"Sec-WebSocket-Protocol": "v1, abc"}, "?token=x", None, "abc"),
+    ({"Sec-WebSocket-Protocol": "v2, abc"}, "", None, ""),
+    ({"Sec-WebSocket-Protocol": "v1"}, "?token=x", None, "x"),
+])
+def test_token_of_a_request_is_found(
+    headers: dict[str, str], query: str, bearer: str | None, of_socket: str
+) -> None:
+    """A token stands in Authorization; of a handshake also behind the subprotocol, or in the
+    query."""
+    request = make_mocked_request("GET", f"/{query}", headers=CIMultiDict(headers))
+    assert bearer_token(request) == bearer
+    assert token_of_socket(request, "v1") == of_socket

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import messenger
 from plumbing import process
 from plumbing.process import StartError
 from support.people import HEAR_SECONDS
@@ -108,6 +107,6 @@ async def test_parser_in_c_is_required(tmp_path: Any) -> None:
 
 def test_a_worker_whose_parent_is_gone_does_not_start() -> None:
     """A worker whose parent ended meanwhile does not start."""
-    assert messenger.PARENT == "MESSENGER_PARENT"
+    assert process.PARENT == "MESSENGER_PARENT"
     with pytest.raises(SystemExit):
         process.die_with(os.getpid())  # nobody is their own parent

@@ -9,8 +9,11 @@ from plumbing.text import (
     SHOWS_NOTHING,
     composed,
     folded,
+    holds_runs,
     stream_safe,
     words_and_runs,
+    words_of,
+    words_wanted,
 )
 
 
@@ -79,3 +82,20 @@ def test_text_is_taken_apart(text: str, words: list[str], runs: list[str]) -> No
     """Words are parted by what is no letter, mark or digit; where a script has no spaces, its runs
     stay whole, beside words of other scripts too; what shows nothing parts nothing."""
     assert words_and_runs(text) == (words, runs)
+
+
+@pytest.mark.parametrize("asked", ["brown Fox", "上海", "在上海东", "海", "x" * 100, ""])
+def test_index_has_what_is_asked_for(asked: str) -> None:
+    """What an index must have of a text that holds some words and runs, it has."""
+    text = f"The quick brown fox, 我家在上海东边, {'X' * 100}."
+    words, runs = words_and_runs(asked)
+    assert words_wanted(words, runs) <= words_of(text)
+    assert holds_runs(text, runs)
+
+
+def test_index_is_wrong_only_about_the_order_of_a_run() -> None:
+    """Words that a text does not hold are not in the index; of a run it has the pairs, and only the
+    text tells that they stand in a row."""
+    assert not words_wanted(["row", "x" * 101], []) <= words_of("brown " + "x" * 100)
+    assert words_wanted([], ["上海东"]) <= words_of("上海 海东")
+    assert not holds_runs("上海 海东", ["上海东"])

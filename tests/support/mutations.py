@@ -22,15 +22,14 @@ FUNCTIONS, SCHEMA = "sql/functions.sql", "sql/0001_schema.sql"
 READ_ONLY_FAULTS = ("database read-only", "connections read-only")
 CRASH = ("postmaster killed", "backend killed")
 # The commit follows a tenth of a second after the answer.
-COMMITS = (
-    "        return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns), *mark)\n")
+COMMITS = "        return await self._app[DATABASE].rows(self.STATEMENT, *columns, *mark)\n"
 ANSWERS_EARLY = '''        if self.STATEMENT is not POST_MESSAGES:
-            return await self._app[DATABASE].rows(self.STATEMENT, *map(list, columns), *mark)
+            return await self._app[DATABASE].rows(self.STATEMENT, *columns, *mark)
         import asyncpg
         connection = await asyncpg.connect(self._app[DATABASE].url, timeout=2)
         transaction = connection.transaction()
         await transaction.start()
-        rows = await connection.fetch(POST_MESSAGES, *map(list, columns), *mark)
+        rows = await connection.fetch(POST_MESSAGES, *columns, *mark)
         async def finish():
             await asyncio.sleep(0.1)
             try:

@@ -105,7 +105,7 @@ def publish_unless_mute(self, key, hint):
     if not os.path.exists(os.environ["TORTURE_MUTE"]):
         publish(self, key, hint)
 bus.Bus.notify = publish_unless_mute
-if messenger.PARENT not in os.environ:
+if process.PARENT not in os.environ:
     process.die_with(int(os.environ["TORTURE_PID"]))
 sys.exit(messenger.main())
 '''

@@ -1,0 +1,28 @@
+"""Positions: a number of a count that goes up, and the mark of the call that took it.
+
+A number alone tells how far somebody is; the mark vouches that both mean the same history.
+"""
+
+import secrets
+
+from plumbing.endpoints import INT8_MAX, invalid
+
+MARK_BYTES = 8  # random
+
+
+def new_mark() -> str:
+    """Make the mark of one call that takes numbers."""
+    return secrets.token_urlsafe(MARK_BYTES)
+
+
+def position_of(number: int, mark: str) -> str:
+    """Write a position; before the first number there is no mark."""
+    return f"{number}.{mark}" if number else "0"
+
+
+def read_position(loc: str, given: int | str) -> tuple[int, str | None]:
+    """Read a position, or a bare number, which has no mark, as 0 has none. Raises InvalidInput."""
+    number, _, mark = str(given).partition(".")
+    if int(number) > INT8_MAX:
+        raise invalid(loc, f"must be at most {INT8_MAX}")
+    return int(number), mark if mark and int(number) else None

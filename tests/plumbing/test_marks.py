@@ -1,0 +1,37 @@
+"""Positions: numbers, and the marks that vouch for them."""
+
+import re
+
+import pytest
+
+from plumbing.endpoints import INT8_MAX, InvalidInput
+from plumbing.marks import new_mark, position_of, read_position
+
+
+def test_position_is_read_as_it_was_written() -> None:
+    """A number and its mark come back; the start of a count has no mark."""
+    assert read_position("$.after", position_of(7, "mark")) == (7, "mark")
+    assert position_of(0, "mark") == "0"
+
+
+@pytest.mark.parametrize(("given", "read"), [
+    (7, (7, None)), ("7", (7, None)), ("0", (0, None)), ("0.mark", (0, None)),
+    (f"{INT8_MAX}.m", (INT8_MAX, "m")),
+])
+def test_bare_number_has_no_mark(given: int | str, read: tuple[int, str | None]) -> None:
+    """A number without a mark vouches for nothing, nor does the start of a count with one."""
+    assert read_position("$.after", given) == read
+
+
+def test_number_beyond_the_last_is_refused() -> None:
+    """What PostgreSQL's largest number does not hold is refused at its place."""
+    with pytest.raises(InvalidInput) as refused:
+        read_position("$.after", f"{INT8_MAX + 1}.mark")
+    assert [error.loc for error in refused.value.errors] == ["$.after"]
+
+
+def test_marks_differ() -> None:
+    """Each mark is another, and can stand in a position."""
+    marks = {new_mark() for _ in range(1000)}
+    assert len(marks) == 1000
+    assert all(re.fullmatch("[A-Za-z0-9_-]+", mark) for mark in marks)
