@@ -296,7 +296,7 @@ Number = Annotated[int, Meta(ge=0, le=INT8_MAX, description="A number of the cha
 MessageId = Annotated[UUID, Meta(description="Id of a message, unique in its chat.")]
 SessionId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a session.")]
 Position = Annotated[
-    str, Meta(max_length=64, pattern=r"^[0-9]{1,19}(\.[A-Za-z0-9_-]+)?$",
+    str, Meta(max_length=64, pattern=r"^[0-9]{1,19}(\.[A-Za-z0-9_-]+)?$(?!\n)",
               description="A number of a chat and its mark: it vouches for all changes up to it.")]
 Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
 Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
@@ -2906,10 +2906,9 @@ async def holding(messages: list[Message], runs: list[str]) -> list[Message]:
 async def list_changes(
     request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Position = "0"
 ) -> Answer[list[Message]]:
-    """List what was posted, edited or deleted after a position, or a bare `rev`; by `rev`, each
-    message once.
+    """List what was posted, edited or deleted after a position, or a number, by `rev`.
 
-    Raises ChatNotFound, HistoryRewritten, InvalidInput.
+    Each message is told once, as it is now. Raises ChatNotFound, HistoryRewritten, InvalidInput.
     """
     database = request.app[DATABASE]
     number, mark = read_position("$.after", after)

@@ -71,9 +71,9 @@ def _enter_user_namespace() -> None:
     libc = ctypes.CDLL(None, use_errno=True)  # os.unshare came with Python 3.12
     if libc.unshare(CLONE_NEWUSER):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    Path("/proc/self/setgroups").write_text("deny", "ascii")
-    Path("/proc/self/uid_map").write_text(f"{account.pw_uid} {uid} 1", "ascii")
-    Path("/proc/self/gid_map").write_text(f"{account.pw_gid} {gid} 1", "ascii")
+    Path("/proc/self/setgroups").write_text("deny", "utf-8")
+    Path("/proc/self/uid_map").write_text(f"{account.pw_uid} {uid} 1", "utf-8")
+    Path("/proc/self/gid_map").write_text(f"{account.pw_gid} {gid} 1", "utf-8")
 
 
 if __name__ == "__main__":  # as a script there are no packages: what follows is not for it

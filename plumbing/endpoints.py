@@ -137,8 +137,10 @@ def invalid(loc: str, msg: str) -> InvalidInput:
 def composed_text(loc: str, text: str, least: int, most: int) -> str:
     """Answer a text in NFC. Raises InvalidInput unless it has so many characters then."""
     normal = composed(text)
-    if not least <= len(normal) <= most:
-        raise invalid(loc, f"must have {least} to {most} characters")
+    if len(normal) < least:
+        raise invalid(loc, f"must have at least {least} characters")
+    if len(normal) > most:
+        raise invalid(loc, f"must have at most {most} characters")
     return normal
 
 

@@ -73,15 +73,16 @@ async def test_every_kind_of_answer_has_an_id(
     that nobody can meet are answered with an id; a site's pages may read and send it."""
     settings = msgspec.structs.replace(SETTINGS, cors_origins=SITE)
     client = await aiohttp_client(messenger.make_app(settings, database_url, SECRET_KEY))
-    asking = {"Origin": SITE, "Access-Control-Request-Method": "GET"}
+    asking = {"Origin": SITE, "Access-Control-Request-Method": "GET",
+              "Access-Control-Request-Headers": HEADER}
     later = {"If-Modified-Since": "Fri, 01 Jan 2100 00:00:00 GMT"}
     for method, path, status, headers in (
         ("GET", "/", 200, {}), ("GET", "/docs", 200, {}), ("GET", "/", 304, later),
         ("GET", "/api/v1/openapi.json", 200, {}), ("HEAD", "/api/v1/asyncapi.json", 200, {}),
         ("GET", "/api/v1/health/readiness", 200, {}), ("OPTIONS", "/api/v1/chats", 204, asking),
         ("OPTIONS", "/nothing", 204, asking), ("GET", "/nothing", 404, {}),
-        ("OPTIONS", "/", 405, {}), ("GET", "/", 400, {"Expect": "nonsense"}),
-        ("GET", "/nothing", 400, {"Expect": "nonsense"}),
+        ("OPTIONS", "/", 405, {}), ("GET", "/", 417, {"Expect": "nonsense"}),
+        ("GET", "/nothing", 417, {"Expect": "nonsense"}),
     ):
         answer = await client.request(method, path, headers=headers | {HEADER: "mine"})
         assert (answer.status, answer.headers.getall(HEADER)) == (status, ["mine"]), path

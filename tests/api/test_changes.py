@@ -11,6 +11,8 @@ from aiohttp import web
 import messenger
 from plumbing.database import Unavailable
 from support.databases import until_waiting
+from support.frames import ready
+from support.model import Position
 from support.people import (
     SOON_SECONDS,
     Line,
@@ -57,7 +59,8 @@ async def test_edit_takes_the_next_number_and_keeps_the_rest(alice: Person, bob:
     sent = await bob.gets(path_of(sent))
     edited = await edits(alice, sent, "zwei 🙂\n")
     assert edited["edited_at"] > sent["created_at"]
-    assert edited == sent | {"text": "zwei 🙂\n", "rev": 3, "edited_at": edited["edited_at"]}
+    assert edited == sent | {
+        "text": "zwei 🙂\n", "rev": 3, "edited_at": edited["edited_at"], "position": Position(3)}
     assert [one["user_id"] for one in edited["read_by"]] == [bob.id]
     assert await bob.gets(path_of(sent)) == edited
     assert await bob.history(chat) == ["one", "zwei 🙂\n"]
@@ -115,7 +118,8 @@ async def test_tombstone_stays(alice: Person, bob: Person) -> None:
     await deletes(alice, sent)
     tombstone = await bob.gets(path_of(sent))
     assert tombstone["deleted_at"] >= edited["edited_at"]
-    assert tombstone == edited | {"text": "", "rev": 4, "deleted_at": tombstone["deleted_at"]}
+    assert tombstone == edited | {
+        "text": "", "rev": 4, "deleted_at": tombstone["deleted_at"], "position": Position(4)}
     await deletes(alice, sent)
     assert await edits(alice, sent, "again", 404) == "message-not-found"
     assert await alice.says(chat, "two", 200, id=sent["id"]) == tombstone
@@ -182,6 +186,7 @@ async def test_changes_are_each_told_once_as_they_are_now(
         " select $1, n, n, gen_random_uuid(), $2, 'x', now() from generate_series(10, 104) n",
         chat, alice.id,
     )
+    await sql.execute("update chats set last_rev = 104, last_seq = 104 where id = $1", chat)
     for limit, sizes in (("", [50, 50, 1]), ("?limit=100", [100, 1])):
         found = await pages(bob, f"/chats/{chat}/changes{limit}")
         assert [len(page) for page in found] == sizes
@@ -207,7 +212,7 @@ async def test_changes_are_heard_by_all(alice: Person, bob: Person, carol: Perso
     late = await carol.listens(chat, "?after=3")
     assert await hears_change(late) == ("message_updated", 4, 2, "")
     assert await hears_change(late) == ("message", 6, 5, "drei")
-    assert (await late.hears())["data"] == {"chat_id": chat, "rev": 6}
+    assert await late.hears() == ready(chat, 6)
     await lines[2].sends(type="sync", chat_id=chat, after=5)
     assert [await hears_change(lines[2]) for _ in range(3)][-1] == ("message_updated", 6, 5, "drei")
 

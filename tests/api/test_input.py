@@ -6,7 +6,7 @@ import typing
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 from uuid import uuid4
 
 import aiohttp
@@ -395,7 +395,8 @@ async def test_strange_texts_in_a_query_do_no_harm(calls: ValidCalls) -> None:
                 continue
             for text in texts:
                 answer = await calls.asks(endpoint, f"{calls.path(endpoint)}?{name}={text}")
-                if answer.status != 200:
+                is_position = name == "after" and re.fullmatch(r"\d{1,19}\.\w+", unquote(text))
+                if answer.status != 200 and not (is_position and answer.status in (409, 426)):
                     what = f"{endpoint.handler.__name__}?{name}={text[:40]}"
                     found[what] = await wrong(answer, 422, "invalid-input")
     assert found
@@ -527,7 +528,7 @@ async def test_wrong_frame_is_told_in_plain_words(calls: ValidCalls) -> None:
                 tried.append((without, f"$.{field.name}"))
             values = [value for one in takes for value in WRONG_VALUES.get(one, ())
                       if field.name != "ref" or type(value) in (bool, list, dict)
-                      if (field.name, value) != ("after", 0)]
+                      if field.name != "after" or value not in (0, 1, "1")]
             if msgspec.inspect.DictType in takes:
                 values = [1, [], {"x": 1}, {"0": 1}, {"1": -1}, {"1": "x"}, {"1": None}]
             tried += [(frame | {field.name: value}, f"$.{field.name}") for value in values]

@@ -7,6 +7,7 @@ from uuid import UUID
 
 import asyncpg
 
+from support.model import Position
 from support.people import Person, new_id
 
 RFC3339_UTC = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"
@@ -40,7 +41,7 @@ async def test_message_is_stored_as_sent(alice: Person, bob: Person) -> None:
     assert sent == {
         "id": sent["id"], "chat_id": chat, "seq": 1, "rev": 1, "sender_id": alice.id,
         "text": text, "reply_to": None, "created_at": sent["created_at"], "edited_at": None,
-        "deleted_at": None, "read_by": [], "read_count": 0,
+        "deleted_at": None, "read_by": [], "read_count": 0, "position": Position(1),
     }
     for person in (alice, bob):
         assert await person.gets(answer.headers["Location"]) == sent

@@ -245,7 +245,7 @@ def test_every_frame_is_described() -> None:
     shapes = typing.get_args(messenger.ClientFrame)
     received = {f"client_{shape.__struct_config__.tag}" for shape in shapes}
     assert ASYNCAPI.content["components"]["messages"].keys() == sent | received
-    one_chat = sent - {"server_chat", "server_chat_removed"}
+    one_chat = sent - {"server_chats", "server_chat", "server_chat_removed"}
     assert {name: {ref["$ref"].rpartition("/")[2] for ref in one["messages"]}
             for name, one in ASYNCAPI.content["operations"].items()} == {
         "follow_chat_sends": one_chat, "follow_chat_receives": received,
@@ -477,6 +477,7 @@ async def try_messages(alice: Person, bob: Person, carol: Person) -> None:
         await alice.expects(404, method, f"{here}/{NOBODYS}", body)
     await alice.gets(here)
     await alice.gets(f"/chats/{chat}/changes")
+    await alice.gets(f"/chats/{chat}/changes?after=99.of-another", 409)
     await alice.gets("/chats")
     left = await carol.opens(bob)
     await carol.says(left, "good bye")

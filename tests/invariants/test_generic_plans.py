@@ -26,8 +26,9 @@ async def calls(sql: asyncpg.Connection, name: str, alice: Person, bob: Person, 
     message = (await alice.says(chat, "a text"))["id"]
     given: dict[str, list[Any]] = {
         "POST_MESSAGES": [
-            [chat] * 2, [alice.id] * 2, [uuid4(), uuid4()], ["a text"] * 2, [None] * 2],
-        "CHANGE_MESSAGES": [[chat], [alice.id], [message], ["another"]],
+            [chat] * 2, [alice.id] * 2, [uuid4(), uuid4()], ["a text"] * 2, [None] * 2,
+            "mark"],
+        "CHANGE_MESSAGES": [[chat], [alice.id], [message], ["another"], "mark"],
         "READ_MESSAGES": [[chat], [bob.id], [message]],
         "CREATE_GROUP": [alice.id, "a group", [bob.id]],
     }
@@ -56,7 +57,7 @@ async def test_function_planned_at_each_call_is_seen(
 ) -> None:
     """Without that setting PostgreSQL keeps no plans from the first calls."""
     chat = await alice.opens(bob)
-    await sql.execute("alter function post_messages reset plan_cache_mode")
+    await sql.execute("alter function post_group reset plan_cache_mode")
     for _ in range(2):
         await calls(sql, "POST_MESSAGES", alice, bob, chat)
     kept = dict(await sql.fetch(STATEMENTS_OF_ARRAYS))

@@ -174,7 +174,8 @@ def declared_functions() -> dict[str, list[str]]:
     found = re.findall(r"\n--.*\ncreate or replace function (\w+)\(([^)]*)\)", text)
     assert len(found) == text.count("create or replace function"), "one has no comment"
     return {
-        name: [each.split()[0] for each in taken.split(",") if each.split()[0] != "out"]
+        name: [each.split()[0] for each in taken.split(",")
+               if each.strip() and each.split()[0] != "out"]
         for name, taken in found
     }
 

@@ -150,6 +150,7 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "POST_MESSAGE": [
             (BIG, READER, uuid4(), "text", None, "m"), (2, READER, uuid4(), "text", ID, "m")],
+        "SELECT_MARKS": [(READER, [BIG, 2, EMPTY], [FAR, 1, 1])],
         "SELECT_FREE_CHATS": [([BIG, 2, 3],)],
         "SELECT_FREE_PARTICIPANTS": [([BIG, 2, 3], [READER, READER, JOINER])],
         "CHANGE_MESSAGES": [

@@ -452,7 +452,8 @@ async def test_half_deleted_account_is_seen_nowhere_and_finished_later(
 # ---- What nobody needs any more
 
 OF_CHATS = (
-    "chats", "participants", "messages", "reads", "departures", "message_words",
+    "chats", "participants", "messages", "reads", "departures", "revisions",
+    "message_words",
     "search_positions",
 )
 

@@ -16,6 +16,8 @@ from plumbing.database import Database, Unavailable
 from support.people import SOON_SECONDS
 from support.wire import Wire
 
+pytestmark = pytest.mark.real_deadlines
+
 NAP = "select pg_sleep(0.2)"
 ONE = "select 1"
 Make = Callable[..., Database]

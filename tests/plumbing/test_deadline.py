@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -15,6 +15,8 @@ from plumbing.endpoints import Endpoint, answer_problems, bind
 from plumbing.groups import GroupWriter, Outcome
 from support.people import Person
 from support.raw import RawConnection
+
+pytestmark = pytest.mark.real_deadlines
 
 BOUND_SECONDS = 7  # a generous deadline: what it bounds would take ten seconds without one
 MANY = 17
@@ -85,13 +87,19 @@ class Slow(GroupWriter[int, int]):
         await asyncio.sleep(1)
         return items
 
-    def publish(self, items: list[int], rows: list[int], again: bool) -> list[int | Exception]:
+    def publish(
+        self, items: list[int], rows: Sequence[int], again: list[bool]
+    ) -> list[int | Exception]:
         """Answer the rows."""
         return list(rows)
 
     def lock_of(self, item: int) -> int:
         """Lock nothing in common."""
         return item
+
+    async def free(self, locks: list[int]) -> set[int]:
+        """Answer that nobody holds any lock."""
+        return set(locks)
 
 
 async def test_commit_that_comes_too_late_is_not_waited_for() -> None:

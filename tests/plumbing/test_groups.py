@@ -10,7 +10,8 @@ import pytest
 from aiohttp import web
 
 import messenger
-from plumbing import database, groups
+from plumbing import database
+from plumbing.groups import GroupReader
 from support.people import Line, Person
 from support.posts import numbers_of, post, written
 
@@ -222,7 +223,7 @@ async def test_look_ups_share_a_statement_and_an_answer() -> None:
         await go_on.wait()
         return [item.upper() for item in items]
 
-    reader = groups.GroupReader(look_up)
+    reader = GroupReader(look_up)
     asked = [asyncio.create_task(reader.get(item)) for item in ("a", "b", "c", "b")]
     await asyncio.sleep(0)
     asked.append(asyncio.create_task(reader.get("a")))  # it is under way: this one comes later
@@ -245,7 +246,7 @@ async def test_who_asks_while_the_database_is_away_is_refused_with_the_others() 
         await asyncio.sleep(0.05)
         raise database.Unavailable
 
-    reader = groups.GroupReader(look_up)
+    reader = GroupReader(look_up)
     first = asyncio.create_task(reader.get(1))
     await asyncio.sleep(0.01)
     outcomes = await asyncio.gather(first, reader.get(2), reader.get(3), return_exceptions=True)
@@ -259,7 +260,7 @@ async def test_look_up_that_fails_for_one_group_leaves_the_next_alone() -> None:
         await asyncio.sleep(0.01)
         return [10 // item for item in items]
 
-    reader = groups.GroupReader(look_up)
+    reader = GroupReader(look_up)
     first = asyncio.create_task(reader.get(0))
     await asyncio.sleep(0)
     await asyncio.sleep(0)

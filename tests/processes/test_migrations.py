@@ -14,6 +14,7 @@ import psycopg
 import pytest
 
 import messenger
+from plumbing.schema import migrate
 from support.databases import on_cluster, until_waiting, with_database
 from support.people import Person
 from support.servers import ROOT, SECRET_KEY, refused
@@ -111,7 +112,7 @@ async def test_twice_changes_nothing(database_url: str, schema: list[Any]) -> No
     tables = "select oid from pg_class where relkind in ('r', 'v', 'i') order by oid"
     before = await asked(database_url, tables)
     for _ in range(2):
-        await asyncio.to_thread(schema.migrate, database_url, messenger.SQL)
+        await asyncio.to_thread(migrate, database_url, messenger.SQL)
     assert await asked(database_url, SELECT_SCHEMA) == schema
     assert await asked(database_url, SELECT_MARKS) == marks
     assert await asked(database_url, tables) == before
@@ -124,7 +125,7 @@ async def test_lock_of_a_dead_server_is_broken(database_url: str, schema: list[A
         database_url, "insert into yoyo_lock (locked, ctime, pid) values (1, now(), 999999999)"
     )
     async with asyncio.timeout(SERVE_SECONDS):
-        await asyncio.to_thread(schema.migrate, database_url, messenger.SQL)
+        await asyncio.to_thread(migrate, database_url, messenger.SQL)
     assert await asked(database_url, "select pid from yoyo_lock") == []
     assert await asked(database_url, SELECT_SCHEMA) == schema
 
@@ -137,7 +138,7 @@ async def test_migration_that_was_applied_but_not_marked_runs_again(
     marks = await asked(database_url, SELECT_MARKS)
     await asked(database_url, "insert into users (username) values ('kept')")
     await asked(database_url, "delete from _yoyo_migration")
-    await asyncio.to_thread(schema.migrate, database_url, messenger.SQL)
+    await asyncio.to_thread(migrate, database_url, messenger.SQL)
     assert await asked(database_url, SELECT_SCHEMA) == schema
     assert await asked(database_url, SELECT_MARKS) == marks
     assert await asked(database_url, "select username from users") == ["kept"]
@@ -159,7 +160,7 @@ async def test_kill_in_the_middle_needs_no_hand(
     await process.communicate()
     await blocker.close()
     async with asyncio.timeout(SERVE_SECONDS):
-        await asyncio.to_thread(schema.migrate, empty_url, messenger.SQL)
+        await asyncio.to_thread(migrate, empty_url, messenger.SQL)
     assert await asked(empty_url, SELECT_SCHEMA) == schema
 
 
@@ -189,7 +190,7 @@ async def test_restart_beside_a_serving_one_disturbs_nobody(
     ]
     for _ in range(10):
         await asked(database_url, BEFORE_EACH_START[texts])
-        await asyncio.to_thread(schema.migrate, database_url, messenger.SQL)
+        await asyncio.to_thread(migrate, database_url, messenger.SQL)
     stop.set()
     await asyncio.gather(*asking)
 
@@ -222,9 +223,9 @@ async def test_failed_migration_leaves_no_lock(empty_url: str, schema: list[Any]
     the migration succeeds."""
     await asked(empty_url, "create view chats as select 1 as one")
     with pytest.raises(psycopg.Error):
-        await asyncio.to_thread(schema.migrate, empty_url, messenger.SQL)
+        await asyncio.to_thread(migrate, empty_url, messenger.SQL)
     await asked(empty_url, "drop view chats")
-    await asyncio.to_thread(schema.migrate, empty_url, messenger.SQL)
+    await asyncio.to_thread(migrate, empty_url, messenger.SQL)
     assert await asked(empty_url, SELECT_SCHEMA) == schema
 
 
@@ -261,7 +262,7 @@ async def test_last_release_goes_on_beside_this_one(empty_url: str, last_release
     await migrates_of_last_release()
     before = await asked(empty_url, SELECT_FUNCTIONS)
     comment = await asked(empty_url, SELECT_COMMENT)
-    await asyncio.to_thread(schema.migrate, empty_url, messenger.SQL)
+    await asyncio.to_thread(migrate, empty_url, messenger.SQL)
     assert set(before) <= set(await asked(empty_url, SELECT_FUNCTIONS))
     assert comment == await asked(empty_url, SELECT_COMMENT) != [None]
     bodies = await asked(empty_url, SELECT_BODIES)
