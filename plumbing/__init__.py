@@ -2,7 +2,7 @@
 
 A file imports only those above it in this list, and none imports the application:
 
-    text         text that compares without regard to case
+    text         text that compares without regard to case, and its words
     uuids        ids that sort by time
     process      a port, signals, children, logs, and a word for a bad start
     settings     settings from the environment

@@ -1,5 +1,5 @@
-"""Who may ask, from where, how often: addresses, connections, rates, passwords, signed tokens,
-browsers.
+"""Who may ask, from where, how often: addresses, connections, rates, what is believed, passwords,
+signed tokens, browsers.
 
 Nothing here knows what is asked for.
 """
