@@ -1399,25 +1399,26 @@ class Rooms:
                 await self._join_chat(socket, chat_id)  # where its user came in a moment ago
             except (ChatNotFound, Unavailable) as error:
                 refused[chat_id] = error
-        # Of who misses nothing the room knows the mark.
-        asked = {chat_id: at for chat_id, at in after.items()
-                 if chat_id in socket.rooms and at[0] != socket.rooms[chat_id].delivered}
         marks: dict[int, str | None] = {}
+        asked: dict[int, int] = {}
+        for chat_id, room in socket.rooms.items():
+            if chat_id in after and after[chat_id][0] == room.delivered:
+                marks[chat_id] = room.mark  # as it is now: the room goes on
+            elif chat_id in after:
+                asked[chat_id] = after[chat_id][0]
         if asked:
-            numbers = [number for number, _ in asked.values()]
             try:
-                marks = dict(await self.database.rows(
-                    SELECT_MARKS, socket.asker.user_id, list(asked), numbers))
+                marks |= dict(await self.database.rows(
+                    SELECT_MARKS, socket.asker.user_id, list(asked), list(asked.values())))
             except Unavailable as error:
                 refused |= dict.fromkeys(asked, error)
         for chat_id, (number, claimed) in after.items():
-            room = socket.rooms.get(chat_id)
             if chat_id in refused:
                 continue
-            if room is None or (chat_id in asked and chat_id not in marks):
+            if chat_id not in socket.rooms or chat_id not in marks:
                 refused[chat_id] = ChatNotFound()
                 continue
-            mark = marks[chat_id] if chat_id in asked else room.mark
+            room, mark = socket.rooms[chat_id], marks[chat_id]
             if claimed is not None and claimed != mark:
                 refused[chat_id] = HistoryRewritten()
                 continue
@@ -1868,7 +1869,7 @@ LEAVE_NEXT_CHAT = """  -- user_id
 
 POST_MESSAGES = """  -- chat_ids, sender_ids, message_ids, texts, reply_tos, mark
     -- chats_pkey, participants_pkey, messages_id; locks the chats
-    select * from post_group(
+    select * from post_messages_2(
         chat_ids => $1, sender_ids => $2, ids => $3, texts => $4, reply_tos => $5, mark => $6)"""
 
 POST_MESSAGE = """  -- chat_id, sender_id, message_id, text, reply_to, mark
@@ -1891,7 +1892,7 @@ SELECT_FREE_PARTICIPANTS = """  -- chat_ids, user_ids
 CHANGE_MESSAGES = """  -- chat_ids, user_ids, message_ids, texts, mark
     -- chats_pkey, participants_pkey, messages_id; locks the chats
     -- A text of null deletes the message.
-    select * from change_group(
+    select * from change_messages_2(
         chat_ids => $1, user_ids => $2, ids => $3, texts => $4, mark => $5)"""
 
 READ_MESSAGES = """  -- chat_ids, user_ids, message_ids

@@ -2,8 +2,9 @@
 -- what several statements share. Every other statement is written out where it is used. Applied
 -- after views.sql whenever this file has changed or a migration is new.
 --
--- A function that the last release calls keeps its parameters and its answer. Those that only the
--- last release calls are no longer here; a database that has them keeps them until the next.
+-- A function that the last release calls keeps its parameters and its answer; one that takes or
+-- answers more has another number at its end. What only the last release calls stands behind what
+-- does it now, or is no longer here: a database that has it keeps it until the next.
 --
 -- Volatile: each statement of such a function sees what was committed before it, and so what the
 -- lock in the statement before waited for.
@@ -138,7 +139,7 @@ language sql stable as $$
     from chats c where c.id = chat and c.last_rev >= number
 $$;
 
--- Posts one message, by the same rules as post_group: without arrays each step is a look-up by
+-- Posts one message, by the same rules as post_messages_2: without arrays each step is a look-up by
 -- key, and costs half.
 create or replace function post_message(
     chat bigint, sender bigint, message uuid, body text, reply uuid, mark text)
@@ -197,7 +198,7 @@ $$;
 -- Posts a group of messages, given as arrays, and answers one row an item, in order: its outcome
 -- (posted, stored before, or why not), its number, where its chat stands, and the mark of the number
 -- at which it stood before.
-create or replace function post_group(
+create or replace function post_messages_2(
     chat_ids bigint[], sender_ids bigint[], ids uuid[], texts text[], reply_tos uuid[], mark text)
 returns table (
     outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint,
@@ -257,11 +258,11 @@ begin
     ), posted as (
         insert into messages (chat_id, seq, rev, id, sender_id, text, reply_to, created_at, mark)
         select n.chat_id, n.seq, n.seq, n.id, n.sender_id, n.text, n.reply_to, n.created_at,
-               post_group.mark
+               post_messages_2.mark
         from numbered n
         returning chat_id, seq, created_at
     )
-    update chats c set last_rev = p.seq, last_seq = p.seq, last_mark = post_group.mark,
+    update chats c set last_rev = p.seq, last_seq = p.seq, last_mark = post_messages_2.mark,
                        active_at = p.created_at
     from (select chat_id, max(seq) as seq, max(created_at) as created_at
           from posted group by chat_id) p
@@ -297,12 +298,12 @@ create or replace function post_messages(
 returns table (outcome text, seq bigint, created_at timestamptz, last_rev bigint, version bigint)
 language sql volatile as $$
     select g.outcome, g.seq, g.created_at, g.last_rev, g.version
-    from post_group(chat_ids, sender_ids, ids, texts, reply_tos, new_mark()) g
+    from post_messages_2(chat_ids, sender_ids, ids, texts, reply_tos, new_mark()) g
 $$;
 
 -- Edits (a text) and deletes (null) a group of messages, given as arrays, and answers one row an
 -- item, in order: changed, unchanged or why not, and where its chat stands.
-create or replace function change_group(
+create or replace function change_messages_2(
     chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[], mark text)
 returns table (outcome text, last_rev bigint, version bigint)
 language plpgsql volatile
@@ -331,13 +332,13 @@ begin
             when m.text = texts[item] then 'unchanged'
             else 'changed' end;
         if outcome = 'changed' then
-            update chats c set last_rev = c.last_rev + 1, last_mark = change_group.mark
+            update chats c set last_rev = c.last_rev + 1, last_mark = change_messages_2.mark
             where c.id = m.chat_id
             returning c.last_rev into m.rev;
             insert into revisions (chat_id, rev, mark)
-            values (m.chat_id, m.rev, change_group.mark);
+            values (m.chat_id, m.rev, change_messages_2.mark);
             update messages x
-            set rev = m.rev, changed_mark = change_group.mark, text = coalesce(texts[item], ''),
+            set rev = m.rev, changed_mark = change_messages_2.mark, text = coalesce(texts[item], ''),
                 edited_at = case when texts[item] is null then x.edited_at else at end,
                 deleted_at = case when texts[item] is null then at end
             where x.chat_id = m.chat_id and x.seq = m.seq;
@@ -353,7 +354,7 @@ $$;
 create or replace function change_messages(
     chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
 returns table (outcome text, last_rev bigint, version bigint) language sql volatile as $$
-    select * from change_group(chat_ids, user_ids, ids, texts, new_mark())
+    select * from change_messages_2(chat_ids, user_ids, ids, texts, new_mark())
 $$;
 
 -- Moves watermarks forward for a group of readers, given as arrays, and answers one row an item,

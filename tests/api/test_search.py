@@ -403,7 +403,8 @@ async def test_search_stays_in_its_chat(
     await alice.says(foreign, "not indexed yet")
     with monkeypatch.context() as patch:
         patch.setattr(messenger, "INDEX_SECONDS", -1)
-        assert await bob.gets(query(foreign, "indexed"), 404) == nowhere
+        refused = await bob.gets(query(foreign, "indexed"), 404)
+        assert refused == nowhere | {"request_id": refused["request_id"]}
         answer = await carol.asks("GET", query(foreign, "indexed"))
         assert (answer.status, "Retry-After" in answer.headers) == (503, True)
     assert await finds(carol, foreign, "indexed") == ["not indexed yet"]

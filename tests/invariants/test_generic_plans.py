@@ -57,7 +57,7 @@ async def test_function_planned_at_each_call_is_seen(
 ) -> None:
     """Without that setting PostgreSQL keeps no plans from the first calls."""
     chat = await alice.opens(bob)
-    await sql.execute("alter function post_group reset plan_cache_mode")
+    await sql.execute("alter function post_messages_2 reset plan_cache_mode")
     for _ in range(2):
         await calls(sql, "POST_MESSAGES", alice, bob, chat)
     kept = dict(await sql.fetch(STATEMENTS_OF_ARRAYS))

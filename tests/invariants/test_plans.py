@@ -79,6 +79,8 @@ from generate_series(2, {CHATS}) c, generate_series(1, {MESSAGES_EACH}) g;
 update chats c set last_rev = m.rev, last_seq = m.seq
 from (select chat_id, max(rev) as rev, max(seq) as seq from messages group by chat_id) m
 where c.id = m.chat_id;
+insert into revisions (chat_id, rev, mark)
+select {BIG}, {MESSAGES} + g, 'mark' from generate_series(1, {MESSAGES} / 100) g;
 insert into reads (chat_id, user_id, from_seq, seq, read_at)
 select {BIG}, u, s * 1000 - 1000, s * 1000, now()
 from generate_series(1, 50) u, generate_series(1, {MESSAGES} / 1000) s;

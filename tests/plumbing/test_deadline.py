@@ -43,7 +43,7 @@ async def everybody(_request: web.Request) -> None:
 @pytest.fixture
 async def resting(database_url: str, aiohttp_client: Callable[..., Any]) -> Any:
     """A client of a server with those two."""
-    app = web.Application(middlewares=[answer_problems(lambda *_: None)])
+    app = web.Application(middlewares=[answer_problems(lambda *_: None, lambda _: None)])
     app[DATABASE] = Database(database_url)
     for endpoint in (Endpoint("GET", "/rest", rest), Endpoint("POST", "/echo", echo)):
         app.router.add_route(endpoint.method, endpoint.path, bind(endpoint, everybody, {}))

@@ -39,7 +39,7 @@ ANSWERS_EARLY = '''        if self.STATEMENT is not POST_MESSAGES:
         asyncio.ensure_future(finish())
         return rows
 '''
-# The parts of post_group that are moved or taken away.
+# The parts of post_messages_2 that are moved or taken away.
 LOCK = """    select array_agg(c.id), array_agg(c.last_mark) into locked, marks
     from (select x.id, x.last_mark from chats x where x.id = any (chat_ids)
           order by x.id for no key update) c;
