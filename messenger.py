@@ -160,7 +160,7 @@ from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
 from plumbing.serving import metrics_app, observe_request, run_workers, start_site
 from plumbing.settings import Port, check_metrics_ports, read_settings
-from plumbing.text import COMPOSED_FROM_MAX, holds_runs, words_and_runs, words_of, words_wanted
+from plumbing.text import holds_runs, words_and_runs, words_of, words_wanted
 from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
@@ -303,8 +303,9 @@ Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
 # Counted in its composed form (composed_text); it may be longer as sent.
 Query = Annotated[str, Meta(
-    max_length=QUERY_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
-    description="Words; up to 200 characters, counted in NFC.")]
+    pattern=NO_NUL,
+    description="Words; up to 200 characters, counted in NFC.",
+    extra_json_schema={"maxLength": QUERY_CHARS_MAX})]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
 

@@ -8,7 +8,7 @@ import email_validator
 from msgspec import Meta
 
 from plumbing.endpoints import composed_text, invalid
-from plumbing.text import COMPOSED_FROM_MAX, SHOWS_NOTHING, folded
+from plumbing.text import SHOWS_NOTHING, folded
 from plumbing.validation import NO_NUL
 
 EMAIL_CHARS_MAX = 254
@@ -19,14 +19,15 @@ PASSWORD_CHARS_MAX = 100
 Email = Annotated[str, Meta(min_length=3, max_length=EMAIL_CHARS_MAX)]
 # Three that are counted in their composed form (composed_text), and may be longer as sent.
 Username = Annotated[str, Meta(
-    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX,
-    description="3 to 50 letters of any script, digits and `_`, counted in NFC.")]
+    description="3 to 50 letters of any script, digits and `_`, counted in NFC.",
+    extra_json_schema={"minLength": 3, "maxLength": USERNAME_CHARS_MAX})]
 NameStart = Annotated[str, Meta(
-    max_length=USERNAME_CHARS_MAX * COMPOSED_FROM_MAX, pattern=NO_NUL,
-    description="Start of the name; up to 50 characters, counted in NFC.")]
+    pattern=NO_NUL,
+    description="Start of the name; up to 50 characters, counted in NFC.",
+    extra_json_schema={"maxLength": USERNAME_CHARS_MAX})]
 Password = Annotated[str, Meta(
-    max_length=PASSWORD_CHARS_MAX * COMPOSED_FROM_MAX,
-    description="8 to 100 characters of any kind, counted in NFC.")]
+    description="8 to 100 characters of any kind, counted in NFC.",
+    extra_json_schema={"minLength": 8, "maxLength": PASSWORD_CHARS_MAX})]
 
 # No mail is ever sent, and a server may be private: reserved domains are fine.
 email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()

@@ -29,7 +29,7 @@ from plumbing.database import Unavailable
 from plumbing.deadline import request_deadline, uncounted
 from plumbing.guard import SAFE_HEADERS, Busy
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
-from plumbing.text import composed
+from plumbing.text import COMPOSED_FROM_MAX, composed
 from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
@@ -136,7 +136,8 @@ def invalid(loc: str, msg: str) -> InvalidInput:
 
 def composed_text(loc: str, text: str, least: int, most: int) -> str:
     """Answer a text in NFC. Raises InvalidInput unless it has so many characters then."""
-    normal = composed(text)
+    is_short = len(text) <= most * COMPOSED_FROM_MAX  # first: to compose many marks takes long
+    normal = composed(text) if is_short else text
     if len(normal) < least:
         raise invalid(loc, f"must have at least {least} characters")
     if len(normal) > most:

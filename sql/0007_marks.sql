@@ -1,3 +1,8 @@
+-- transactional: false
+--
+-- (Each statement by itself: a transaction would hold the lock on one table while it waits for the
+-- next, and servers that are running do it the other way round.)
+--
 -- Marks. A mark is random, and made once for each call that posts, edits or deletes; every change of
 -- that call carries it. So a number with its mark vouches for all changes up to it: the chat's lock
 -- orders commits, and who has seen the same mark has seen the same history. What is from before
