@@ -80,7 +80,8 @@ def call_posts(
                 [TEXT] * group,
                 [None] * group,
             ]
-            rows = await connection.fetch(messenger.POST_MESSAGES, *arguments)
+            rows = await connection.fetch(
+                messenger.POST_MESSAGES, *arguments, messenger.new_mark())
             assert all(row["outcome"] == "posted" for row in rows)
             before, now = now, time.perf_counter()
             delays.append((now - before) * 1000)

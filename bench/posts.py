@@ -20,7 +20,7 @@ from pathlib import Path
 import ceilings
 from clients import Sender, close_all, keep_open, open_all, post_for, post_frame
 from fan_out import serving
-from read_costs import BACKENDS, answering
+from read_costs import BACKENDS, bare
 from rig import TEXT, Bench, Figures, Measurement, Person, Row, Server, cpu_milliseconds, run
 
 SENDERS = 64
@@ -109,10 +109,11 @@ async def rows(bench: Bench) -> list[Row]:
         together = await open_senders(server, [crowd], people)
         [alone] = await open_senders(server, [single], people[:1])
         lone_apart = await open_senders(lone, lone_chats, lone_people)
-        bare = (ceilings.serve_inserts, server.dsn, same_chats[0], people[0].id)
+        behind = (ceilings.serve_inserts, server.dsn, same_chats[0], people[0].id)
+        nothing = (ceilings.serve_bare, server.dsn, ceilings.PLAIN_PAGE, (single, 1, 1))
         call, insert = ceilings.call_posts, ceilings.call_inserts
         await asyncio.sleep(served_at + ALONE_SECONDS - time.monotonic())
-        with serving(*bare) as (bare_port, _), serving(ceilings.serve_nothing) as (port, pid):
+        with serving(*behind) as (bare_port, _), serving(*nothing) as told:
             found = await bench.alternate(
                 "posts",
                 one=posting(bench, server, [alone]),
@@ -120,7 +121,7 @@ async def rows(bench: Bench) -> list[Row]:
                 one_ceiling=calling(bench, server, call, same_chats[:1], people[:1], 1),
                 one_insert=calling(bench, server, insert, same_chats[:1], people[:1], 1),
                 cost=partial(costing, bench, server, alone),
-                empty=partial(answering, bench, port, pid),
+                empty=partial(bare, bench, "/", *told),
                 apart=posting(bench, server, apart),
                 apart_ceiling=calling(bench, server, call, same_chats, people, SENDERS),
                 apart_insert=calling(bench, server, insert, same_chats, people, SENDERS),
