@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from support.fuzzing import LONG
 from support.resuming import Frame, Held, number_of
 
-SCHEDULES = 3_000  # 20,000 by SCHEDULES=20000 in `./run fuzz`
+SCHEDULES = 20_000 if LONG else 3_000
 STEPS = 60
 PAGE = 3
 

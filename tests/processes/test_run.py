@@ -371,7 +371,8 @@ def test_fuzz_runs_the_long_form_of_some_tests(started):
     done = started.run("fuzz", "-k", "two words")
     assert done.returncode == 3
     fuzz = "'tests/invariants/test_fuzz_a.py', 'tests/invariants/test_fuzz_b.py'"
-    others = "'tests/invariants/test_model.py', 'tests/processes/test_revocation.py'"
+    names = ("invariants/test_model", "invariants/test_resuming", "processes/test_revocation")
+    others = ", ".join(f"'tests/{name}.py'" for name in names)
     assert done.stdout == f"long ['-k', 'two words', {fuzz}, {others}]\n"
 
 
