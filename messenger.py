@@ -1586,7 +1586,7 @@ SELECT_MISSED = """  -- chat_id, asker_id, after, upto, limit
     -- number after which they come. Where nothing was missed that is one row without a message; a
     -- stranger gets no row.
     select m.*, (select max(r.last_read_seq) from participants r where r.chat_id = $1) as read_seq,
-           mark_at(chat => $1, number => $3) as mark
+           (select mark_at(chat => $1, number => $3)) as mark  -- once, not for each row
     from participants p
     left join lateral changed_messages(
         chat => $1, after_rev => $3, upto_rev => $4, at_most => $5) m on true
