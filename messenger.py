@@ -41,10 +41,12 @@ above it, but for Rooms, which starts Catching up:
 
 The life of one message: a POST (send_message) or a frame (take_frame, take_message) puts it on the
 list of the PostWriter (GroupWriter.put). What piled up while another commit ran goes to PostgreSQL
-as one statement (GroupWriter._run, _write; ChatWriter.commit, POST_MESSAGES), which locks the
-chats, checks and numbers. Then the group is published (GroupWriter._publish_group,
-PostWriter.publish, Rooms.publish, advance): each frame is encoded once and written to every socket
-of its room (deliver), and in the same turn the sender is answered. Other processes get a hint
+as one statement (GroupWriter._write_groups, _write; PostWriter.commit: POST_MESSAGE for a lone one,
+else POST_MESSAGES), which locks the chats, checks and numbers. Then the group is published
+(GroupWriter._publish_group, PostWriter.publish, Rooms.publish, advance): each frame is encoded once
+and written to every socket of its room (deliver), and in the same turn the sender is answered. What
+waits for a chat that somebody else holds does so in a lane (GroupWriter._set_aside, _try_lanes).
+Other processes get a hint
 (Bus.notify, Bus._listen, Rooms.hear_others) and read what they miss from the database (fill_gap).
 
 What always holds: answered means durable; the numbers of a chat have no holes and follow the order
@@ -153,9 +155,9 @@ from plumbing.endpoints import (
     peek,
     read_cursor,
 )
-from plumbing.groups import GroupReader, GroupWriter, Outcome, columns_of
+from plumbing.groups import GroupReader, GroupWriter, Outcome, by_place, columns_of
 from plumbing.guard import Passwords, Rate
-from plumbing.marks import new_mark, position_of, read_position
+from plumbing.marks import mark_of, new_mark, position_of, read_position
 from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
 from plumbing.serving import metrics_app, observe_request, run_workers, start_site
@@ -248,7 +250,6 @@ QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame
-NO_MARK = "0"  # of a chat in which nothing was posted, and of what is older than marks
 
 TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
@@ -687,11 +688,6 @@ SEQ = attrgetter("seq")
 PARTICIPANT = msgspec.json.Decoder(Participant)
 
 
-def mark_of(stands: Message | Chat) -> str:
-    """Tell the mark of a position."""
-    return stands.position.partition(".")[2] or NO_MARK
-
-
 # ==== Problems ====================================================================================
 # What can be refused (RFC 9457), beside what plumbing/endpoints.py refuses of any application. A
 # problem is raised anywhere and answered in one place; its type is the slug of its class's name.
@@ -839,11 +835,8 @@ class Sessions:
         """Tell of each session, by its id, user and secret, the newest generation and whether that
         was used; None of one that is not alive. Raises Unavailable.
         """
-        found: list[tuple[int, bool] | None] = [None] * len(asked)
-        rows = await self._database.rows(SELECT_SESSIONS_ALIVE, *zip(*asked, strict=True))
-        for place, generation, is_used in rows:
-            found[place - 1] = generation, is_used
-        return found
+        rows = await self._database.rows(SELECT_SESSIONS_ALIVE, *columns_of(asked))
+        return [found[0] if found else None for found in by_place(rows, len(asked))]
 
     def forget(self) -> None:
         """Believe of no session that it is alive."""
@@ -1245,10 +1238,8 @@ class Rooms:
 
         Raises Unavailable.
         """
-        followed: list[list[tuple[int, int, str, int]]] = [[] for _ in asked]
-        for place, *chat in await self.database.rows(SELECT_FOLLOWED, *zip(*asked, strict=True)):
-            followed[place - 1].append(tuple(chat))
-        return followed
+        rows = await self.database.rows(SELECT_FOLLOWED, *columns_of(asked))
+        return by_place(rows, len(asked))
 
     def _tell_chats(self, socket: Socket) -> None:
         """Tell a socket where each of its chats stands: there it is live."""
@@ -1328,7 +1319,7 @@ class Rooms:
                 await self._wait_for_version([chat_id], deadline)  # the user may be out again
             elif chat_id not in socket.rooms and socket in self._sockets:
                 socket.send(ChatOut(data=chat))
-                rev, mark = chat.last_rev, mark_of(chat)
+                rev, mark = chat.last_rev, mark_of(chat.position)
                 self._join_room(socket, chat_id, rev, mark, chat.version)
                 self._put_replay(socket, chat_id, Replay(rev, rev, mark, [None]))
                 self._go_on(socket, socket.rooms[chat_id])
@@ -1516,8 +1507,6 @@ class Rooms:
     def publish(self, hint: Hint, posted: Posts | None = None) -> None:
         """Act on a hint here, and pass it on to the other processes."""
         self._act_on(hint, posted)
-        if self._bus.is_alone():
-            return
         key: object = object()
         if isinstance(hint, ChatHint) and not hint.joined:
             key = (hint.chat_id, hint.version)  # it only says how far a chat is: the newest counts
@@ -1706,7 +1695,7 @@ async def replay_page(rooms: Rooms, socket: Socket, room: Room, replay: Replay) 
         if len(frames) > BEHIND_BYTES:
             break  # the rest is read again, once this is taken
         frames += encode_change(message, replay.since)
-        replay.at, replay.mark = message.rev, mark_of(message)
+        replay.at, replay.mark = message.rev, mark_of(message.position)
     else:
         if len(missed) < REPLAY_PAGE:
             replay.at, replay.mark = upto, mark
@@ -1775,7 +1764,7 @@ def deliver_snapshot(
     rooms.deliver(room.live, b"".join(frames))
     # A full page may not be all; else everything up to the snapshot's number is written out.
     if len(messages) == REPLAY_PAGE:
-        room.delivered, room.mark = messages[-1].rev, mark_of(messages[-1])
+        room.delivered, room.mark = messages[-1].rev, mark_of(messages[-1].position)
     else:
         room.delivered, room.mark = row["last_rev"], row["last_mark"]
 

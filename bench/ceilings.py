@@ -265,6 +265,15 @@ def serve_writes(port: Any, delivery: bytes, ack: bytes, group: int) -> None:
     uvloop.run(serve())
 
 
+async def serve_app(app: web.Application, port: Any, *more: object) -> None:
+    """Serve an application for ever; `port` is told where, our process, and what more there is."""
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, backlog=1024).start()
+    port.send((runner.addresses[0][1], os.getpid(), *more))
+    await asyncio.Event().wait()
+
+
 def serve_bare(port: Any, dsn: str, query: str, arguments: Sequence[object]) -> None:
     """Serve by a bare aiohttp, until killed: an empty answer at `/`, and at `/page` the messages
     that a plain SELECT finds. `port` is told where, and the processes of both sides.
@@ -284,11 +293,7 @@ def serve_bare(port: Any, dsn: str, query: str, arguments: Sequence[object]) -> 
         app = web.Application()
         app.router.add_get("/", answer_nothing)
         app.router.add_get("/page", answer_page)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        port.send((runner.addresses[0][1], os.getpid(), connection.get_server_pid()))
-        await asyncio.Event().wait()
+        await serve_app(app, port, connection.get_server_pid())
 
     uvloop.run(serve())
 
@@ -317,11 +322,7 @@ def serve_inserts(port: Any, dsn: str, chat: int, sender: int) -> None:
 
         app = web.Application()
         app.router.add_get("/ws", follow)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        port.send((runner.addresses[0][1], os.getpid()))
-        await asyncio.Event().wait()
+        await serve_app(app, port)
 
     uvloop.run(serve())
 
@@ -341,11 +342,6 @@ def serve_bare_websockets(port: Any) -> None:
     async def serve() -> None:
         app = web.Application()
         app.router.add_get("/ws", follow)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
-        await site.start()
-        port.send((runner.addresses[0][1], os.getpid()))
-        await asyncio.Event().wait()
+        await serve_app(app, port)
 
     uvloop.run(serve())

@@ -21,7 +21,7 @@ import ceilings
 from clients import Sender, close_all, keep_open, open_all, post_for, post_frame
 from fan_out import serving
 from read_costs import BACKENDS, bare
-from rig import TEXT, Bench, Figures, Measurement, Person, Row, Server, cpu_milliseconds, run
+from rig import TEXT, Bench, Figures, Measurement, Person, Row, Server, processor_time, run
 
 SENDERS = 64
 PIPELINED = 256  # under way at once, on one socket
@@ -79,13 +79,9 @@ async def costing(bench: Bench, server: Server, sender: Sender) -> Figures:
     with bench.only(server):
         await post_for([sender], bench.seconds / 8)
         pids = [row["pid"] for row in await server.sql.fetch(BACKENDS)]
-        before = cpu_milliseconds(server.pids), cpu_milliseconds(pids)
-        await post_for([sender], bench.seconds)
-        after = cpu_milliseconds(server.pids), cpu_milliseconds(pids)
-    return {
-        "server": (after[0] - before[0]) / sender.answered,
-        "postgresql": (after[1] - before[1]) / sender.answered,
-    }
+        own, backends = await processor_time(
+            post_for([sender], bench.seconds), server.pids, pids)
+    return {"server": own / sender.answered, "postgresql": backends / sender.answered}
 
 
 async def people_apart(server: Server) -> tuple[list[Person], list[int], list[int]]:

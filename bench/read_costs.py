@@ -15,7 +15,7 @@ from functools import partial
 import ceilings
 from clients import Getter, close_all, connect, get_for, get_request
 from fan_out import serving
-from rig import Bench, Figures, Person, Row, Server, cpu_milliseconds, messenger, run
+from rig import Bench, Figures, Person, Row, Server, messenger, processor_time, run
 
 PAGE = messenger.PAGE_DEFAULT
 MEMBERS, READERS = 16, 10
@@ -41,12 +41,11 @@ async def asking(
     """Ask for the same for a while, and answer what an answer cost both sides."""
     getter = await connect(port, lambda: Getter(get_request(path, token)))
     await getter.start(time.perf_counter() + bench.seconds / 8)  # statements are prepared
-    before = cpu_milliseconds(pids), cpu_milliseconds(backends)
-    await getter.start(time.perf_counter() + bench.seconds)
-    after = cpu_milliseconds(pids), cpu_milliseconds(backends)
+    own, theirs = await processor_time(
+        getter.start(time.perf_counter() + bench.seconds), pids, backends)
     close_all([getter])
     count = len(getter.delays)
-    return {"server": (after[0] - before[0]) / count, "postgresql": (after[1] - before[1]) / count}
+    return {"server": own / count, "postgresql": theirs / count}
 
 
 async def bare(bench: Bench, path: str, port: int, pid: int, backend: int) -> Figures:

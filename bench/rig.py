@@ -243,6 +243,14 @@ def cpu_milliseconds(pids: Iterable[int]) -> float:
     return sum(int(file.read_text().split()[0]) for file in files) / 1e6
 
 
+async def processor_time(work: Awaitable[object], *sides: Sequence[int]) -> list[float]:
+    """Await some work; answer the milliseconds of processor time that each side's processes took.
+    """
+    before = [cpu_milliseconds(pids) for pids in sides]
+    await work
+    return [cpu_milliseconds(pids) - used for pids, used in zip(sides, before, strict=True)]
+
+
 def resident_bytes(pid: int) -> int:
     """Answer the resident memory of a process."""
     found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())

@@ -49,16 +49,12 @@ class Bus:
         self._sending: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
 
-    def is_alone(self) -> bool:
-        """Tell whether no other process has been heard for a while: nobody needs to be notified."""
-        return time.monotonic() > self._alone_at
-
     def notify(self, key: Hashable, hint: bytes) -> None:
         """Send a JSON hint to the other processes soon; a newer one of its key replaces it.
 
         Never raises, never waits.
         """
-        if self.is_alone():
+        if time.monotonic() > self._alone_at:
             return
         self._pending[key] = hint
         if self._sending is None:

@@ -82,6 +82,17 @@ def columns_of(rows: Iterable[Sequence[Any]]) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)]
 
 
+def by_place(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
+    """Sort rows by their first value, the place of an item among so many, counted from 1.
+
+    Answers the rows of each item, without it.
+    """
+    found: list[list[Any]] = [[] for _ in range(count)]
+    for place, *row in rows:
+        found[place - 1].append(tuple(row))
+    return found
+
+
 # ---- Commits in groups
 
 

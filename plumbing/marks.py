@@ -8,6 +8,7 @@ import secrets
 from plumbing.endpoints import INT8_MAX, invalid
 
 MARK_BYTES = 8  # random
+NO_MARK = "0"  # of a count that has not begun, and of what is older than marks
 
 
 def new_mark() -> str:
@@ -18,6 +19,11 @@ def new_mark() -> str:
 def position_of(number: int, mark: str) -> str:
     """Write a position; before the first number there is no mark."""
     return f"{number}.{mark}" if number else "0"
+
+
+def mark_of(position: str) -> str:
+    """Tell the mark of a position that was written here."""
+    return position.partition(".")[2] or NO_MARK
 
 
 def read_position(loc: str, given: int | str) -> tuple[int, str | None]:

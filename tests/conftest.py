@@ -76,6 +76,16 @@ async def sql(database_url: str) -> AsyncIterator[asyncpg.Connection]:
 
 
 @pytest.fixture
+def no_upkeep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the server from tidying up by itself, which could come between. Comes before `app`."""
+
+    async def does_nothing(app: web.Application) -> None:
+        pass
+
+    monkeypatch.setattr(messenger, "keep_tidy", does_nothing)
+
+
+@pytest.fixture
 def app(database_url: str) -> web.Application:
     """The application on the test's database."""
     return messenger.make_app(SETTINGS, database_url, SECRET_KEY)

@@ -58,6 +58,19 @@ async def logs_in(client: Client, email: str, password: str = PASSWORD) -> tuple
     return await posts(client, "/users/login", {"email": email, "password": password})
 
 
+def checked_hashes(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The hashes that a password is checked against from now on: each costs a bcrypt call."""
+    hashes: list[bytes] = []
+    real = bcrypt.checkpw
+
+    def spy(password: bytes, hashed: bytes) -> bool:
+        hashes.append(hashed)
+        return real(password, hashed)
+
+    monkeypatch.setattr(bcrypt, "checkpw", spy)
+    return hashes
+
+
 async def refreshes(client: Client, token: str) -> tuple[int, Any]:
     """Refresh with a token in the body."""
     return await posts(client, "/users/refresh", {"refresh_token": token})
@@ -277,14 +290,7 @@ async def test_password_of_the_old_rule_still_counts(
     assert (await logs_in(alice.client, "new@example.com", DECOMPOSED))[0] == 200
     assert (await logs_in(alice.client, "new@example.com", COMPOSED))[0] == 200
 
-    hashes: list[bytes] = []
-    real = bcrypt.checkpw
-
-    def spy(password: bytes, hashed: bytes) -> bool:
-        hashes.append(hashed)
-        return real(password, hashed)
-
-    monkeypatch.setattr(bcrypt, "checkpw", spy)
+    hashes = checked_hashes(monkeypatch)
     for password, status, count in (
         (COMPOSED, 200, 1), (DECOMPOSED, 200, 1), ("wröng password", 401, 1),
         ("wro\u0308ng password", 401, 2), ("u\u0308" * 7_000, 401, 1),
@@ -358,14 +364,7 @@ async def test_unknown_email_is_refused_like_a_wrong_password(
     alice: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two refusals are byte-identical, and each costs one bcrypt call of the same cost."""
-    hashes: list[bytes] = []
-    real = bcrypt.checkpw
-
-    def spy(password: bytes, hashed: bytes) -> bool:
-        hashes.append(hashed)
-        return real(password, hashed)
-
-    monkeypatch.setattr(bcrypt, "checkpw", spy)
+    hashes = checked_hashes(monkeypatch)
     answers = []
     for email in (alice.email, "nobody@example.com", "no address at all", ""):
         body = {"email": email, "password": "wrong password"}

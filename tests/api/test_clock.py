@@ -16,16 +16,7 @@ from support.servers import SECRET_KEY
 AHEAD = "interval '400 days'"
 SOON = timedelta(seconds=90)  # a minute, on a busy machine
 keep_tidy = messenger.keep_tidy
-
-
-@pytest.fixture(autouse=True)
-def no_upkeep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the server from tidying up by itself. Comes before `app`."""
-
-    async def does_nothing(app: web.Application) -> None:
-        pass
-
-    monkeypatch.setattr(messenger, "keep_tidy", does_nothing)
+pytestmark = pytest.mark.usefixtures("no_upkeep")
 
 
 def since_now(told: Any) -> timedelta:

@@ -5,13 +5,14 @@ import re
 import pytest
 
 from plumbing.endpoints import INT8_MAX, InvalidInput
-from plumbing.marks import new_mark, position_of, read_position
+from plumbing.marks import NO_MARK, mark_of, new_mark, position_of, read_position
 
 
 def test_position_is_read_as_it_was_written() -> None:
     """A number and its mark come back; the start of a count has no mark."""
     assert read_position("$.after", position_of(7, "mark")) == (7, "mark")
     assert position_of(0, "mark") == "0"
+    assert (mark_of(position_of(7, "mark")), mark_of("0")) == ("mark", NO_MARK)
 
 
 @pytest.mark.parametrize(("given", "read"), [

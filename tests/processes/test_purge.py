@@ -14,16 +14,7 @@ from support.servers import SETTINGS
 DAY = 86_400
 LIFE = SETTINGS.refresh_token_expire_days * DAY
 keep_tidy = messenger.keep_tidy
-
-
-@pytest.fixture(autouse=True)
-def no_upkeep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the server from purging by itself, which could come between. Comes before `app`."""
-
-    async def does_nothing(app: web.Application) -> None:
-        pass
-
-    monkeypatch.setattr(messenger, "keep_tidy", does_nothing)
+pytestmark = pytest.mark.usefixtures("no_upkeep")
 
 
 async def session_ids(sql: asyncpg.Connection) -> set[int]:
