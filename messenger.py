@@ -127,7 +127,7 @@ from plumbing.credentials import (
     name_start_key,
 )
 from plumbing.database import Database, Unavailable, repeat
-from plumbing.deadline import linger, request_deadline
+from plumbing.deadline import RequestDeadline, linger
 from plumbing.embedded import Postgres
 from plumbing.endpoints import (
     ENCODER,
@@ -2927,6 +2927,7 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
 # that order without waiting for one another; any other frame waits for those before it.
 
 CLIENT_FRAME = msgspec.json.Decoder(ClientFrame)
+ENDS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 
 
 async def follow_chat(
@@ -2990,14 +2991,12 @@ async def begin(rooms: Rooms, socket: Socket, chat_id: int, after: str | None) -
 async def take_frames(request: web.Request, socket: Socket) -> None:
     """Take the frames of a socket until it is closed."""
     taken = 0
-    async for incoming in socket.ws:
+    while (incoming := await socket.ws.receive()).type not in ENDS:  # smaller than `async for`
         socket.heard_at = time.monotonic()
         if socket.close_code is not None:
             continue  # it is told to close: what it sends until it answers counts for nothing
         if incoming.type in (WSMsgType.TEXT, WSMsgType.BINARY):
             await take_frame(request, socket, incoming.data)
-        elif incoming.type is WSMsgType.ERROR:
-            break
         else:
             take_control(request, socket, incoming)
         taken += 1
@@ -3047,7 +3046,7 @@ async def take_frame(request: web.Request, socket: Socket, text: str | bytes) ->
             take_message(request, socket, frame)
         else:
             await unanswered_below(socket, 1)
-            with request_deadline():
+            with RequestDeadline():
                 await FRAME_HANDLERS[type(frame)](request, socket, frame)
     except Exception as error:
         problem = problem_of(socket, error)

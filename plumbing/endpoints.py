@@ -26,7 +26,7 @@ from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType
 
 from plumbing.database import Unavailable
-from plumbing.deadline import request_deadline, uncounted
+from plumbing.deadline import RequestDeadline, uncounted
 from plumbing.guard import SAFE_HEADERS, Busy
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.text import COMPOSED_FROM_MAX, composed
@@ -321,23 +321,20 @@ def bind(
     signature = Signature.of(endpoint)
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        with request_deadline():
-            return await answer(request)
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        if not endpoint.public:
-            await authenticate(request)
-        arguments = {
-            name: read_path(kind, request.match_info[name], path_problems[name])
-            for name, kind in signature.path.items()
-        }
-        if request.rel_url.raw_query_string:
-            arguments |= read_query(request, signature.query, endpoint.any_query)
-        if signature.body is not None:
-            body = await read_body(request)
-            if body or signature.body_required:
-                arguments["body"] = decode_json(signature.body, body)
-        return respond(endpoint, await endpoint.handler(request, **arguments))
+        with RequestDeadline():
+            if not endpoint.public:
+                await authenticate(request)
+            arguments = {
+                name: read_path(kind, request.match_info[name], path_problems[name])
+                for name, kind in signature.path.items()
+            }
+            if request.rel_url.raw_query_string:
+                arguments |= read_query(request, signature.query, endpoint.any_query)
+            if signature.body is not None:
+                body = await read_body(request)
+                if body or signature.body_required:
+                    arguments["body"] = decode_json(signature.body, body)
+            return respond(endpoint, await endpoint.handler(request, **arguments))
 
     return handle
 

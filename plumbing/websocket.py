@@ -53,6 +53,8 @@ class FragmentReader(WebSocketReader):
     the reading.
     """
 
+    __slots__ = ("_tell",)
+
     def __init__(self, queue: Any, *args: Any, **options: Any) -> None:
         super().__init__(queue, *args, **options)
         self._tell = queue.feed_data

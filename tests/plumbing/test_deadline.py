@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from plumbing.database import Database, Unavailable
-from plumbing.deadline import REQUEST_SECONDS, deadline, linger, request_deadline, uncounted
+from plumbing.deadline import REQUEST_SECONDS, RequestDeadline, deadline, linger, uncounted
 from plumbing.endpoints import Endpoint, answer_problems, bind
 from plumbing.groups import GroupWriter, Outcome
 from support.people import Person
@@ -106,7 +106,7 @@ async def test_commit_that_comes_too_late_is_not_waited_for() -> None:
     """A request that spent its time waits no longer for a commit, which happens all the same."""
     writer = Slow()
     told: list[Outcome | Exception] = []
-    with request_deadline():
+    with RequestDeadline():
         await asyncio.sleep(REQUEST_SECONDS - 0.3)
         with pytest.raises(Unavailable):
             await writer.submit(1)
@@ -121,13 +121,13 @@ async def test_task_that_a_request_starts_has_no_deadline() -> None:
         return deadline()
 
     assert deadline() is None
-    with request_deadline():
+    with RequestDeadline():
         of_request = deadline()
         assert of_request is not None
         assert await asyncio.create_task(work()) is None
         assert await work() == of_request
         await asyncio.sleep(0.05)
-        with request_deadline():
+        with RequestDeadline():
             of_frame = deadline()
             assert of_frame is not None
             assert of_frame > of_request
@@ -158,7 +158,7 @@ async def test_task_that_is_waited_for_a_while_goes_on(monkeypatch: pytest.Monke
     task = loop.create_task(asyncio.wait_for(done.wait(), 60))
     began = loop.time()
     await linger(task, 0.05)
-    with request_deadline():
+    with RequestDeadline():
         await linger(task, 60)
     assert loop.time() - began < BOUND_SECONDS
     assert not task.done()
