@@ -2384,9 +2384,15 @@ async def login(request: web.Request, body: Login) -> Tokens:
         if session:
             break
         # The hash is another by now: the password was changed, or another login hashed it anew.
-    for ended in await database.rows(END_OLDEST_SESSIONS, user["id"], SESSIONS_OF_USER_MAX):
-        request.app[ROOMS].publish(SessionHint(ended["id"]))
+    request.app[TASKS].spawn(end_oldest_sessions(request.app, user["id"]))
     return request.app[SESSIONS].tokens(user["id"], session)
+
+
+async def end_oldest_sessions(app: web.Application, user_id: int) -> None:
+    """End those sessions of a user that are more than a user may have."""
+    with contextlib.suppress(Unavailable):  # the next login does it
+        for ended in await app[DATABASE].rows(END_OLDEST_SESSIONS, user_id, SESSIONS_OF_USER_MAX):
+            app[ROOMS].publish(SessionHint(ended["id"]))
 
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
@@ -3262,6 +3268,9 @@ PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id":
 # ==== Application =================================================================================
 # Start, serve, stop. Whatever keeps the server from starting is one line.
 
+STATEMENTS = [
+    text for text in globals().values() if isinstance(text, str) and text.strip()[:3] == "-- "]
+
 
 def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
     """Make what this process counts by itself."""
@@ -3283,7 +3292,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[ORIGINS] = guard.read_origins(settings.cors_origins)
     app[RATES] = make_rates(settings)
     app[TASKS] = Tasks()
-    app[DATABASE] = Database(database_url, settings.database_connections)
+    app[DATABASE] = Database(database_url, settings.database_connections, STATEMENTS)
     app[BUS] = Bus(app[DATABASE])
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
     app[SESSIONS] = Sessions(settings, secret_key, app[DATABASE])

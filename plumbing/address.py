@@ -206,6 +206,7 @@ async def _open(address: Address) -> Any:
         "passfile": given.get("passfile"), "database": given["dbname"], "timeout": None,
         "direct_tls": given.get("sslnegotiation") == "direct",
         "target_session_attrs": given.get("target_session_attrs", "any"),
+        "max_cached_statement_lifetime": 0,  # as long as the connection
         "server_settings": {
             name: given[name] for name in ("application_name", "options") if name in given},
     }

@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,7 +147,8 @@ class Pooled:
     generation: int  # the pool's when it was opened
     heard_at: float  # when it last answered
     asked_at: float = 0.0  # when it was last lent
-    prepared: int = 0  # how many of the pool's queries were prepared ahead
+    prepared: int = 0  # how many of the pool's queries were, ahead
+    is_trusted: bool = True  # since it last answered
 
 
 class Pool:
@@ -161,9 +162,10 @@ class Pool:
     once, and so is the return.
     """
 
-    def __init__(self, url: str, size: int) -> None:
+    def __init__(self, url: str, size: int, queries: Iterable[str]) -> None:
         self.url = url
         self._size = size
+        self.queries = list(queries)[:FAR_QUERIES_MAX]  # to prepare ahead on a far database
         self._idle: list[Pooled] = []
         self._lent: set[Pooled] = set()
         self._waiting: deque[asyncio.Future[Pooled]] = deque()  # calls that wait for a connection
@@ -179,7 +181,6 @@ class Pool:
         self._reasons: set[str] = set()  # logged ones, while the database is away
         self._complaints: dict[str, float] = {}  # by SQLSTATE or class: when it was logged
         self._is_far = False
-        self.queries: dict[str, None] = {}  # that were run, in the order of their first time
 
     async def close(self) -> None:
         """Close every connection, by force where one does not answer."""
@@ -275,6 +276,7 @@ class Pool:
             self._drop(pooled)
             return
         pooled.heard_at = self._heard_at = asyncio.get_running_loop().time()
+        pooled.is_trusted = True
         if self._reasons:
             self._note_return(pooled.connection)
         while self._waiting:
@@ -296,6 +298,10 @@ class Pool:
         answered = isinstance(error, asyncpg.PostgresError) and not is_away(error)
         if answered and not pooled.connection.is_closed():
             self.put_back(pooled)
+            return
+        if self._is_far and isinstance(error, TimeoutError) and pooled.is_trusted:
+            pooled.is_trusted = False
+            self._look_after(pooled)  # it took long to prepare, and is slow more often than lost
             return
         self._lent.discard(pooled)
         self._drop(pooled)
@@ -362,25 +368,28 @@ class Pool:
             await pooled.connection.execute(ASK)
             self._is_far = time.monotonic() - began > FAR_SECONDS
             await pooled.connection.fetch(KNOW_TYPES)
-        await self._prepare_ahead(pooled, CONNECT_SECONDS)
+        await self._prepare_ahead(pooled, math.inf if self._count else CONNECT_SECONDS)
 
     async def _prepare_ahead(self, pooled: Pooled, seconds: float) -> None:
-        """On a far database, prepare on a connection what was run on any, as far as the time goes.
+        """On a far database, prepare on a connection what will be run, as far as the time goes.
 
-        Else a request whose statements are all new to its connection would never be in time: each
-        takes two round trips, and where it is cut off the next connection knows none of them.
+        Else a request whose statements are all new to its connection would hardly be in time: each
+        takes two round trips.
         """
         until = time.monotonic() + seconds
-        queries = list(self.queries) if self._is_far else []
-        while pooled.prepared < len(queries) and time.monotonic() < until:
-            query = queries[pooled.prepared]
+        while self._lacks(pooled) and time.monotonic() < until:
+            query = self.queries[pooled.prepared]
             pooled.prepared += 1
             try:
-                await pooled.connection.executemany(query, [], timeout=WAIT_SECONDS)
+                await pooled.connection._get_statement(query, WAIT_SECONDS)
             except asyncpg.PostgresError as error:
                 if is_away(error):
                     raise
             pooled.asked_at = self._heard_at = asyncio.get_running_loop().time()
+
+    def _lacks(self, pooled: Pooled) -> bool:
+        """Tell whether there is something to prepare on a connection."""
+        return self._is_far and pooled.prepared < len(self.queries)
 
     def _pause(self) -> None:
         """Try again to open a connection in a while; where there is none, tell all who wait."""
@@ -418,17 +427,19 @@ class Pool:
             self._begin_anew("no answer in time")
         heard_before = asked_at if silent > DOUBT_SECONDS else now - QUIET_SECONDS
         for pooled in list(self._idle):
-            lacks = self._is_far and pooled.prepared < len(self.queries)
             if pooled.connection.is_closed():
                 self._idle.remove(pooled)
                 self._count -= 1
-            elif lacks or pooled.heard_at <= heard_before:
+            elif self._lacks(pooled) or pooled.heard_at <= heard_before:
                 self._idle.remove(pooled)
-                task = asyncio.create_task(self._ask(self._lend(pooled)))
-                self._tending.add(task)
-                task.add_done_callback(self._tending.discard)
+                self._look_after(self._lend(pooled))
         is_unsure = not self._count or (silent > DOUBT_SECONDS and not self._tending)
         self._open_more(least=1 if is_unsure else 0)
+
+    def _look_after(self, pooled: Pooled) -> None:
+        task = asyncio.create_task(self._ask(pooled))
+        self._tending.add(task)
+        task.add_done_callback(self._tending.discard)
 
     async def _ask(self, pooled: Pooled) -> None:
         """See that a connection answers."""
@@ -447,12 +458,15 @@ class Database:
     """A database by its statements, each on a connection that it has for as long as it runs.
 
     A statement waits, its connection included, until the deadline of the request that it serves, or
-    for WAIT_SECONDS.
+    for WAIT_SECONDS. `queries` are those that will be run: on a far database they are prepared
+    before they are needed.
     """
 
-    def __init__(self, url: str, connections: int = CONNECTIONS_MAX) -> None:
+    def __init__(
+        self, url: str, connections: int = CONNECTIONS_MAX, queries: Iterable[str] = ()
+    ) -> None:
         self.url = url
-        self._pool = Pool(url, connections)
+        self._pool = Pool(url, connections, queries)
 
     async def close(self) -> None:
         """Close every connection, by force where one does not answer."""
@@ -468,8 +482,6 @@ class Database:
         until = deadline() or now + WAIT_SECONDS
         if until <= now:
             raise Unavailable(ABSENT)
-        if query not in pool.queries and len(pool.queries) < FAR_QUERIES_MAX:
-            pool.queries[query] = None
         try:
             pooled = pool.take() or await pool.wait(until)
             try:
