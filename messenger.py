@@ -88,12 +88,14 @@ import logging
 import os
 import secrets
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Hashable,
     Iterable,
     Mapping,
@@ -113,7 +115,7 @@ import uvloop
 from aiohttp import WSMessage, WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from plumbing import guard, process
+from plumbing import guard, metrics, process
 from plumbing.address import read_address, with_password
 from plumbing.bus import Bus
 from plumbing.credentials import (
@@ -158,10 +160,10 @@ from plumbing.endpoints import (
 from plumbing.groups import GroupReader, GroupWriter, Outcome, by_place, columns_of
 from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position
-from plumbing.process import Listener, StartError, Tasks
+from plumbing.process import StartError, Tasks
 from plumbing.schema import migrate_when_up
-from plumbing.serving import metrics_app, observe_request, run_workers, start_site
-from plumbing.settings import Port, check_metrics_ports, read_settings
+from plumbing.serving import metrics_app, run_workers, start_site
+from plumbing.settings import Port, check_metrics_port, read_settings
 from plumbing.text import holds_runs, words_and_runs, words_of, words_wanted
 from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
@@ -173,7 +175,11 @@ SQL, WEB, ADMINISTER = HERE / "sql", HERE / "web", HERE / "tools" / "administer.
 log = logging.getLogger("messenger")
 
 POSTED = prometheus_client.Counter("messenger_messages_posted", "Messages committed.")
-SOCKETS = prometheus_client.Gauge("messenger_sockets", "Open websockets.")
+DELIVERED = prometheus_client.Counter("messenger_frames_delivered", "Live frames, by socket.")
+SOCKETS = prometheus_client.Gauge(
+    "messenger_sockets", "Open websockets.", multiprocess_mode="livesum")
+BEHIND = prometheus_client.Gauge(
+    "messenger_sockets_behind", "Websockets that catch up.", multiprocess_mode="livesum")
 
 
 # ==== Settings and limits =========================================================================
@@ -210,6 +216,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     sockets_per_user: Count = 50
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
+    log_format: Literal["text", "json"] = "text"
     workers: Annotated[int, Meta(ge=1, le=16)] = 1
     metrics_port: Port = 0
     metrics_host: str = "127.0.0.1"
@@ -231,7 +238,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
             guard.check_secret(name.upper(), getattr(self, name))
         guard.read_networks(self.trusted_proxies)
         guard.read_origins(self.cors_origins)
-        check_metrics_ports(self.metrics_port, self.workers, self.port)
+        check_metrics_port(self.metrics_port, self.port)
 
     @property
     def database(self) -> str:
@@ -1480,13 +1487,14 @@ class Rooms:
             before = posted.mark_before if len(fresh) == len(posted.messages) else posted.mark
             if fresh and len(fresh) == rev - room.delivered and before == room.mark:
                 frames = b"".join([encode_change(message, room.delivered) for message in fresh])
-                self.deliver(room.live, frames)
+                self.deliver(room.live, frames, len(fresh))
                 room.delivered, room.mark = rev, posted.mark
         if room.lags():
             room.filling = self._tasks.spawn(fill_gap(self, room))
 
-    def deliver(self, sockets: Iterable[Socket], frames: bytes) -> None:
-        """Write frames to live sockets. Nothing may await in this loop."""
+    def deliver(self, sockets: Collection[Socket], frames: bytes, count: int) -> None:
+        """Write so many frames to live sockets. Nothing may await in this loop."""
+        DELIVERED.inc(count * len(sockets))
         slow = []
         for socket in sockets:
             unsent = socket.unsent()
@@ -1502,7 +1510,7 @@ class Rooms:
         if room := self._rooms.get(hint.chat_id):
             sockets = [socket for socket in room.live if socket.asker.user_id != hint.but
                        and (hint.only is None or socket.asker.user_id in hint.only)]
-            self.deliver(sockets, text_frame(hint.frame.encode()))
+            self.deliver(sockets, text_frame(hint.frame.encode()), 1)
 
     def publish(self, hint: Hint, posted: Posts | None = None) -> None:
         """Act on a hint here, and pass it on to the other processes."""
@@ -1761,7 +1769,7 @@ def deliver_snapshot(
         room.version = row["version"]
         rooms.join_users(room.chat_id, [person.user_id for person in people])
     frames += [encode_change(message, room.delivered) for message in messages]
-    rooms.deliver(room.live, b"".join(frames))
+    rooms.deliver(room.live, b"".join(frames), len(frames))
     # A full page may not be all; else everything up to the snapshot's number is written out.
     if len(messages) == REPLAY_PAGE:
         room.delivered, room.mark = messages[-1].rev, mark_of(messages[-1].position)
@@ -1834,8 +1842,9 @@ class Watch:
 
     async def check_sockets(self) -> None:
         """Close each socket whose token has expired, or whose peer stalls or is gone."""
-        now, epoch = time.monotonic(), time.time()
-        for number, socket in enumerate(self._rooms.all_sockets()):
+        now, epoch, sockets = time.monotonic(), time.time(), self._rooms.all_sockets()
+        BEHIND.set(sum(bool(socket.replays) for socket in sockets))
+        for number, socket in enumerate(sockets):
             if number % 1000 == 999:
                 await asyncio.sleep(0)
             if socket.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch:
@@ -3303,7 +3312,8 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
         app.middlewares.append(process.log_access(address_of))
     app.middlewares.extend([
-        guard.guard_browsers(app[ORIGINS]), answer_problems(observe_request, refuse_foreign_page)])
+        guard.guard_browsers(app[ORIGINS]),
+        answer_problems(metrics.observe_request, refuse_foreign_page)])
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
@@ -3353,38 +3363,50 @@ async def serve(settings: Settings) -> None:
         if has_workers:
             await start_workers(settings, stack, DATABASE_URL=url, SECRET_KEY=secret_key, PORT=port)
         else:
-            await start_sites(settings, stack, listener, make_app(settings, url, secret_key))
+            await start_metrics(settings, stack, None)
+            app = make_app(settings, url, secret_key)
+            # Its sockets are closed first: once the runner cleans up, they answer no close.
+            await start_site(stack, listener, app, close=close_sockets)
         if not is_worker:
-            print(f"messenger {VERSION} serves {process.url_of(listener)}")
-            print(f"data      {where}")
-            print("next      register a user: the README's first block of curl does it", flush=True)
+            stack.callback(log.info, "stopping")
+            tell_start(settings, process.url_of(listener), where)
         await asyncio.Event().wait()
 
 
-async def start_sites(
-    settings: Settings, stack: contextlib.AsyncExitStack, listener: Listener,
-    app: web.Application,
+def tell_start(settings: Settings, page: str, where: str) -> None:
+    """Tell where the server is, where its data are, and what to do next."""
+    if settings.log_format == "json":
+        log.info("serving at %s, the data in %s", page, where)
+        return
+    print(f"messenger {VERSION} serves its page at {page}")
+    print(f"docs      {page}/docs: every call and every frame")
+    print(f"data      {where}")
+    print("next      open the page and make an account, or paste README's block of curl"
+          if settings.registration == "open" else
+          "next      make the first account: ./run user create", flush=True)
+
+
+async def start_metrics(
+    settings: Settings, stack: contextlib.AsyncExitStack, folder: Path | None
 ) -> None:
-    """Serve the application, and the metrics on a port of their own. Raises StartError."""
-    private = None
+    """Serve the metrics, if any, on a port of their own: of this process, or of those that share a
+    folder. Raises StartError.
+    """
     if settings.metrics_port:
-        private = stack.enter_context(process.listen_on(
+        listener = stack.enter_context(process.listen_on(
             settings.metrics_host, settings.metrics_port, names=("METRICS_HOST", "METRICS_PORT")))
-    # Its sockets are closed first: once the runner cleans up, they answer no close.
-    await start_site(stack, listener, app, close=close_sockets)
-    if private is not None:
-        await start_site(stack, private, metrics_app())
+        await start_site(stack, listener, metrics_app(folder))
 
 
 async def start_workers(
     settings: Settings, stack: contextlib.AsyncExitStack, **shared: str | int
 ) -> None:
     """Start the workers, and keep them up; return once one listens."""
-    own = {name: str(value) for name, value in shared.items()} | {"WORKERS": "1"}
-    first = settings.metrics_port
-    ports = [first and first + number for number in range(settings.workers)]
-    await run_workers(
-        stack, [sys.executable, __file__], [own | {"METRICS_PORT": str(port)} for port in ports])
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    await start_metrics(settings, stack, folder)
+    shared |= {"WORKERS": 1, "METRICS_PORT": 0}
+    own = {name: str(value) for name, value in shared.items()}
+    await run_workers(stack, [sys.executable, __file__], own, settings.workers, folder)
     await process.until_listening(settings.host, int(shared["PORT"]))
 
 
@@ -3399,7 +3421,7 @@ def main() -> int:
         process.raise_descriptor_limit()
         settings = Settings.load(os.environ)
         process.escape_unwritable(sys.stdout)
-        process.start_logs(settings.access_log == "on")
+        process.start_logs(settings.access_log == "on", settings.log_format == "json")
         with contextlib.suppress(asyncio.CancelledError):
             uvloop.run(serve(settings))
     except StartError as error:

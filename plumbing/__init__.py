@@ -4,6 +4,7 @@ A file imports only those above it in this list, and none imports the applicatio
 
     text         text that compares without regard to case, and its words
     uuids        ids that sort by time
+    metrics      what is counted and timed for Prometheus
     process      a port, signals, children, logs, and a word for a bad start
     settings     settings from the environment
     serving      applications on ports, metrics, workers

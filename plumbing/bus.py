@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
+from plumbing import metrics
 from plumbing.address import connect
 from plumbing.database import (
     CONNECT_SECONDS,
@@ -95,7 +96,10 @@ class Bus:
             if not payload.startswith(self._origin):
                 self._alone_at = time.monotonic() + ALONE_SECONDS
                 hear_others(payload[ORIGIN_CHARS:])
+            elif payload == greeting:
+                metrics.HINTS.observe(time.perf_counter() - greeted_at)
 
+        greeting, greeted_at = f"{self._origin}[]", 0.0
         is_deaf = False
         while True:
             connection = None
@@ -108,8 +112,8 @@ class Bus:
                     is_deaf = False
                 poll_now()
                 while True:
-                    await connection.execute(
-                        NOTIFY, self.channel, f"{self._origin}[]", timeout=WAIT_SECONDS)
+                    greeted_at = time.perf_counter()
+                    await connection.execute(NOTIFY, self.channel, greeting, timeout=WAIT_SECONDS)
                     await asyncio.sleep(LISTEN_CHECK_SECONDS)
             except Exception as error:  # whatever it is: else nobody would listen
                 self._alone_at = time.monotonic() + ALONE_SECONDS  # others may hear us

@@ -7,6 +7,7 @@ import abc
 import asyncio
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import asyncpg
 
+from plumbing import metrics
 from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import deadline
 
@@ -138,6 +140,8 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         self._lanes: dict[Hashable, deque[Entry[Item, Outcome]]] = {}  # by the lock that is held
         self._running: asyncio.Task[None] | None = None
         self._trying: asyncio.Task[None] | None = None  # whether locks are free again
+        kind = type(self).__name__
+        self._timer, self._sizes = metrics.COMMITS.labels(kind), metrics.GROUPS.labels(kind)
 
     @abc.abstractmethod
     async def commit(self, items: list[Item]) -> Sequence[Any]:
@@ -240,7 +244,10 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         if not group:
             return Written()
         try:
+            began = time.perf_counter()
             rows = await self._persist(group)
+            self._timer.observe(time.perf_counter() - began)
+            self._sizes.observe(len(group))
         except Exception as error:
             if is_held(error):
                 return await self._write(await self._set_aside(group))

@@ -12,6 +12,7 @@ import copy
 import ctypes
 import errno
 import io
+import json
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from datetime import UTC, datetime
 from typing import Any, TextIO, cast
 
 from aiohttp import http_parser, web
@@ -243,8 +245,13 @@ def die_with(parent: int) -> None:
         sys.exit(1)
 
 
-async def keep_running(command: list[str], environment: Mapping[str, str]) -> None:
-    """Run a program, and again whenever it has ended. When cancelled, end it by SIGTERM."""
+async def keep_running(
+    command: list[str], environment: Mapping[str, str], note_end: Callable[[int], None]
+) -> None:
+    """Run a program, and again whenever it has ended: then `note_end` is called with its pid.
+
+    When cancelled, end it by SIGTERM.
+    """
     while True:
         child = await asyncio.create_subprocess_exec(*command, env=environment)
         try:
@@ -255,6 +262,7 @@ async def keep_running(command: list[str], environment: Mapping[str, str]) -> No
                 await _end_within(child, CHILD_STOP_SECONDS)
             raise
         log.warning("process %d has ended (status %d); starting another", child.pid, status)
+        note_end(child.pid)
         await asyncio.sleep(CHILD_PAUSE_SECONDS)
 
 
@@ -345,11 +353,25 @@ def escape_unwritable(stream: TextIO) -> None:
         stream.reconfigure(errors="backslashreplace")
 
 
-def start_logs(access_log: bool) -> None:
-    """Log to stderr, what is wrong and, if wanted, every call."""
+class JsonFormatter(NamelessFormatter):
+    """Writes each record as one line of JSON: `time` (ISO 8601), `level`, `logger`, `message`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record; the message ends with where its exception came from, if any."""
+        written = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
+            "level": record.levelname, "logger": record.name, "message": super().format(record)}
+        return json.dumps(written)
+
+
+def start_logs(access_log: bool, as_json: bool) -> None:
+    """Log to stderr what happens to the server, what is wrong and, if wanted, every call."""
     handler = logging.StreamHandler()
-    handler.setFormatter(NamelessFormatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(
+        JsonFormatter() if as_json
+        else NamelessFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("messenger").setLevel(logging.INFO)
     logging.getLogger("aiohttp").setLevel(logging.CRITICAL)  # it tells of what strangers send
     logging.getLogger("messenger.access").setLevel(logging.INFO if access_log else logging.ERROR)
 

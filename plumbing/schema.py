@@ -115,6 +115,8 @@ def migrate(url: str, folder: Path, sessions: Sessions | None = None) -> None:
             files = yoyo.read_migrations(str(folder))
             new = backend.to_apply(files.filter(lambda file: file.id[0].isdigit()))
             backend.apply_migrations_only(new)
+        if new:
+            log.info("migrations were applied: %s", ", ".join(file.id for file in new))
         noted = connection.execute("select name, digest from schema_files").fetchall()
         applied: dict[str, str] = dict(noted)
         for name in ("views.sql", "functions.sql"):

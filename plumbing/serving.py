@@ -4,29 +4,20 @@ Everything ends with the stack that it was started on, the last first.
 """
 
 import asyncio
-import functools
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import cast
 
-import prometheus_client
 from aiohttp import web
 
-from plumbing import process
+from plumbing import metrics, process
 from plumbing.process import Listener
 
 IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which is up to 600
 SHUTDOWN_SECONDS = 2
-
-REQUESTS = prometheus_client.Histogram(
-    "messenger_request_seconds", "Time to answer a call.", ["operation", "status"])
-request_timer = functools.cache(REQUESTS.labels)  # to find one takes longer than to count
-
-
-def observe_request(operation: str, status: int, seconds: float) -> None:
-    """Count a call that was answered."""
-    request_timer(operation, status).observe(seconds)
+METRICS_FOLDER = web.AppKey("metrics_folder", Path)
 
 
 async def start_site(
@@ -44,9 +35,13 @@ async def start_site(
     stack.callback(process.Acceptor(listener, cast(web.Server, runner.server)).stop)
 
 
-def metrics_app() -> web.Application:
-    """Make the application that answers at /metrics what Prometheus collects."""
+def metrics_app(folder: Path | None) -> web.Application:
+    """Make the application that answers at /metrics what Prometheus collects: of this process, or
+    the sum of those that share a folder.
+    """
     app = web.Application()
+    if folder is not None:
+        app[METRICS_FOLDER] = folder
     app.router.add_get("/metrics", get_metrics)
     app.on_response_prepare.append(process.show_request_id)
     return app
@@ -54,15 +49,23 @@ def metrics_app() -> web.Application:
 
 async def get_metrics(request: web.Request) -> web.Response:
     """Get what Prometheus collects; on a port of its own, so that it can be kept private."""
-    headers = {"Content-Type": prometheus_client.CONTENT_TYPE_LATEST}
-    return web.Response(body=prometheus_client.generate_latest(), headers=headers)
+    body = metrics.exposition(request.app.get(METRICS_FOLDER))
+    return web.Response(body=body, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
 async def run_workers(
-    stack: AsyncExitStack, command: list[str], each: Iterable[Mapping[str, str]]
+    stack: AsyncExitStack, command: list[str], own: Mapping[str, str], count: int, folder: Path
 ) -> None:
-    """Start a worker with each of some environments beside ours, and keep them all up."""
-    parent = {process.PARENT: str(os.getpid())}
+    """Start so many workers with `own` in their environment beside ours, and keep them all up.
+
+    They share the folder for what they count.
+    """
+    environment = os.environ | own | metrics.environment(folder)
+    environment[process.PARENT] = str(os.getpid())
+
+    def note_end(pid: int) -> None:
+        metrics.forget_process(folder, pid)
+
     workers = await stack.enter_async_context(asyncio.TaskGroup())
-    for own in each:
-        workers.create_task(process.keep_running(command, {**os.environ, **own, **parent}))
+    for _ in range(count):
+        workers.create_task(process.keep_running(command, environment, note_end))

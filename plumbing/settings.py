@@ -36,12 +36,7 @@ def read_settings(
         raise StartError(f"{name}={environ.get(name)!r}: {reason}") from None
 
 
-def check_metrics_ports(first: int, workers: int, port: int) -> None:
-    """Insist that each worker has a port for its metrics, from the first on (0: nobody has one),
-    and that none is the port of the server. Raises StartError.
-    """
-    last = first + workers - 1
-    if first and last > PORT_MAX:
-        raise StartError(f"METRICS_PORT={first}: WORKERS={workers} need a port each")
-    if first and first <= port <= last:
-        raise StartError(f"METRICS_PORT={first}: PORT={port} is one of the ports it takes")
+def check_metrics_port(metrics_port: int, port: int) -> None:
+    """Insist that the metrics (0: none) have another port than the server. Raises StartError."""
+    if metrics_port and metrics_port == port:
+        raise StartError(f"METRICS_PORT={metrics_port}: PORT={port} is the same")

@@ -138,7 +138,7 @@ def read_command(line: Sequence[str]) -> tuple[str, Sequence[str]]:
 
 def main() -> int:
     """Obey the command line; answer the exit status."""
-    start_logs(access_log=False)
+    start_logs(access_log=False, as_json=False)
     escape_unwritable(sys.stdout)
     try:
         command, arguments = read_command(sys.argv[1:])

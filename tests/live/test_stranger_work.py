@@ -206,7 +206,7 @@ def test_library_that_logs_is_named_and_not_quoted(
 ) -> None:
     """Of what a library logs the log says only where it came from, whatever it holds."""
     code = (
-        "import logging; from plumbing import process; process.start_logs(False);"
+        "import logging; from plumbing import process; process.start_logs(False, False);"
         "logging.getLogger('some.library').error('a %s', 'secret');"
         "logging.getLogger('aiohttp.websocket').warning('a secret');"
         "logging.getLogger('messenger').warning('of %s', 'ours')")

@@ -5,8 +5,8 @@ import contextlib
 import aiohttp
 from aiohttp import web
 
-from plumbing import process
-from plumbing.serving import metrics_app, observe_request, start_site
+from plumbing import metrics, process
+from plumbing.serving import metrics_app, start_site
 
 
 async def test_site_serves_until_its_stack_ends() -> None:
@@ -20,9 +20,9 @@ async def test_site_serves_until_its_stack_ends() -> None:
     async def clean_up(app: web.Application) -> None:
         ends.append("cleaned up")
 
-    app = metrics_app()
+    app = metrics_app(None)
     app.on_cleanup.append(clean_up)
-    observe_request("test_of_a_site", 200, 0.5)
+    metrics.observe_request("test_of_a_site", 200, 0.5)
     async with contextlib.AsyncExitStack() as stack, aiohttp.ClientSession() as client:
         listener = stack.enter_context(process.listen_on("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -6,7 +6,7 @@ import pytest
 from msgspec import Struct
 
 from plumbing.process import StartError
-from plumbing.settings import Port, check_metrics_ports, read_settings
+from plumbing.settings import Port, check_metrics_port, read_settings
 
 
 class Known(Struct, rename=str.upper):
@@ -41,11 +41,10 @@ def test_path_may_hold_any_bytes() -> None:
     assert read_settings(Known, {"FOLDER": "\udcff"}, paths=("FOLDER",)).folder == "\udcff"
 
 
-def test_workers_have_ports_of_their_own() -> None:
-    """Each worker takes one port from the first on: all exist, and none is the server's."""
-    check_metrics_ports(0, 16, 0)
-    check_metrics_ports(9000, 2, 9002)
-    check_metrics_ports(65_535, 1, 8080)
-    for first, workers, port in ((65_535, 2, 8080), (9000, 2, 9001), (9000, 1, 9000)):
-        with pytest.raises(StartError, match=f"^METRICS_PORT={first}: "):
-            check_metrics_ports(first, workers, port)
+def test_metrics_have_a_port_of_their_own() -> None:
+    """The metrics are on no port, or on another than the server."""
+    check_metrics_port(0, 0)
+    check_metrics_port(0, 8080)
+    check_metrics_port(9000, 8080)
+    with pytest.raises(StartError, match=r"^METRICS_PORT=9000: PORT=9000 "):
+        check_metrics_port(9000, 9000)

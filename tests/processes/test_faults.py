@@ -35,11 +35,14 @@ BACK_SECONDS = 15
 
 
 def test_start_tells_where_it_serves_and_warns_of_nothing(template: Server) -> None:
-    """The first start, without a data folder, prints the URL, the folder and the next step, and no
-    warning."""
+    """The first start, without a data folder, prints where the page and the docs are, the folder of
+    the data and the next step, and no warning."""
     assert re.fullmatch(r"http://localhost:[1-9]\d*", template.url)
-    assert str(template.data) in template.said
-    assert len(template.said.splitlines()) == 3
+    page, docs, data, following = template.said.splitlines()
+    assert page.endswith(f" serves its page at {template.url}")
+    assert docs.startswith(f"docs      {template.url}/docs")
+    assert data == f"data      {template.data} (embedded PostgreSQL)"
+    assert following.startswith("next      open the page and make an account")
     assert template.complaints() == ""
 
 
@@ -402,19 +405,6 @@ def test_wrong_choice_names_the_choices(name: str, choices: str) -> None:
     for value in ("maybe", "", "ON"):
         with pytest.raises(StartError, match=f"^{name}='{value}': must be {choices}$"):
             messenger.Settings.load({name: value})
-
-
-def test_ports_of_the_metrics_are_free_and_are_ports() -> None:
-    """Each worker needs a port for its metrics, which is not PORT; METRICS_PORT is blamed."""
-    for metrics, port, workers in ((8080, 8080, 1), (8079, 8080, 2), (8070, 8080, 16)):
-        with pytest.raises(StartError, match=rf"^METRICS_PORT={metrics}: PORT={port} "):
-            messenger.Settings.load({
-                "PORT": str(port), "METRICS_PORT": str(metrics), "WORKERS": str(workers)})
-    with pytest.raises(StartError, match=r"^METRICS_PORT=65535: WORKERS=2 "):
-        messenger.Settings.load({"METRICS_PORT": "65535", "WORKERS": "2"})
-    for metrics, port, workers in ((0, 8080, 2), (8081, 8080, 2), (8078, 8080, 2), (65535, 0, 1)):
-        messenger.Settings.load({
-            "PORT": str(port), "METRICS_PORT": str(metrics), "WORKERS": str(workers)})
 
 
 def test_setting_that_is_no_text_is_one_line_without_its_value() -> None:

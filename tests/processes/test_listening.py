@@ -19,7 +19,7 @@ from yarl import URL
 
 from plumbing import embedded, process
 from support.people import HEAR_SECONDS, SOON_SECONDS
-from support.servers import START_SECONDS, Server, free_ports
+from support.servers import START_SECONDS, Server, free_port
 
 Starts = Callable[..., Awaitable[Server]]
 
@@ -189,7 +189,7 @@ async def status_at(host: str, port: int, path: str) -> int:
 async def test_host_of_all_addresses_is_for_people_alone(starts: Starts) -> None:
     """With HOST=:: workers are reached by IPv4 and IPv6; the metrics are not: they stay on
     loopback."""
-    metrics = free_ports()
+    metrics = free_port()
     server = await starts(HOST="::", WORKERS=2, METRICS_PORT=metrics)
     assert server.url == f"http://localhost:{server.port}"
     hosts = ("localhost", "::1", "127.0.0.1", "127.0.0.2")
@@ -203,7 +203,7 @@ async def test_host_of_all_addresses_is_for_people_alone(starts: Starts) -> None
 
 async def test_metrics_listen_where_they_are_told_to(starts: Starts) -> None:
     """METRICS_HOST is where the metrics listen, wherever people come."""
-    metrics = free_ports()
+    metrics = free_port()
     await starts(METRICS_HOST="127.0.0.2", METRICS_PORT=metrics)
     assert await status_at("127.0.0.2", metrics, "/metrics") == 200
     assert await status_at("127.0.0.1", metrics, "/metrics") == 0

@@ -20,7 +20,7 @@ import pytest
 import messenger
 from support.fuzzing import LONG
 from support.people import PASSWORD, SOON_SECONDS, Line, Person
-from support.servers import ROOT, SECRET_KEY, Elsewhere, Server, free_ports, sockets_at
+from support.servers import ROOT, SECRET_KEY, Elsewhere, Server, sockets_at
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -248,9 +248,9 @@ def ears_at_both(server: Server) -> OpenEars:
     async def open_ears(victim: Person, chat: int, follows_all: bool) -> list[Ear]:
         ears: list[Ear] = []
         async with asyncio.timeout(SOON_SECONDS):
-            while any(await sockets_at(server)):
+            while any(sockets_at(server)):
                 await asyncio.sleep(0.05)  # until those of the round before are gone
-            while not all(await sockets_at(server)):
+            while not all(sockets_at(server)):
                 ears.append(await ear_of(victim, chat, follows_all))
         return ears
 
@@ -333,6 +333,6 @@ async def test_revocation_reaches_another_process(
 @pytest.mark.timeout(300)
 async def test_revocation_reaches_every_worker(start: Any, people_of: Any) -> None:
     """Whichever of two workers is asked, the sockets at both are closed and hear nothing more."""
-    server = await start("workers", WORKERS=2, METRICS_PORT=free_ports())
+    server = await start("workers", WORKERS=2)
     stage = await Stage(lambda name: people_of(server, name), ears_at_both(server)).begin()
     judge([await stage.plays(number) for number in range(4 * len(KINDS))])

@@ -13,32 +13,25 @@ import aiohttp
 import pytest
 
 from support.people import SOON_SECONDS, Person, new_id
-from support.servers import STOP_SECONDS, Server, free_ports, processes_in, sockets_at
+from support.servers import (
+    STOP_SECONDS,
+    Server,
+    free_port,
+    processes_in,
+    sockets_at,
+    workers_of,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-def workers_of(server: Server) -> set[int]:
-    """The pids of a parent's workers, by their command line."""
-    return {pid for pid in processes_in(server.folder) if is_worker(pid, server.process.pid)}
-
-
-def is_worker(pid: int, parent: int) -> bool:
-    """Whether a process is a messenger, and a child of this one."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        status = Path(f"/proc/{pid}/stat").read_text()
-        return b"messenger.py" in command and status.rsplit(")", 1)[1].split()[1] == str(parent)
-    return False
 
 
 @pytest.fixture
 async def pair(template: Server, tmp_path: Path) -> AsyncIterator[Server]:
     """A server of two workers, with metrics."""
     shutil.copytree(template.data, tmp_path / "data")
-    server = await Server(tmp_path, WORKERS=2, METRICS_PORT=free_ports()).starts()
+    server = await Server(tmp_path, WORKERS=2, METRICS_PORT=free_port()).starts()
     async with asyncio.timeout(SOON_SECONDS):
-        while None in await sockets_at(server):
+        while len(sockets_at(server)) < 2:
             await asyncio.sleep(0.05)
     yield server
     if server.process.returncode is None:
@@ -49,7 +42,7 @@ async def sockets_on_both(person: Person, server: Server, chat: int) -> list[Any
     """Open sockets of a person until each worker has one: the kernel chooses."""
     lines: list[Any] = []
     async with asyncio.timeout(SOON_SECONDS):
-        while not lines or not all(await sockets_at(server)):
+        while not lines or not all(sockets_at(server)):
             lines.append(await person.listens_live(chat))
     return lines
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from prometheus_client.mmap_dict import MmapedDict
 
 import messenger
+from plumbing import metrics
 from support.people import SOON_SECONDS, Line, Person
 
 ROOT = Path(__file__).parents[2]
@@ -85,8 +87,9 @@ class Server:
         return int(self.url.rpartition(":")[2])
 
     def complaints(self) -> str:
-        """Answer what it wrote to stderr."""
-        return (self.folder / "stderr").read_text()
+        """Answer what it wrote to stderr, but for what is no complaint."""
+        lines = (self.folder / "stderr").read_text().splitlines(keepends=True)
+        return "".join(line for line in lines if " INFO " not in line)
 
     def postmaster(self) -> int:
         """Answer the pid of its PostgreSQL."""
@@ -172,29 +175,36 @@ async def people_elsewhere() -> AsyncIterator[Callable[..., Awaitable[Person]]]:
 # ---- Several workers
 
 
-def free_ports() -> int:
-    """A port that is free, and so is the one after it."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
+def free_port() -> int:
+    """A port that is free."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
 
 
-async def sockets_at(server: Server) -> list[float | None]:
-    """How many sockets each worker says that it has; None where it is still starting."""
-    counts: list[float | None] = []
-    async with aiohttp.ClientSession() as session:
-        for number in range(2):
-            url = f"http://127.0.0.1:{server.settings['METRICS_PORT'] + number}/metrics"
-            try:
-                async with session.get(url) as answer:
-                    found = re.search(r"\nmessenger_sockets (\S+)", await answer.text())
-                    counts.append(float(found[1]) if found else None)
-            except aiohttp.ClientConnectorError:
-                counts.append(None)
+def workers_of(server: Server) -> set[int]:
+    """The pids of its workers: children of the started process, told by their command line."""
+    return {pid for pid in processes_in(server.folder) if _is_worker(pid, server.process.pid)}
+
+
+def _is_worker(pid: int, parent: int) -> bool:
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        status = Path(f"/proc/{pid}/stat").read_text()
+        return b"messenger.py" in command and status.rsplit(")", 1)[1].split()[1] == str(parent)
+    return False
+
+
+def sockets_at(server: Server) -> list[float]:
+    """How many sockets each worker that is up says that it has."""
+    counts = []
+    for pid in workers_of(server):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            environ = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+            folder = dict(each.split("=", 1) for each in environ if "=" in each)[metrics.FOLDER]
+            told = MmapedDict.read_all_values_from_file(f"{folder}/gauge_livesum_{pid}.db")
+            counts += [value for key, value, *_ in told if '"messenger_sockets"' in key]
     return counts
 
 
