@@ -2992,6 +2992,9 @@ async def take_frames(request: web.Request, socket: Socket) -> None:
     taken = 0
     async for incoming in socket.ws:
         socket.heard_at = time.monotonic()
+        taken += 1
+        if taken % FRAMES_AT_ONCE == 0:  # what came in one block is here without any wait
+            await asyncio.sleep(0)
         if socket.close_code is not None:
             continue  # it is told to close: what it sends until it answers counts for nothing
         if incoming.type in (WSMsgType.TEXT, WSMsgType.BINARY):
@@ -3000,9 +3003,6 @@ async def take_frames(request: web.Request, socket: Socket) -> None:
             break
         else:
             take_control(request, socket, incoming)
-        taken += 1
-        if taken % FRAMES_AT_ONCE == 0:  # what came in one block is here without any wait
-            await asyncio.sleep(0)
         # Who does not read its answers, or has too many outstanding, is not read either.
         if socket.unsent() > BEHIND_BYTES:
             await socket.drain()

@@ -183,6 +183,39 @@ async def test_frames_are_taken_in_turn_with_others(
     assert max(steps) <= messenger.FRAMES_AT_ONCE
 
 
+async def test_frames_after_the_close_are_taken_in_turn_with_others(
+    app: web.Application, alice: Person, bob: Person, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket that was told to close and goes on sending lets others have their turns, too."""
+    app[messenger.RATES][messenger.TooManyFrames] = Rate(1, 1)
+    app[messenger.RATES][messenger.FLOODING] = Rate(1, 1)
+    line = await raw(alice, await alice.opens(bob))
+    loop = asyncio.get_running_loop()
+    receive = web.WebSocketResponse.receive
+    received = 0
+    turns: list[int] = []  # how many were received by then
+
+    async def count(self: web.WebSocketResponse, timeout: float | None = None) -> Any:
+        nonlocal received
+        message = await receive(self, timeout)
+        received += 1
+        return message
+
+    def have_a_turn() -> None:
+        turns.append(received)
+        if received < 4_000:
+            loop.call_soon(have_a_turn)
+
+    monkeypatch.setattr(web.WebSocketResponse, "receive", count)
+    have_a_turn()
+    await line.gives(bytes((PING, 0x80, 0, 0, 0, 0)) * 5_000)
+    async with asyncio.timeout(HEAR_SECONDS):
+        while received < 4_000:
+            await asyncio.sleep(0.01)
+    steps = [later - before for before, later in itertools.pairwise(turns)]
+    assert max(steps) <= messenger.FRAMES_AT_ONCE
+
+
 async def test_token_under_another_subprotocol_is_not_logged(
     tmp_path: Path, people_of: Any
 ) -> None:
