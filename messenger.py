@@ -278,6 +278,7 @@ UPKEEP_SECONDS = 60
 UPKEEP_ROWS = 1000  # deleted at once
 ENDED_SECONDS = 86_400  # for which an ended session is kept
 READ_SECONDS = 90 * 86_400  # for which the time of a read is kept
+LEFT_SECONDS = 2 * 86_400  # for which a departure is kept; a socket lives for a token's life, a day
 LEAVING_SECONDS = 1.0  # how long the deletion of an account waits until its chats are left
 WATCH_SECONDS = 1.0
 POLL_SECONDS = 1.0
@@ -1913,42 +1914,49 @@ SWEEP_EMPTY_CHAT = """  -- limit
     -- chats_empty, messages_pkey, message_words_pkey, reads_pkey; locks the chat
     select sweep_empty_chat(at_most => $1)"""
 
-PURGE_OLD = """  -- ended_seconds, life_seconds, attempt_seconds, read_seconds, limit
-    -- sessions_ended, sessions_by_rotation, attempts_by_age, reads_by_age
+PURGE_OLD = """
+    -- ended_seconds, life_seconds, attempt_seconds, read_seconds, left_seconds, limit
+    -- sessions_ended, sessions_by_rotation, attempts_by_age, reads_by_age, departures_by_age
     -- Answers how many rows it deleted, at most `limit` of each kind: sessions some time after they
-    -- ended or could last be refreshed, attempts that no longer count, and the times at which
-    -- messages were read (that they were read stays known). It waits for no lock: another process
-    -- may be purging too.
+    -- ended or could last be refreshed, attempts that no longer count, the times at which messages
+    -- were read (that they were read stays known), and departures that every process has seen. It
+    -- waits for no lock: another process may be purging too.
     with ended as (
         delete from sessions where id = any (array(
             select s.id from sessions s
             where s.ended_at < now() - make_interval(secs => $1)
-            order by s.ended_at limit $5 for update skip locked))
+            order by s.ended_at limit $6 for update skip locked))
         returning 1
     ), expired as (
         delete from sessions where id = any (array(
             select s.id from sessions s
             where s.rotated_at < now() - make_interval(secs => $2::float8 + $1::float8)
               and s.ended_at is null
-            order by s.rotated_at limit $5 for update skip locked))
+            order by s.rotated_at limit $6 for update skip locked))
         returning 1
     ), attempt as (
         delete from attempts where ctid = any (array(
             select a.ctid from attempts a
             where a.at < now() - make_interval(secs => $3)
-            order by a.at limit $5 for update skip locked))
+            order by a.at limit $6 for update skip locked))
         returning 1
     ), step as (
         delete from reads r using (
             select chat_id, user_id, seq from reads
             where read_at < now() - make_interval(secs => $4)
-            order by read_at limit $5 for update skip locked) old
+            order by read_at limit $6 for update skip locked) old
         where r.chat_id = old.chat_id and r.user_id = old.user_id and r.seq = old.seq
+        returning 1
+    ), departure as (
+        delete from departures where ctid = any (array(
+            select d.ctid from departures d
+            where d.left_at < now() - make_interval(secs => $5)
+            order by d.left_at limit $6 for update skip locked))
         returning 1
     )
     select count(*)
-    from (table ended union all table expired union all table attempt union all table step) gone"""
-
+    from (table ended union all table expired union all table attempt union all table step
+          union all table departure) gone"""
 
 SETTLE_CLOCK = """  -- limit
     -- sessions_by_rotation, sessions_ended, participants_joined, attempts_by_age
@@ -2214,7 +2222,8 @@ async def keep_tidy(app: web.Application) -> None:
             await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS)
             + await database.value(SETTLE_CLOCK, UPKEEP_ROWS)
             + await database.value(
-                PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, UPKEEP_ROWS))
+                PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, LEFT_SECONDS,
+                UPKEEP_ROWS))
         await asyncio.sleep(0.05)  # others come first
 
 
