@@ -206,6 +206,8 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     registrations_per_address: Count = 100
     messages_burst: Count = 60
     messages_per_second: Count = 20
+    changes_burst: Count = 100
+    changes_per_minute: Count = 60
     typing_per_second: Count = 5
     sockets_per_user: Count = 50
     refused_handshakes_per_second: Count = 10
@@ -261,6 +263,7 @@ ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
+READS_PER_MESSAGE = 5  # so many times as often as it may post, a user may mark as read
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
 REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
@@ -682,7 +685,7 @@ CLOSE_CODES = {
     TOKEN_ENDED: "the token expired or was revoked",
     NOT_IN_CHAT: "the user is no longer in this chat",
     STALLED: "the client took no byte for 30 s",
-    FLOODING: "went on after `too-many-messages`, `too-many-frames` or `too-much-typing`",
+    FLOODING: "went on after `too-many-frames`, `too-much-typing` or another 429",
 }
 
 SEQ = attrgetter("seq")
@@ -721,6 +724,8 @@ class ReplyNotFound(Problem, status=422, title="The message replied to is not in
 class TooManyAttempts(Problem, status=429, title="Too many attempts"): ...
 class TooManyMessages(Problem, status=429, title="You are sending messages too fast"): ...
 class TooManyFrames(Problem, status=429, title="You are sending frames too fast"): ...
+class TooManyChanges(Problem, status=429, title="You are changing this too often"): ...
+class TooMuchReading(Problem, status=429, title="You are marking messages as read too fast"): ...
 class TooMuchTyping(Problem, status=429, title="You are sending `typing` too often"): ...
 class TooManySockets(Problem, status=429, title="You have too many sockets open"): ...
 class TooManyHandshakes(Problem, status=429, title="Too many of your sockets were refused"): ...
@@ -2403,7 +2408,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
 
     Only a client that lost the answer may repeat it: within 30 s as long as nobody refreshed with
     the new one, later as long as neither new token was used. Any other use of an old refresh token
-    ends the session. Raises InvalidToken.
+    ends the session. Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
@@ -2411,6 +2416,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     if claims is None:
         raise InvalidToken
     holder = claims["sid"], int(claims["sub"]), claims.get("key", "")
+    charge(request.app, TooManyChanges, (holder[1], REFRESH_SESSION))
     session = await database.row(
         REFRESH_SESSION, *holder, int(claims["jti"]), REFRESH_GRACE_SECONDS)
     if session is None:
@@ -2474,10 +2480,12 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
 
     A new email or password needs `current_password`. A new password ends every other session;
     an inactive account is signed out everywhere, and active again after the next login.
-    Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts.
+    Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts,
+    TooManyChanges.
     """
     app, me = request.app, request[ASKER]
     await check_self(request, user_id)
+    charge(app, TooManyChanges, (me.user_id, CHANGE_USER))
     nothing = (None, None)
     email = nothing if body.email is UNSET else checked_email(body.email)
     username = nothing if body.username is UNSET else checked_username(body.username)
@@ -2594,9 +2602,10 @@ TURNS = web.AppKey("turns", WeakValueDictionary[int, asyncio.Lock])
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     """Create a group, or open the personal chat with another user, which is always the same one.
 
-    A personal chat that was there before answers 200. Raises InvalidInput.
+    A personal chat that was there before answers 200. Raises InvalidInput, TooManyChanges.
     """
     me = request[ME]
+    charge(request.app, TooManyChanges, (me, CREATE_GROUP))
     others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
     if body.is_group:
         if body.name is None:
@@ -2645,7 +2654,7 @@ async def list_chats(
 
 
 async def change_chat(request: web.Request, chat_id: ChatId, body: ChangedChat) -> Chat:
-    """Rename a group. Raises ChatNotFound, NotAllowed, PersonalChat."""
+    """Rename a group. Raises ChatNotFound, NotAllowed, PersonalChat, TooManyChanges."""
     await alter_chat(request, RENAME_CHAT, chat_id, body.name)
     return await get_chat(request, chat_id)
 
@@ -2668,7 +2677,8 @@ async def add_participant(
     """Put a user into a group; as its owner also give a role, or hand ownership on.
 
     Who was in before answers 200, with the role given now.
-    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
+    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
+    TooManyChanges.
     """
     row = await alter_chat(
         request, PUT_PARTICIPANT, chat_id, body.user_id, body.role, GROUP_PARTICIPANTS_MAX,
@@ -2685,7 +2695,8 @@ async def add_participant_by_id(
     """Put a user into a group, named by the path.
 
     Who was in before answers 200, with the role given now.
-    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
+    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
+    TooManyChanges.
     """
     role = body.role if body else None
     return await add_participant(request, chat_id, NewParticipant(user_id, role))
@@ -2694,7 +2705,7 @@ async def add_participant_by_id(
 async def remove_participant(request: web.Request, chat_id: ChatId, user_id: UserId) -> None:
     """Leave a group, or take a user out of it.
 
-    Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat.
+    Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat, TooManyChanges.
     """
     await alter_chat(request, REMOVE_PARTICIPANT, chat_id, user_id)
 
@@ -2704,9 +2715,10 @@ async def alter_chat(
 ) -> Mapping[str, Any]:
     """Change name or participants of a chat, let every process know, and answer the row.
 
-    Raises the problem that the row names. One at a time changes a chat: where somebody else holds
-    it, who waits for it takes one connection to PostgreSQL, and not all of them.
+    Raises the problem that the row names, TooManyChanges. One at a time changes a chat: where
+    somebody else holds it, who waits for it takes one connection to PostgreSQL, not all of them.
     """
+    charge(request.app, TooManyChanges, (request[ME], statement))
     async with request.app[TURNS].setdefault(chat_id, asyncio.Lock()):
         row = await request.app[DATABASE].row(statement, chat_id, request[ME], *arguments)
     if problem := refused(row["outcome"]):
@@ -2815,8 +2827,9 @@ async def change_message(
 async def delete_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> None:
     """Delete a message: its sender may, in a group owner and admins too; a tombstone stays.
 
-    Raises ChatNotFound, MessageNotFound, SenderOnly.
+    Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
+    charge(request.app, TooManyMessages, (request[ME], "deleted"))
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, None))
 
 
@@ -2926,8 +2939,9 @@ async def list_changes(
 async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) -> Read:
     """Mark everything up to a message as read; answers where the reader stands.
 
-    Raises ChatNotFound, MessageNotFound.
+    Raises ChatNotFound, MessageNotFound, TooMuchReading.
     """
+    charge(request.app, TooMuchReading, request[ME])
     return await request.app[READS].submit(NewRead(chat_id, request[ME], body.message_id))
 
 
@@ -3120,6 +3134,7 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
 async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None:
     """Mark everything up to a message as read."""
     chat_id = chat_of(socket, frame.chat_id)
+    charge(request.app, TooMuchReading, socket.asker.user_id)
     await request.app[READS].submit(NewRead(chat_id, socket.asker.user_id, frame.message_id))
     tell_taken(socket, frame, chat_id)
 
@@ -3276,8 +3291,11 @@ PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id":
 def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
     """Make what this process counts by itself."""
     handshakes = settings.refused_handshakes_per_second
+    burst, per_second = settings.messages_burst, settings.messages_per_second
     return {
-        TooManyMessages: Rate(settings.messages_burst, settings.messages_per_second),
+        TooManyMessages: Rate(burst, per_second),
+        TooMuchReading: Rate(READS_PER_MESSAGE * burst, READS_PER_MESSAGE * per_second),
+        TooManyChanges: Rate(settings.changes_burst, settings.changes_per_minute / 60),
         TooManyFrames: Rate(FRAMES_BURST, FRAMES_PER_SECOND),
         TooMuchTyping: Rate(settings.typing_per_second, settings.typing_per_second),
         TooManyHandshakes: Rate(handshakes, handshakes),

@@ -385,6 +385,68 @@ async def test_new_socket_has_an_allowance_of_its_own(app: web.Application, alic
         await line.close()
 
 
+async def test_deletions_and_read_marks_are_limited_by_themselves(house: House) -> None:
+    """Deletions have an allowance as large as that of messages, read marks one five times as large,
+    over REST and sockets together; neither takes from another, nor from somebody else's."""
+    here = await house.opens(messages_burst=2, messages_per_second=1)
+    here.app[messenger.RATES][messenger.TooManyMessages] = Rate(2, 1 / SLOW)
+    here.app[messenger.RATES][messenger.TooMuchReading] = Rate(10, 1 / SLOW)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    line = await alice.listens_live(chat)
+    sent = [await alice.says(chat, text) for text in "12"]
+    for message in (*sent, sent[0]):
+        answer = await alice.asks("DELETE", f"/chats/{chat}/messages/{message['id']}")
+    assert (answer.status, (await answer.json())["type"]) == (429, "too-many-messages")
+    for number in range(5):
+        await alice.reads(chat, sent[1])
+        await line.sends(type="read", message_id=sent[1]["id"], ref=number)
+        assert (await line.hears("ack"))["ref"] == number
+    answer = await alice.asks("POST", f"/chats/{chat}/read", {"message_id": sent[1]["id"]})
+    assert (answer.status, (await answer.json())["type"]) == (429, "too-much-reading")
+    await line.sends(type="read", message_id=sent[1]["id"], ref="last")
+    heard = await line.hears("error")
+    assert (heard["data"]["type"], heard["ref"]) == ("too-much-reading", "last")
+    said = await bob.says(chat, "3")
+    await bob.reads(chat, said)
+    await bob.expects(204, "DELETE", f"/chats/{chat}/messages/{said['id']}")
+
+
+# ---- Changes of chats and accounts
+
+
+async def test_changes_of_each_kind_are_limited(house: House) -> None:
+    """Of each kind of change a user has so many at once, whatever chat it is of; the next is 429
+    with Retry-After. What is invalid, other kinds and other users are not counted with it."""
+    here = await house.opens(changes_burst=2, changes_per_minute=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chats = [await alice.founds(bob) for _ in range(2)]
+    group = {"is_group": True, "name": "x", "participant_ids": [bob.id]}
+    person = f"participants/{bob.id}"
+    for path in ("/chats", f"/chats/{chats[0]}"):  # is refused unseen
+        await alice.expects(422, "POST" if path == "/chats" else "PATCH", path, {"name": ""})
+    kinds = (
+        ("POST", ["/chats"], group),
+        ("PATCH", [f"/chats/{chat}" for chat in chats], {"name": "another"}),
+        ("DELETE", [f"/chats/{chat}/{person}" for chat in chats], None),
+        ("POST", [f"/chats/{chat}/{person}" for chat in chats], None),
+        ("PUT", [f"/users/{alice.id}"], {"username": "alice_2"}),
+    )
+    for method, paths, body in kinds:
+        statuses = [] if body is group else [
+            (await alice.asks(method, (paths * 2)[number], body)).status for number in range(2)]
+        assert 429 not in statuses
+        answer = await alice.asks(method, paths[0], body)
+        assert (answer.status, (await answer.json())["type"]) == (429, "too-many-changes")
+        assert 50 < int(answer.headers["Retry-After"]) <= 60
+    for status in (200, 200, 429):
+        body = {"refresh_token": alice.refresh}
+        async with here.post("/api/v1/users/refresh", json=body) as answer:
+            assert answer.status == status
+    await bob.founds(alice)
+    assert len(await alice.gets("/chats")) == 3
+
+
 # ---- Typing
 
 
@@ -487,7 +549,7 @@ async def test_rate_limits_off_lifts_them_all(house: House) -> None:
     names = (
         "login_failures_per_account", "login_failures_per_address", "registrations_per_address",
         "messages_burst", "messages_per_second", "typing_per_second", "sockets_per_user",
-        "refused_handshakes_per_second",
+        "refused_handshakes_per_second", "changes_burst", "changes_per_minute",
     )
     here = await house.opens(rate_limits="off", **dict.fromkeys(names, 1))
     rates = here.app[messenger.RATES]
@@ -499,7 +561,8 @@ async def test_rate_limits_off_lifts_them_all(house: House) -> None:
         assert (await logs_in(here, alice.email, WRONG))[0] == 401
         assert (await refusal(here, "/ws", {}))[0] == 401
         line, other = await alice.listens_live(chat), await bob.listens_live(chat)
-        await alice.says(chat, "over REST")
+        await alice.reads(chat, await alice.says(chat, "over REST"))
+        await alice.founds(bob)
         await line.says("over a socket", ref=1)
         await line.hears("ack")
         await line.sends(type="typing")
@@ -510,11 +573,13 @@ async def test_every_limit_is_a_setting() -> None:
     """Each rate allows what its settings say."""
     numbers = {
         "messages_burst": 7, "messages_per_second": 2, "typing_per_second": 3,
-        "refused_handshakes_per_second": 4,
+        "refused_handshakes_per_second": 4, "changes_burst": 5, "changes_per_minute": 120,
     }
     rates = messenger.make_rates(msgspec.structs.replace(SETTINGS, **numbers))
     for problem, burst in (
         (messenger.TooManyMessages, 7),
+        (messenger.TooMuchReading, 35),
+        (messenger.TooManyChanges, 5),
         (messenger.TooMuchTyping, 3),
         (messenger.TooManyHandshakes, 4),
     ):

@@ -219,6 +219,15 @@ def test_every_endpoint_says_who_may_call_it() -> None:
         assert is_open != ("unauthorized" in refusals(path, method)), one["operationId"]
 
 
+def test_every_change_is_limited() -> None:
+    """Each call that changes something is 429 for who makes it too often, but for those that end
+    what a login or a registration began: these are limited."""
+    ends = {"logout", "delete_session", "delete_user"}
+    free = {one["operationId"] for path, method, one in operations()
+            if method != "GET" and 429 not in refusals(path, method).values()}
+    assert free == ends
+
+
 def test_every_problem_is_described() -> None:
     """Each kind of problem is a described answer of some endpoint, with its status, or one of the
     general ones."""
@@ -559,10 +568,28 @@ async def try_limits(
     """Go beyond every limit that answers over HTTP."""
     hasty = await meets(
         alice, make_client, url, messages_burst=1, messages_per_second=1, sockets_per_user=1,
+        changes_burst=1, changes_per_minute=1,
         refused_handshakes_per_second=1, registrations_per_address=1)
     message = await hasty.says(chat, "once")
     await hasty.says(chat, "twice", 429)
-    await hasty.expects(429, "PATCH", f"/chats/{chat}/messages/{message['id']}", {"text": "x"})
+    at = f"/chats/{chat}/messages/{message['id']}"
+    await hasty.expects(429, "PATCH", at, {"text": "x"})
+    await hasty.expects(204, "DELETE", at)
+    await hasty.expects(429, "DELETE", at)
+    for _ in range(7):
+        await hasty.asks("POST", f"/chats/{chat}/read", {"message_id": message["id"]})
+    person = f"/chats/{chat}/participants/{alice.id}"
+    for method, path, body in (
+        ("POST", "/chats", {"is_group": False, "participant_ids": [alice.id]}),
+        ("PATCH", f"/chats/{chat}", {"name": "another"}),
+        ("POST", f"/chats/{chat}/participants", {"user_id": alice.id}),
+        ("POST", person, None),
+        ("DELETE", f"/chats/{chat}/participants/{2**63 - 1}", None),
+        ("PUT", f"/users/{alice.id}", {"is_active": True}),
+        ("POST", "/users/refresh", {"refresh_token": alice.refresh}),
+    ):
+        await hasty.asks(method, path, body)
+        await hasty.expects(429, method, path, body)
     line = await hasty.listens(chat)
     for path in ("/ws", f"/ws/{chat}"):
         for _ in range(2):
