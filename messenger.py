@@ -210,6 +210,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     changes_per_minute: Count = 60
     typing_per_second: Count = 5
     sockets_per_user: Count = 50
+    connections_per_address: Count = 2000
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
     workers: Annotated[int, Meta(ge=1, le=16)] = 1
@@ -3389,10 +3390,12 @@ async def start_sites(
     if settings.metrics_port:
         private = stack.enter_context(process.listen_on(
             settings.metrics_host, settings.metrics_port, names=("METRICS_HOST", "METRICS_PORT")))
+    at_most = settings.connections_per_address if settings.rate_limits == "on" else 0
+    admit = guard.Connections(at_most, app[PROXIES]).admit
     # Its sockets are closed first: once the runner cleans up, they answer no close.
-    await start_site(stack, listener, app, close=close_sockets)
+    await start_site(stack, listener, app, close=close_sockets, admit=admit)
     if private is not None:
-        await start_site(stack, private, metrics_app())
+        await start_site(stack, private, metrics_app(), admit=admit)
 
 
 async def start_workers(

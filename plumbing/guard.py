@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import ipaddress
+import logging
 import os
 import re
 import secrets
@@ -27,12 +28,19 @@ from aiohttp import web, web_response, web_server
 from yarl import URL
 
 from plumbing.deadline import uncounted
-from plumbing.process import REQUEST_ID_HEADER, Handler, StartError
+from plumbing.process import (
+    REQUEST_ID_HEADER,
+    Handler,
+    StartError,
+    half_of_descriptors,
+    nothing,
+)
 from plumbing.text import composed
 
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
+REFUSALS_TOLD_SECONDS = 60  # from one line of the log about refused connections to the next
 ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
 PASSWORD_THREADS = 2
 PASSWORD_QUEUE_MAX = 128  # hashes waiting for a thread or under way
@@ -52,6 +60,7 @@ MAPPED_PREFIX = 96  # bits before the IPv4 address in ::ffff:192.0.2.60
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Result = TypeVar("Result")
+log = logging.getLogger("messenger.guard")
 
 # ---- Addresses
 
@@ -117,8 +126,7 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     """Tell whose request it is: the peer's, or whom trusted proxies name.
 
     They name them in X-Forwarded-For or in Forwarded (RFC 7239). A proxy adds to one of the two and
-    lets the other pass, so where they differ, neither is believed. A client that has an IPv6
-    address has a whole network of them: the network stands for it.
+    lets the other pass, so where they differ, neither is believed.
     """
     peer = read_address(request.remote or "")
     if peer is None:
@@ -130,7 +138,11 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     told = {
         nearest_stranger(peer, way, trusted)
         for way, header in ((listed, listed), (named, elements)) if any(header)}
-    address = told.pop() if len(told) == 1 else peer
+    return party_of(told.pop() if len(told) == 1 else peer)
+
+
+def party_of(address: Address) -> str:
+    """Name whom an address stands for: one of IPv6 for its network, which is one client's."""
     return str(ipaddress.ip_network((address, 64), strict=False) if address.version == 6
                else address)
 
@@ -145,12 +157,21 @@ class PromptConnection(web.RequestHandler):
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ()
+    __slots__ = ("leave",)
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.leave: Callable[[], None] = nothing  # called once the connection has ended
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: a first request has to come at all."""
         super().connection_made(transport)
         self._await_head()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End: another may come instead."""
+        super().connection_lost(exc)
+        self.leave()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
@@ -202,6 +223,42 @@ class Rate:
             self._full_at = {each: at for each, at in self._full_at.items() if at > now}
             self._keys_max = max(KEYS_MIN, 2 * len(self._full_at))
         return 0.0
+
+
+class Connections:
+    """Counts the open connections of each address, and lets in only so many (0: any number), which
+    take half of the descriptors at most.
+
+    Those of trusted proxies are not counted: they are everybody's.
+    """
+
+    def __init__(self, at_most: int, trusted: list[Network]) -> None:
+        self._at_most = min(at_most, half_of_descriptors())
+        self._trusted = trusted
+        self._open: Counter[str] = Counter()
+        self._told = Rate(1, 1 / REFUSALS_TOLD_SECONDS)
+
+    def admit(self, peer: str) -> Callable[[], None] | None:
+        """Let somebody in who comes from an address, and answer what is to be called once they have
+        gone; None where they may not come in.
+        """
+        address = read_address(peer) if self._at_most else None
+        if address is None or any(address in network for network in self._trusted):
+            return nothing
+        party = party_of(address)
+        if self._open[party] >= self._at_most:
+            if not self._told.charge(""):
+                log.warning(
+                    "%d connections are open from one address: no more of it are accepted",
+                    self._at_most)
+            return None
+        self._open[party] += 1
+        return functools.partial(self._leave, party)
+
+    def _leave(self, party: str) -> None:
+        self._open[party] -= 1
+        if not self._open[party]:
+            del self._open[party]
 
 
 # ---- What is believed

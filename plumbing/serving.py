@@ -32,8 +32,12 @@ def observe_request(operation: str, status: int, seconds: float) -> None:
 async def start_site(
     stack: AsyncExitStack, listener: Listener, app: web.Application,
     close: Callable[[web.Application], Awaitable[None]] | None = None,
+    admit: Callable[[str], Callable[[], None] | None] = process.admit_all,
 ) -> None:
-    """Serve an application; `close` is called at the end, before its runner cleans up."""
+    """Serve an application; `close` is called at the end, before its runner cleans up.
+
+    `admit` is asked about each connection (process.Acceptor).
+    """
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, keepalive_timeout=IDLE_SECONDS,
         shutdown_timeout=SHUTDOWN_SECONDS)
@@ -41,7 +45,7 @@ async def start_site(
     await runner.setup()
     if close is not None:
         stack.push_async_callback(close, app)
-    stack.callback(process.Acceptor(listener, cast(web.Server, runner.server)).stop)
+    stack.callback(process.Acceptor(listener, cast(web.Server, runner.server), admit).stop)
 
 
 def metrics_app() -> web.Application:
