@@ -210,6 +210,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     changes_per_minute: Count = 60
     typing_per_second: Count = 5
     sockets_per_user: Count = 50
+    reads_per_user: Count = 2
     connections_per_address: Count = 2000
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
@@ -270,6 +271,7 @@ REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
+REPLAYS_PER_USER = 2  # pages of replays that are read at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 RUN_GAP = 100  # numbers between two messages, up to which their readers are looked for in one run
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
@@ -900,8 +902,8 @@ def charge(app: web.Application, problem: type[Problem], key: Hashable) -> None:
         raise problem.until(wait)
 
 
-async def authenticate(request: web.Request) -> None:
-    """Find out who sends a request.
+async def authenticate(request: web.Request) -> int:
+    """Find out who sends a request; answer their id.
 
     Raises Unauthorized, TooManyHandshakes, Unavailable.
     """
@@ -912,6 +914,7 @@ async def authenticate(request: web.Request) -> None:
             charge(request.app, TooManyHandshakes, address_of(request))
         raise
     request[ME] = request[ASKER].user_id
+    return request[ME]
 
 
 # ==== Rooms =======================================================================================
@@ -1178,6 +1181,7 @@ class Rooms:
         self._sessions = sessions
         self._bus = bus
         self._tasks = tasks
+        self.replaying = guard.Slots(REPLAYS_PER_USER)
         self._look_ups = GroupReader(self._followed_by)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
@@ -1661,9 +1665,8 @@ async def catch_up(rooms: Rooms, socket: Socket) -> None:
     try:
         await socket.drain()
         while socket.replays:
-            chat_id = next(iter(socket.replays))
             try:
-                await replay_page(rooms, socket, socket.rooms[chat_id], socket.replays[chat_id])
+                await rooms.replaying.run(socket.asker.user_id, replay_page, rooms, socket)
             except Unavailable:
                 await asyncio.sleep(RETRY_SECONDS)
             await socket.drain()
@@ -1676,8 +1679,13 @@ async def catch_up(rooms: Rooms, socket: Socket) -> None:
         socket.catching_up = None
 
 
-async def replay_page(rooms: Rooms, socket: Socket, room: Room, replay: Replay) -> None:
-    """Give a socket a page of what it missed, or let it be live where it missed nothing."""
+async def replay_page(rooms: Rooms, socket: Socket) -> None:
+    """Give a socket a page of what it missed in a chat, or let it be live there if that is nothing.
+    """
+    chat_id, replay = next(iter(socket.replays.items()), (0, None))
+    if replay is None:
+        return  # it lost the chat while it waited for its turn
+    room = socket.rooms[chat_id]
     if replay.at >= room.delivered:
         if room.filling is None:
             rooms.go_live(socket, room)
@@ -3242,7 +3250,7 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 
 # ==== Endpoints ===================================================================================
 # The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
-# passes over parameters that the handler does not name.
+# passes over parameters that the handler does not name. Of `heavy` ones a user has few under way.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -3257,7 +3265,7 @@ ENDPOINTS = (
     Endpoint("PUT", "/api/v1/users/{user_id}", change_user),
     Endpoint("DELETE", "/api/v1/users/{user_id}", delete_user, 204),
     Endpoint("POST", "/api/v1/chats", create_chat, 201),
-    Endpoint("GET", "/api/v1/chats", list_chats),
+    Endpoint("GET", "/api/v1/chats", list_chats, heavy=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}", get_chat),
     Endpoint("PATCH", "/api/v1/chats/{chat_id}", change_chat),
     Endpoint("GET", "/api/v1/chats/{chat_id}/participants", list_participants),
@@ -3265,11 +3273,11 @@ ENDPOINTS = (
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants/{user_id}", add_participant_by_id, 201),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/participants/{user_id}", remove_participant, 204),
     Endpoint("POST", "/api/v1/chats/{chat_id}/messages", send_message, 201),
-    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages, heavy=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages/{message_id}", get_message),
     Endpoint("PATCH", "/api/v1/chats/{chat_id}/messages/{message_id}", change_message),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204),
-    Endpoint("GET", "/api/v1/chats/{chat_id}/changes", list_changes),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/changes", list_changes, heavy=True),
     Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
     Endpoint("GET", "/ws/{chat_id}", follow_chat, 101, any_query=True),
     Endpoint("GET", "/ws", follow_chats, 101, any_query=True),
@@ -3327,7 +3335,8 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
-    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS)
+    at_once = settings.reads_per_user if settings.rate_limits == "on" else 0
+    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS, guard.Slots(at_once))
     return app
 
 

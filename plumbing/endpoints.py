@@ -14,7 +14,7 @@ import re
 import time
 import types
 import typing
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
@@ -27,13 +27,14 @@ from msgspec import UNSET, Struct, UnsetType
 
 from plumbing.database import Unavailable
 from plumbing.deadline import request_deadline, uncounted
-from plumbing.guard import SAFE_HEADERS, Busy
+from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.text import COMPOSED_FROM_MAX, composed
 from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
+SLOT_SECONDS = 1.0  # for which a heavy call waits until its asker has fewer under way
 PLACES = ("before", "after", "cursor")  # the parameters of a query that say where a page is
 PROBLEM_JSON = "application/problem+json"
 RETRY_SECONDS = 1  # after which to try again, where nothing better is known
@@ -120,6 +121,7 @@ class RequestTimeout(Problem, status=408, title="The body took too long to arriv
 class BodyTooLarge(Problem, status=413, title="The body is too large"): ...
 class ExpectationFailed(Problem, status=417, title="Expect nothing but 100-continue"): ...
 class InvalidInput(Problem, status=422, title="Some of the input is not valid"): ...
+class TooManyReads(Problem, status=429, title="You are reading too much at once"): ...
 class UpgradeRequired(Problem, status=426, title="Only websockets can connect here"): ...
 class InternalError(Problem, status=500, title="Something went wrong on the server"): ...
 class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
@@ -176,6 +178,7 @@ class Endpoint:
     """One line of the table: what a method on a path calls, and the status of success.
 
     A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
+    Of those that are `heavy` somebody has few under way at once, each until its answer was taken.
     """
 
     method: str
@@ -184,6 +187,7 @@ class Endpoint:
     status: int = 200
     public: bool = False
     any_query: bool = False
+    heavy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,15 +312,26 @@ def read_query(request: web.Request, shape: type[Struct], any_query: bool) -> di
         raise invalid(*describe(error, shape)) from None
 
 
+async def hold_slot(request: web.Request, slots: Slots, key: Hashable) -> None:
+    """Hold one of somebody's slots until the answer was taken. Raises TooManyReads."""
+    try:
+        async with asyncio.timeout(SLOT_SECONDS):
+            request[GIVE_BACK] = await slots.take(key)
+    except TimeoutError:
+        raise TooManyReads from None
+
+
 def bind(
     endpoint: Endpoint,
-    authenticate: Callable[[web.Request], Awaitable[None]],
+    authenticate: Callable[[web.Request], Awaitable[Hashable]],
     path_problems: Mapping[str, type[Problem]],
+    slots: Slots,
 ) -> Handler:
     """Make the aiohttp handler of an endpoint.
 
-    `authenticate` is awaited first, unless the endpoint is public; a malformed id in a path
-    is refused with the problem of its name. One deadline bounds all that both wait for.
+    `authenticate` is awaited first, unless the endpoint is public, and answers whose slots a heavy
+    one takes; a malformed id in a path is refused with the problem of its name. One deadline bounds
+    all that both wait for.
     """
     signature = Signature.of(endpoint)
 
@@ -326,7 +341,7 @@ def bind(
 
     async def answer(request: web.Request) -> web.StreamResponse:
         if not endpoint.public:
-            await authenticate(request)
+            asker = await authenticate(request)
         arguments = {
             name: read_path(kind, request.match_info[name], path_problems[name])
             for name, kind in signature.path.items()
@@ -337,6 +352,8 @@ def bind(
             body = await read_body(request)
             if body or signature.body_required:
                 arguments["body"] = decode_json(signature.body, body)
+        if endpoint.heavy:
+            await hold_slot(request, slots, asker)
         return respond(endpoint, await endpoint.handler(request, **arguments))
 
     return handle
@@ -358,13 +375,14 @@ def route_path(path: str, paths: Iterable[str]) -> str:
 
 def add_routes(
     app: web.Application, endpoints: Sequence[Endpoint],
-    authenticate: Callable[[web.Request], Awaitable[None]],
-    path_problems: Mapping[str, type[Problem]],
+    authenticate: Callable[[web.Request], Awaitable[Hashable]],
+    path_problems: Mapping[str, type[Problem]], slots: Slots,
 ) -> None:
     """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD."""
     paths = [endpoint.path for endpoint in endpoints]
     for endpoint in endpoints:
-        name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, path_problems)
+        name = endpoint.handler.__name__
+        handler = bind(endpoint, authenticate, path_problems, slots)
         path = route_path(endpoint.path, paths)
         for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
             app.router.add_route(method, path, handler, name=name)

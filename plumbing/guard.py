@@ -17,10 +17,11 @@ import secrets
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import bcrypt
 import jwt
@@ -38,6 +39,7 @@ from plumbing.process import (
 from plumbing.text import composed
 
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
+STALLED_SECONDS = 30  # without a byte of an answer being taken
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 REFUSALS_TOLD_SECONDS = 60  # from one line of the log about refused connections to the next
@@ -60,6 +62,8 @@ MAPPED_PREFIX = 96  # bits before the IPv4 address in ::ffff:192.0.2.60
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Result = TypeVar("Result")
+# What a request calls once its answer was taken: it holds a slot until then.
+GIVE_BACK: web.RequestKey[Callable[[], None]] = web.RequestKey("give_back")
 log = logging.getLogger("messenger.guard")
 
 # ---- Addresses
@@ -151,17 +155,19 @@ def party_of(address: Address) -> str:
 
 
 class PromptConnection(web.RequestHandler):
-    """A connection that is closed unless the headers of a request are whole within HEAD_SECONDS.
+    """A connection that is closed unless the headers of a request are whole within HEAD_SECONDS,
+    and bytes of an answer that waits to be sent are taken every STALLED_SECONDS.
 
     aiohttp has one timer for a connection that awaits a request, and what comes of the headers does
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("leave",)
+    __slots__ = ("_progress", "leave")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.leave: Callable[[], None] = nothing  # called once the connection has ended
+        self._progress: asyncio.TimerHandle | None = None  # when the next is due
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: a first request has to come at all."""
@@ -171,7 +177,44 @@ class PromptConnection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """End: another may come instead."""
         super().connection_lost(exc)
+        self._expect_nothing()
         self.leave()
+
+    def pause_writing(self) -> None:
+        """Expect progress: more is to be sent than the system takes."""
+        super().pause_writing()
+        if self._current_request is None:  # else it is a websocket, which looks after itself
+            self._expect_progress(sys.maxsize)
+
+    def resume_writing(self) -> None:
+        """Expect no more progress: most was taken."""
+        super().resume_writing()
+        self._expect_nothing()
+
+    def _expect_progress(self, unsent_before: int) -> None:
+        """Cut the connection unless some of what was unsent has been taken; look again later."""
+        if self.transport is None:
+            return
+        unsent = self.transport.get_write_buffer_size()
+        if unsent >= unsent_before:
+            self.transport.abort()
+        else:
+            self._progress = self._loop.call_later(STALLED_SECONDS, self._expect_progress, unsent)
+
+    def _expect_nothing(self) -> None:
+        if self._progress is not None:
+            self._progress.cancel()
+            self._progress = None
+
+    async def _handle_request(
+        self, request: web.BaseRequest, *others: Any
+    ) -> tuple[web.StreamResponse, bool]:
+        """Answer a request; it gives its slot back once the answer was taken."""
+        try:
+            return await super()._handle_request(request, *others)
+        finally:
+            if GIVE_BACK in request:
+                request[GIVE_BACK]()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
@@ -261,6 +304,76 @@ class Connections:
             del self._open[party]
 
 
+# ---- Turns
+
+
+class Busy(Exception):
+    """More is waiting than may wait."""
+
+
+class Turns:
+    """Lets so many work at once; of those who wait, each key lets one in after the other."""
+
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        # Key: who waits, the first first; the key whose turn is next stands first.
+        self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
+
+    async def take(self, key: Hashable) -> None:
+        """Wait for a turn; `give_back` ends it."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(key, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it was given in the same moment
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """End a turn: the next is let in."""
+        while self._queues:
+            key = next(iter(self._queues))
+            queue = self._queues.pop(key)
+            turn = queue.popleft()
+            if queue:
+                self._queues[key] = queue  # behind all others
+            if not turn.cancelled():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class Slots:
+    """Lets each key have so many things under way at once (0: any number); who comes beyond waits,
+    the first first.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once
+        # An entry lives as long as somebody has or awaits a slot.
+        self._of: WeakValueDictionary[Hashable, Turns] = WeakValueDictionary()
+
+    async def take(self, key: Hashable) -> Callable[[], None]:
+        """Wait for a slot, and answer what is to be called at its end."""
+        if not self._at_once:
+            return nothing
+        turns = self._of.setdefault(key, Turns(self._at_once))
+        await turns.take(key)
+        return turns.give_back
+
+    async def run(self, key: Hashable, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Do some work, which begins once there is a slot."""
+        give_back = await self.take(key)
+        try:
+            await work(*args)
+        finally:
+            give_back()
+
+
 # ---- What is believed
 
 
@@ -308,46 +421,6 @@ class Trusted:
 def _let_others_go_first() -> None:
     if sys.platform == "linux":  # elsewhere it would be the whole process
         os.nice(PASSWORD_NICENESS)
-
-
-class Busy(Exception):
-    """More is waiting than may wait."""
-
-
-class Turns:
-    """Lets so many work at once; of those who wait, each key lets one in after the other."""
-
-    def __init__(self, at_once: int) -> None:
-        self._free = at_once
-        # Key: who waits, the first first; the key whose turn is next stands first.
-        self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
-
-    async def take(self, key: Hashable) -> None:
-        """Wait for a turn; `give_back` ends it."""
-        if self._free:
-            self._free -= 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(key, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it was given in the same moment
-                self.give_back()
-            raise
-
-    def give_back(self) -> None:
-        """End a turn: the next is let in."""
-        while self._queues:
-            key = next(iter(self._queues))
-            queue = self._queues.pop(key)
-            turn = queue.popleft()
-            if queue:
-                self._queues[key] = queue  # behind all others
-            if not turn.cancelled():
-                turn.set_result(None)
-                return
-        self._free += 1
 
 
 class Passwords:

@@ -209,6 +209,8 @@ class Described:
             found.add(endpoints.Unauthorized)
         if self.is_socket or self.endpoint.method != "GET":
             found.add(m.ForeignOrigin)
+        if self.endpoint.heavy:
+            found.add(endpoints.TooManyReads)
         if self.signature.body is not None:
             found |= {
                 endpoints.MalformedRequest, endpoints.RequestTimeout, endpoints.BodyTooLarge,

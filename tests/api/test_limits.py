@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import asyncpg
@@ -13,11 +14,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
-from plumbing import guard
+from plumbing import endpoints, guard
 from plumbing.guard import Rate
 from support.databases import until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
-from support.raw import HANDSHAKE
+from support.raw import HANDSHAKE, transport_of
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
@@ -445,6 +446,135 @@ async def test_changes_of_each_kind_are_limited(house: House) -> None:
             assert answer.status == status
     await bob.founds(alice)
     assert len(await alice.gets("/chats")) == 3
+
+
+# ---- Heavy reads
+
+
+@pytest.fixture
+async def readers(house: House) -> tuple[Person, Person, int]:
+    """Alice and Bob, and a chat of theirs whose newest page has 1.6 MB, where a user may have one
+    heavy read under way."""
+    here = await house.opens(reads_per_user=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    for _ in range(100):
+        await alice.says(chat, "🙂" * 4096)
+    return alice, bob, chat
+
+
+async def asks_unread(person: Person, path: str) -> socket.socket:
+    """Send a request whose answer is not read, over a connection with small buffers."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", person.client.port))
+    connection.setblocking(False)
+    server = cast("TestServer", person.client.server)
+    async with asyncio.timeout(SOON_SECONDS):
+        while True:
+            with contextlib.suppress(ValueError):  # it is not accepted yet
+                transport_of(server, connection)
+                break
+            await asyncio.sleep(0.01)
+    connection.sendall(
+        f"GET /api/v1{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        f"Authorization: Bearer {person.access}\r\n\r\n".encode())
+    return connection
+
+
+async def reads_to_the_end(connection: socket.socket) -> int:
+    """Read all that comes; answer how many bytes came."""
+    count = 0
+    with contextlib.suppress(ConnectionError):
+        while more := await asyncio.get_running_loop().sock_recv(connection, 1 << 20):
+            count += len(more)
+    return count
+
+
+@pytest.mark.parametrize("end", ["reads", "hangs up", "stalls"])
+async def test_answer_that_is_not_read_holds_a_slot(
+    readers: tuple[Person, Person, int], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Until a large answer was taken, its user's heavy reads wait for a second and are refused;
+    others' are not, nor is what is light. It ends with the reading, or with the connection, which
+    is cut where nothing is taken for long."""
+    alice, bob, chat = readers
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.2)
+    monkeypatch.setattr(guard, "STALLED_SECONDS", 3 if end == "stalls" else 300)
+    heavy = f"/chats/{chat}/messages?limit=100"
+    with await asks_unread(alice, heavy) as unread:
+        async with asyncio.timeout(SOON_SECONDS):
+            while (await alice.asks("GET", "/chats")).status == 200:
+                await asyncio.sleep(0.01)
+        for path in (heavy, "/chats", f"/chats/{chat}/changes", f"/chats/{chat}/messages?q=x"):
+            answer = await alice.asks("GET", path)
+            assert (answer.status, (await answer.json())["type"]) == (429, "too-many-reads")
+            assert answer.headers["Retry-After"] == "1"
+            await bob.gets(path)
+        await alice.gets(f"/chats/{chat}")
+        await alice.says(chat, "and on")
+        if end == "reads":
+            assert await reads_to_the_end(unread) > 1_600_000
+        elif end == "hangs up":
+            unread.close()
+        async with asyncio.timeout(SOON_SECONDS):
+            while (await alice.asks("GET", heavy)).status == 429:
+                await asyncio.sleep(0.01)
+        if end == "stalls":
+            assert await reads_to_the_end(unread) < 1_600_000
+
+
+async def test_slow_reader_is_not_cut(
+    readers: tuple[Person, Person, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who takes a part of a large answer now and then gets all of it."""
+    alice, _, chat = readers
+    monkeypatch.setattr(guard, "STALLED_SECONDS", 0.5)
+    with await asks_unread(alice, f"/chats/{chat}/messages?limit=100") as slow:
+        count = 0
+        for _ in range(10):
+            await asyncio.sleep(0.25)
+            count += len(await asyncio.get_running_loop().sock_recv(slow, 100_000))
+        monkeypatch.setattr(guard, "STALLED_SECONDS", 300)
+        assert count + await reads_to_the_end(slow) > 1_600_000
+
+
+async def test_heavy_reads_at_once_are_all_answered(house: House) -> None:
+    """Of many heavy reads of a user at once each is answered, one after the other."""
+    here = await house.opens(reads_per_user=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    paths = ("/chats", f"/chats/{chat}/messages", f"/chats/{chat}/changes") * 5
+    answers = await asyncio.gather(*(alice.asks("GET", path) for path in paths))
+    assert {answer.status for answer in answers} == {200}
+
+
+async def test_replays_of_a_user_are_read_two_at_once(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many sockets of a user that catch up at once two read a page; all get everything."""
+    here = await house.opens()
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    for number in range(20):
+        await alice.says(chat, f"number {number}")
+    under_way, most = 0, 0
+    replay_page = messenger.replay_page
+
+    async def count(*args: Any) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await replay_page(*args)
+        under_way -= 1
+
+    monkeypatch.setattr(messenger, "replay_page", count)
+    lines = await asyncio.gather(*(alice.listens(chat, "?after=0") for _ in range(20)))
+    for line in lines:
+        heard = [await line.hears("message") for _ in range(20)]
+        assert [frame["data"]["seq"] for frame in heard] == list(range(1, 21))
+        assert (await line.hears("ready"))["data"]["rev"] == 20
+    assert most == messenger.REPLAYS_PER_USER
 
 
 # ---- Typing

@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator
 import messenger
 from plumbing import endpoints
 from plumbing.endpoints import Problem
-from support.databases import on_cluster
+from support.databases import on_cluster, until_waiting
 from support.people import PASSWORD, Line, Person, new_id
 from support.recorder import Document, Json, Recorder, documents, kinds, pointer
 from support.servers import ROOT, SECRET_KEY, SETTINGS
@@ -602,6 +602,24 @@ async def try_limits(
     await closed.posts("/users", account, 403)
 
 
+async def try_reads(
+    alice: Person, chat: int, make_client: MakeClient, url: str, sql: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Read each list that is heavy while another is under way."""
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.1)
+    hasty = await meets(alice, make_client, url, reads_per_user=1)
+    await hasty.gets("/chats")
+    async with sql.transaction():
+        await sql.execute("lock table chats in access exclusive mode")
+        waiting = asyncio.create_task(hasty.asks("GET", "/chats"))
+        await until_waiting(sql)
+        for path in ("/chats", f"/chats/{chat}/messages", f"/chats/{chat}/changes"):
+            await hasty.expects(429, "GET", path)
+    await waiting
+    monkeypatch.undo()
+
+
 async def try_slow_bodies(
     alice: Person, chat: int, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -657,6 +675,7 @@ async def test_what_is_said_is_described(
     await is_refused_everywhere(alice, await alice.opens(bob))
     chat = await alice.founds(bob)
     await try_limits(alice, chat, aiohttp_client, database_url)
+    await try_reads(alice, chat, aiohttp_client, database_url, sql, monkeypatch)
     await try_slow_bodies(alice, chat, recorder, monkeypatch)
     name = await sql.fetchval("select current_database()")
     away = f"alter database {name} allow_connections false"

@@ -34,7 +34,7 @@ from plumbing.guard import (
     token_of_socket,
 )
 from plumbing.process import DESCRIPTORS_SPARE, StartError
-from support.people import PASSWORD, SOON_SECONDS, Line, Person, login
+from support.people import HEAR_SECONDS, PASSWORD, SOON_SECONDS, Line, Person, login
 from support.raw import HANDSHAKE
 from support.servers import SECRET_KEY, SETTINGS
 
@@ -791,6 +791,56 @@ async def test_page_runs_its_own_script_alone(anyone: Client) -> None:
         assert "unsafe" not in policy
         assert policy.count("'sha256-") == len(re.findall("<script|<style", page)) > 1
         assert not re.search(r"<\w[^>]*\s(on\w+|style)\s*=", page)
+
+
+# ---- Slots
+
+
+async def test_slots_let_so_many_of_each_key_in() -> None:
+    """Of each key so many are let in, then whoever waited first for each that has ended; another
+    key has slots of its own."""
+    slots, order = guard.Slots(2), []
+
+    async def works(number: int) -> None:
+        give_back = await slots.take("a")
+        order.append(number)
+        await asyncio.sleep(0)
+        give_back()
+
+    first, second = await slots.take("a"), await slots.take("a")
+    waiting = [asyncio.create_task(works(number)) for number in range(5)]
+    await asyncio.sleep(0)
+    assert order == []
+    (await slots.take("b"))()
+    waiting[1].cancel()
+    first()
+    second()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert order == [0, 2, 3, 4]
+    begun = [await asyncio.wait_for(slots.take("a"), HEAR_SECONDS) for _ in range(2)]
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(slots.take("a"), 0.01)
+    for give_back in begun:
+        give_back()
+
+
+async def test_slots_may_be_without_bound() -> None:
+    """With a bound of 0 any number is let in."""
+    slots = guard.Slots(0)
+    for _ in range(100):
+        await asyncio.wait_for(slots.take("a"), HEAR_SECONDS)
+
+
+async def test_work_that_fails_gives_its_slot_back() -> None:
+    """A slot is free again however the work has ended."""
+    slots = guard.Slots(1)
+
+    async def fails(number: int) -> None:
+        raise ValueError(number)
+
+    for number in range(3):
+        with pytest.raises(ValueError, match=str(number)):
+            await asyncio.wait_for(slots.run("a", fails, number), HEAR_SECONDS)
 
 
 # ---- What is believed
