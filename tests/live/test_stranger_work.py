@@ -16,6 +16,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 
 import messenger
+from plumbing import endpoints
+from plumbing.endpoints import Problem
 from plumbing.guard import Rate
 from plumbing.text import words_of
 from support.people import HEAR_SECONDS, PASSWORD, Person
@@ -181,6 +183,19 @@ async def test_frames_are_taken_in_turn_with_others(
             await asyncio.sleep(0.01)
     steps = [later - before for before, later in itertools.pairwise(turns)]
     assert max(steps) <= messenger.FRAMES_AT_ONCE
+
+
+@pytest.mark.parametrize("text", [
+    '{"type":"nothing"}', '{"type":"message","text":5}', '{"type":"sync","chats":{"x":1}}',
+    '{"type":"read","message_id":"x"}', "[" * 60, '{"type":"typing","x":1}',
+])
+def test_frame_of_another_shape_is_refused_as_fast_as_any(text: str) -> None:
+    """What is wrong with a frame is found in no time, whatever it is."""
+    began = time.process_time()
+    for _ in range(2_000):
+        with pytest.raises(Problem):
+            endpoints.decode_json(messenger.CLIENT_FRAME, text)
+    assert time.process_time() - began < 0.6  # of the processor; an unknown type took 1.1 s
 
 
 async def test_frames_after_the_close_are_taken_in_turn_with_others(
