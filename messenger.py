@@ -210,6 +210,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     changes_per_minute: Count = 60
     typing_per_second: Count = 5
     sockets_per_user: Count = 50
+    calls_per_user: Count = 8
     reads_per_user: Count = 2
     connections_per_address: Count = 2000
     refused_handshakes_per_second: Count = 10
@@ -236,6 +237,10 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
         guard.read_networks(self.trusted_proxies)
         guard.read_origins(self.cors_origins)
         check_metrics_ports(self.metrics_port, self.workers, self.port)
+
+    def bound(self, number: int) -> int:
+        """Answer a limit that is a setting; 0 where there are to be none."""
+        return number if self.rate_limits == "on" else 0
 
     @property
     def database(self) -> str:
@@ -265,13 +270,12 @@ ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
-READS_PER_MESSAGE = 5  # so many times as often as it may post, a user may mark as read
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
 REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
-REPLAYS_PER_USER = 2  # pages of replays that are read at once
+REPLAYS_PER_USER = 2  # that begin, or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 RUN_GAP = 100  # numbers between two messages, up to which their readers are looked for in one run
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
@@ -2985,8 +2989,7 @@ CLOSED_EARLY = {TOKEN_ENDED: Unauthorized, NOT_IN_CHAT: ChatNotFound}
 async def follow(request: web.Request, socket: Socket, after: str | None) -> web.WebSocketResponse:
     """Serve a socket until it is closed."""
     rooms, settings = request.app[ROOMS], request.app[SETTINGS]
-    open_sockets = rooms.count_sockets(request[ME])
-    if settings.rate_limits == "on" and open_sockets >= settings.sockets_per_user:
+    if 0 < settings.bound(settings.sockets_per_user) <= rooms.count_sockets(request[ME]):
         raise TooManySockets
     try:
         await rooms.join(socket)
@@ -3177,7 +3180,8 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     if socket.chat_id is not None:
         refused = dict.fromkeys(given.keys() - {socket.chat_id}, ChatNotFound())
     own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
-    refused |= await request.app[ROOMS].sync(socket, own, frame.ref)
+    rooms, me = request.app[ROOMS], socket.asker.user_id
+    refused |= await rooms.replaying.run(me, rooms.sync, socket, own, frame.ref)
     for chat_id, error in refused.items():
         refuse_frame(socket, problem_of(socket, error), frame.ref, chat_id)
 
@@ -3250,7 +3254,7 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 
 # ==== Endpoints ===================================================================================
 # The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
-# passes over parameters that the handler does not name. Of `heavy` ones a user has few under way.
+# passes over parameters that the handler does not name. Of `heavy` ones a user has fewer under way.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -3300,10 +3304,10 @@ PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id":
 def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
     """Make what this process counts by itself."""
     handshakes = settings.refused_handshakes_per_second
-    burst, per_second = settings.messages_burst, settings.messages_per_second
+    messages = settings.messages_burst, settings.messages_per_second
     return {
-        TooManyMessages: Rate(burst, per_second),
-        TooMuchReading: Rate(READS_PER_MESSAGE * burst, READS_PER_MESSAGE * per_second),
+        TooManyMessages: Rate(*messages),
+        TooMuchReading: Rate(*(5 * each for each in messages)),  # a client may mark each message
         TooManyChanges: Rate(settings.changes_burst, settings.changes_per_minute / 60),
         TooManyFrames: Rate(FRAMES_BURST, FRAMES_PER_SECOND),
         TooMuchTyping: Rate(settings.typing_per_second, settings.typing_per_second),
@@ -3335,8 +3339,9 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
-    at_once = settings.reads_per_user if settings.rate_limits == "on" else 0
-    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS, guard.Slots(at_once))
+    limits = settings.calls_per_user, settings.reads_per_user
+    slots = [guard.Slots(settings.bound(each)) for each in limits]
+    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS, *slots)
     return app
 
 
@@ -3399,8 +3404,7 @@ async def start_sites(
     if settings.metrics_port:
         private = stack.enter_context(process.listen_on(
             settings.metrics_host, settings.metrics_port, names=("METRICS_HOST", "METRICS_PORT")))
-    at_most = settings.connections_per_address if settings.rate_limits == "on" else 0
-    admit = guard.Connections(at_most, app[PROXIES]).admit
+    admit = guard.Connections(settings.bound(settings.connections_per_address), app[PROXIES]).admit
     # Its sockets are closed first: once the runner cleans up, they answer no close.
     await start_site(stack, listener, app, close=close_sockets, admit=admit)
     if private is not None:

@@ -34,7 +34,8 @@ from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
-SLOT_SECONDS = 1.0  # for which a heavy call waits until its asker has fewer under way
+SLOT_SECONDS = 1.0  # for which a call waits until its asker has fewer under way
+SWITCHING = 101  # the status of a websocket
 PLACES = ("before", "after", "cursor")  # the parameters of a query that say where a page is
 PROBLEM_JSON = "application/problem+json"
 RETRY_SECONDS = 1  # after which to try again, where nothing better is known
@@ -121,7 +122,7 @@ class RequestTimeout(Problem, status=408, title="The body took too long to arriv
 class BodyTooLarge(Problem, status=413, title="The body is too large"): ...
 class ExpectationFailed(Problem, status=417, title="Expect nothing but 100-continue"): ...
 class InvalidInput(Problem, status=422, title="Some of the input is not valid"): ...
-class TooManyReads(Problem, status=429, title="You are reading too much at once"): ...
+class TooManyCalls(Problem, status=429, title="You have too many calls under way"): ...
 class UpgradeRequired(Problem, status=426, title="Only websockets can connect here"): ...
 class InternalError(Problem, status=500, title="Something went wrong on the server"): ...
 class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
@@ -178,7 +179,7 @@ class Endpoint:
     """One line of the table: what a method on a path calls, and the status of success.
 
     A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
-    Of those that are `heavy` somebody has few under way at once, each until its answer was taken.
+    Of those that are `heavy` somebody has fewer under way at once.
     """
 
     method: str
@@ -313,12 +314,12 @@ def read_query(request: web.Request, shape: type[Struct], any_query: bool) -> di
 
 
 async def hold_slot(request: web.Request, slots: Slots, key: Hashable) -> None:
-    """Hold one of somebody's slots until the answer was taken. Raises TooManyReads."""
+    """Hold one of somebody's slots until the answer was taken. Raises TooManyCalls."""
     try:
         async with asyncio.timeout(SLOT_SECONDS):
             request[GIVE_BACK] = await slots.take(key)
     except TimeoutError:
-        raise TooManyReads from None
+        raise TooManyCalls from None
 
 
 def bind(
@@ -329,9 +330,9 @@ def bind(
 ) -> Handler:
     """Make the aiohttp handler of an endpoint.
 
-    `authenticate` is awaited first, unless the endpoint is public, and answers whose slots a heavy
-    one takes; a malformed id in a path is refused with the problem of its name. One deadline bounds
-    all that both wait for.
+    `authenticate` is awaited first, unless the endpoint is public, and answers who asks: the call
+    takes one of their slots, but for a websocket. A malformed id in a path is refused with the
+    problem of its name. One deadline bounds all that is waited for.
     """
     signature = Signature.of(endpoint)
 
@@ -342,6 +343,8 @@ def bind(
     async def answer(request: web.Request) -> web.StreamResponse:
         if not endpoint.public:
             asker = await authenticate(request)
+            if endpoint.status != SWITCHING:
+                await hold_slot(request, slots, asker)
         arguments = {
             name: read_path(kind, request.match_info[name], path_problems[name])
             for name, kind in signature.path.items()
@@ -352,8 +355,6 @@ def bind(
             body = await read_body(request)
             if body or signature.body_required:
                 arguments["body"] = decode_json(signature.body, body)
-        if endpoint.heavy:
-            await hold_slot(request, slots, asker)
         return respond(endpoint, await endpoint.handler(request, **arguments))
 
     return handle
@@ -376,12 +377,16 @@ def route_path(path: str, paths: Iterable[str]) -> str:
 def add_routes(
     app: web.Application, endpoints: Sequence[Endpoint],
     authenticate: Callable[[web.Request], Awaitable[Hashable]],
-    path_problems: Mapping[str, type[Problem]], slots: Slots,
+    path_problems: Mapping[str, type[Problem]], light: Slots, heavy: Slots,
 ) -> None:
-    """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD."""
+    """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD.
+
+    A heavy one takes other slots of its asker than the light ones.
+    """
     paths = [endpoint.path for endpoint in endpoints]
     for endpoint in endpoints:
         name = endpoint.handler.__name__
+        slots = heavy if endpoint.heavy else light
         handler = bind(endpoint, authenticate, path_problems, slots)
         path = route_path(endpoint.path, paths)
         for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):

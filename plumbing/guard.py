@@ -365,11 +365,13 @@ class Slots:
         await turns.take(key)
         return turns.give_back
 
-    async def run(self, key: Hashable, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+    async def run(
+        self, key: Hashable, work: Callable[..., Awaitable[Result]], *args: Any
+    ) -> Result:
         """Do some work, which begins once there is a slot."""
         give_back = await self.take(key)
         try:
-            await work(*args)
+            return await work(*args)
         finally:
             give_back()
 

@@ -508,7 +508,7 @@ async def test_answer_that_is_not_read_holds_a_slot(
                 await asyncio.sleep(0.01)
         for path in (heavy, "/chats", f"/chats/{chat}/changes", f"/chats/{chat}/messages?q=x"):
             answer = await alice.asks("GET", path)
-            assert (answer.status, (await answer.json())["type"]) == (429, "too-many-reads")
+            assert (answer.status, (await answer.json())["type"]) == (429, "too-many-calls")
             assert answer.headers["Retry-After"] == "1"
             await bob.gets(path)
         await alice.gets(f"/chats/{chat}")
@@ -539,12 +539,13 @@ async def test_slow_reader_is_not_cut(
         assert count + await reads_to_the_end(slow) > 1_600_000
 
 
-async def test_heavy_reads_at_once_are_all_answered(house: House) -> None:
-    """Of many heavy reads of a user at once each is answered, one after the other."""
-    here = await house.opens(reads_per_user=1)
+async def test_calls_at_once_are_all_answered(house: House) -> None:
+    """Of many calls of a user at once each is answered, one after the other; a socket is none."""
+    here = await house.opens(reads_per_user=1, calls_per_user=1)
     alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
     chat = await alice.opens(bob)
-    paths = ("/chats", f"/chats/{chat}/messages", f"/chats/{chat}/changes") * 5
+    await alice.listens_live(chat)
+    paths = ("/chats", f"/chats/{chat}/messages", f"/chats/{chat}/changes", "/users/me") * 5
     answers = await asyncio.gather(*(alice.asks("GET", path) for path in paths))
     assert {answer.status for answer in answers} == {200}
 
