@@ -269,7 +269,7 @@ ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
-FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
+FRAMES_AT_ONCE = 16  # taken from one socket, until the others had their turn
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
 REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
