@@ -2371,9 +2371,11 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
     """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
     # A try that is refused as Busy is not counted.
-    request.app[PASSWORDS].check_queue(address_of(request))
+    address, passwords = address_of(request), request.app[PASSWORDS]
+    passwords.check_queue(address)
     if request.app[SETTINGS].rate_limits == "on":
-        wait = await request.app[DATABASE].value(COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
+        wait = await passwords.counting.run(
+            address, request.app[DATABASE].value, COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
         if wait:
             raise TooManyAttempts.until(wait)
 
@@ -2429,7 +2431,8 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     if claims is None:
         raise InvalidToken
     holder = claims["sid"], int(claims["sub"]), claims.get("key", "")
-    charge(request.app, TooManyChanges, (holder[1], REFRESH_SESSION))
+    # By the session: the token of one that has ended must not keep the user's others from it.
+    charge(request.app, TooManyChanges, (holder[0], REFRESH_SESSION))
     session = await database.row(
         REFRESH_SESSION, *holder, int(claims["jti"]), REFRESH_GRACE_SECONDS)
     if session is None:
@@ -3304,10 +3307,10 @@ PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id":
 def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
     """Make what this process counts by itself."""
     handshakes = settings.refused_handshakes_per_second
-    messages = settings.messages_burst, settings.messages_per_second
     return {
-        TooManyMessages: Rate(*messages),
-        TooMuchReading: Rate(*(5 * each for each in messages)),  # a client may mark each message
+        TooManyMessages: Rate(settings.messages_burst, settings.messages_per_second),
+        # Some clients mark each message.
+        TooMuchReading: Rate(5 * settings.messages_burst, 5 * settings.messages_per_second),
         TooManyChanges: Rate(settings.changes_burst, settings.changes_per_minute / 60),
         TooManyFrames: Rate(FRAMES_BURST, FRAMES_PER_SECOND),
         TooMuchTyping: Rate(settings.typing_per_second, settings.typing_per_second),
@@ -3339,9 +3342,8 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
-    limits = settings.calls_per_user, settings.reads_per_user
-    slots = [guard.Slots(settings.bound(each)) for each in limits]
-    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS, *slots)
+    calls, reads = settings.bound(settings.calls_per_user), settings.bound(settings.reads_per_user)
+    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS, calls, reads)
     return app
 
 

@@ -343,18 +343,17 @@ def bind(
     async def answer(request: web.Request) -> web.StreamResponse:
         if not endpoint.public:
             asker = await authenticate(request)
-            if endpoint.status != SWITCHING:
-                await hold_slot(request, slots, asker)
         arguments = {
             name: read_path(kind, request.match_info[name], path_problems[name])
             for name, kind in signature.path.items()
         }
         if request.rel_url.raw_query_string:
             arguments |= read_query(request, signature.query, endpoint.any_query)
-        if signature.body is not None:
-            body = await read_body(request)
-            if body or signature.body_required:
-                arguments["body"] = decode_json(signature.body, body)
+        body = b"" if signature.body is None else await read_body(request)
+        if not endpoint.public and endpoint.status != SWITCHING:
+            await hold_slot(request, slots, asker)
+        if signature.body is not None and (body or signature.body_required):
+            arguments["body"] = decode_json(signature.body, body)
         return respond(endpoint, await endpoint.handler(request, **arguments))
 
     return handle
@@ -377,13 +376,14 @@ def route_path(path: str, paths: Iterable[str]) -> str:
 def add_routes(
     app: web.Application, endpoints: Sequence[Endpoint],
     authenticate: Callable[[web.Request], Awaitable[Hashable]],
-    path_problems: Mapping[str, type[Problem]], light: Slots, heavy: Slots,
+    path_problems: Mapping[str, type[Problem]], calls_at_once: int, heavy_at_once: int,
 ) -> None:
     """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD.
 
-    A heavy one takes other slots of its asker than the light ones.
+    Of somebody's calls, and of their heavy ones, so many are under way at once (0: any number).
     """
     paths = [endpoint.path for endpoint in endpoints]
+    light, heavy = Slots(calls_at_once), Slots(heavy_at_once)
     for endpoint in endpoints:
         name = endpoint.handler.__name__
         slots = heavy if endpoint.heavy else light

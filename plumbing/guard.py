@@ -437,6 +437,9 @@ class Passwords:
         self._waiting = 0
         self._waiting_of: Counter[str] = Counter()  # by address
         self._turns = Turns(PASSWORD_THREADS)
+        # The tries of an address are counted one after the other: each waits for the one before,
+        # and would hold a connection to the database meanwhile.
+        self.counting = Slots(1)
         self._threads = ThreadPoolExecutor(
             PASSWORD_THREADS, "bcrypt", initializer=_let_others_go_first)
         # Verified against for an unknown email, so that it takes as long as a known one.

@@ -18,7 +18,7 @@ from plumbing import endpoints, guard
 from plumbing.guard import Rate
 from support.databases import until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
-from support.raw import HANDSHAKE, transport_of
+from support.raw import HANDSHAKE, RawConnection, transport_of
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
@@ -226,6 +226,24 @@ async def test_tries_at_once_are_counted_one_after_the_other(
     assert await beside == 900
     assert await other.fetchval(messenger.COUNT_ATTEMPT, "nobody", 900, 1) is None
     await other.close()
+
+
+async def test_tries_of_an_address_hold_one_connection_to_the_database(
+    house: House, sql: asyncpg.Connection
+) -> None:
+    """Tries of one address wait for one another outside the database: its connections are there for
+    everybody else."""
+    here = await house.opens(database_connections=3)
+    alice = await house.takes_in(here, "alice")
+    async with sql.transaction():
+        await sql.fetchval(messenger.COUNT_ATTEMPT, "login from:203.0.113.1", 900, 100)
+        trying = [asyncio.create_task(logs_in(here, f"{n}@example.com")) for n in range(20)]
+        await until_waiting(sql)
+        for _ in range(10):
+            await alice.gets("/chats")
+        assert (await logs_in(here, "nobody@example.com", origin="203.0.113.2"))[0] == 401
+        assert not any(each.done() for each in trying)
+    assert {status for status, *_ in await asyncio.gather(*trying)} <= {401, 503}
 
 
 # ---- Registrations
@@ -448,7 +466,21 @@ async def test_changes_of_each_kind_are_limited(house: House) -> None:
     assert len(await alice.gets("/chats")) == 3
 
 
-# ---- Heavy reads
+async def test_tokens_of_an_ended_session_spend_nobody_elses_refreshes(house: House) -> None:
+    """Refreshes are counted by the session: who holds the token of one that has ended keeps its
+    user from nothing."""
+    here = await house.opens(changes_burst=2, changes_per_minute=1)
+    alice = await house.takes_in(here, "alice")
+    stolen = alice.refresh
+    await alice.posts("/users/logout", status=204)
+    await alice.logs_in()
+    for token, statuses in ((stolen, [401, 401, 429]), (alice.refresh, [200, 200, 429])):
+        for status in statuses:
+            async with here.post("/api/v1/users/refresh", json={"refresh_token": token}) as answer:
+                assert answer.status == status
+
+
+# ---- Calls under way
 
 
 @pytest.fixture
@@ -537,6 +569,21 @@ async def test_slow_reader_is_not_cut(
             count += len(await asyncio.get_running_loop().sock_recv(slow, 100_000))
         monkeypatch.setattr(guard, "STALLED_SECONDS", 300)
         assert count + await reads_to_the_end(slow) > 1_600_000
+
+
+async def test_body_that_does_not_come_holds_no_slot(house: House) -> None:
+    """A call is under way once its body is there: who sends it slowly may call meanwhile."""
+    here = await house.opens(calls_per_user=1)
+    alice = await house.takes_in(here, "alice")
+    raw = await RawConnection.opens(here.port, (
+        "POST /api/v1/chats HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n"
+        f"Authorization: Bearer {alice.access}\r\n\r\n").encode())
+    assert b"100 Continue" in await raw.reader.readuntil(b"\r\n\r\n")
+    for _ in range(3):
+        await alice.gets("/users/me")
+    raw.writer.write(b"{}")
+    assert (await raw.hears())[0] == 422
+    raw.close()
 
 
 async def test_calls_at_once_are_all_answered(house: House) -> None:
