@@ -83,12 +83,10 @@ FRAME_HANDLERS, and its example.
 import asyncio
 import bisect
 import contextlib
-import itertools
 import logging
 import os
 import secrets
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import (
@@ -159,10 +157,10 @@ from plumbing.endpoints import (
 )
 from plumbing.groups import GroupReader, GroupWriter, Outcome, by_place, columns_of
 from plumbing.guard import Passwords, Rate
-from plumbing.marks import mark_of, new_mark, position_of, read_position
-from plumbing.process import StartError, Tasks
+from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
+from plumbing.process import Listener, StartError, Tasks
 from plumbing.schema import migrate_when_up
-from plumbing.serving import metrics_app, run_workers, start_site
+from plumbing.serving import run_workers, start_metrics, start_site
 from plumbing.settings import Port, check_metrics_port, read_settings
 from plumbing.text import holds_runs, words_and_runs, words_of, words_wanted
 from plumbing.uuids import uuid7
@@ -212,8 +210,13 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     registrations_per_address: Count = 100
     messages_burst: Count = 60
     messages_per_second: Count = 20
+    changes_burst: Count = 500
+    changes_per_minute: Count = 120
     typing_per_second: Count = 5
     sockets_per_user: Count = 50
+    calls_per_user: Count = 8
+    reads_per_user: Count = 2
+    connections_per_address: Count = 2000
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
     log_format: Literal["text", "json"] = "text"
@@ -239,6 +242,10 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
         guard.read_networks(self.trusted_proxies)
         guard.read_origins(self.cors_origins)
         check_metrics_port(self.metrics_port, self.port)
+
+    def bound(self, number: int) -> int:
+        """Answer a limit that is a setting; 0 where there are to be none."""
+        return number if self.rate_limits == "on" else 0
 
     @property
     def database(self) -> str:
@@ -267,14 +274,14 @@ ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
-FRAMES_AT_ONCE = 64  # taken from one socket, until the others had their turn
+FRAMES_AT_ONCE = 16  # taken from one socket, until the others had their turn
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
 REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
+REPLAYS_PER_USER = 2  # that begin, or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
-RUN_GAP = 100  # numbers between two messages, up to which their readers are looked for in one run
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
@@ -285,6 +292,7 @@ UPKEEP_SECONDS = 60
 UPKEEP_ROWS = 1000  # deleted at once
 ENDED_SECONDS = 86_400  # for which an ended session is kept
 READ_SECONDS = 90 * 86_400  # for which the time of a read is kept
+LEFT_SECONDS = 2 * 86_400  # for which a departure is kept; a socket lives for a token's life, a day
 LEAVING_SECONDS = 1.0  # how long the deletion of an account waits until its chats are left
 WATCH_SECONDS = 1.0
 POLL_SECONDS = 1.0
@@ -688,7 +696,7 @@ CLOSE_CODES = {
     TOKEN_ENDED: "the token expired or was revoked",
     NOT_IN_CHAT: "the user is no longer in this chat",
     STALLED: "the client took no byte for 30 s",
-    FLOODING: "went on after `too-many-messages`, `too-many-frames` or `too-much-typing`",
+    FLOODING: "went on after `too-many-frames`, `too-much-typing` or another 429",
 }
 
 SEQ = attrgetter("seq")
@@ -727,6 +735,8 @@ class ReplyNotFound(Problem, status=422, title="The message replied to is not in
 class TooManyAttempts(Problem, status=429, title="Too many attempts"): ...
 class TooManyMessages(Problem, status=429, title="You are sending messages too fast"): ...
 class TooManyFrames(Problem, status=429, title="You are sending frames too fast"): ...
+class TooManyChanges(Problem, status=429, title="You are changing this too often"): ...
+class TooMuchReading(Problem, status=429, title="You are marking messages as read too fast"): ...
 class TooMuchTyping(Problem, status=429, title="You are sending `typing` too often"): ...
 class TooManySockets(Problem, status=429, title="You have too many sockets open"): ...
 class TooManyHandshakes(Problem, status=429, title="Too many of your sockets were refused"): ...
@@ -900,8 +910,8 @@ def charge(app: web.Application, problem: type[Problem], key: Hashable) -> None:
         raise problem.until(wait)
 
 
-async def authenticate(request: web.Request) -> None:
-    """Find out who sends a request.
+async def authenticate(request: web.Request) -> int:
+    """Find out who sends a request; answer their id.
 
     Raises Unauthorized, TooManyHandshakes, Unavailable.
     """
@@ -912,6 +922,7 @@ async def authenticate(request: web.Request) -> None:
             charge(request.app, TooManyHandshakes, address_of(request))
         raise
     request[ME] = request[ASKER].user_id
+    return request[ME]
 
 
 # ==== Rooms =======================================================================================
@@ -1178,6 +1189,7 @@ class Rooms:
         self._sessions = sessions
         self._bus = bus
         self._tasks = tasks
+        self.replaying = guard.Slots(REPLAYS_PER_USER)
         self._look_ups = GroupReader(self._followed_by)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
@@ -1621,15 +1633,6 @@ def messages_with(rows: list[Any], readers: Mapping[str, Any] | None) -> list[Me
     return messages
 
 
-def run_ends(seqs: list[int]) -> tuple[list[int], list[int]]:
-    """Divide rising numbers into runs wherever many messages may lie between two of them.
-
-    Answers the first number of each run, and the last.
-    """
-    pairs = [pair for pair in itertools.pairwise(seqs) if pair[1] - pair[0] > RUN_GAP]
-    return [seqs[0], *[pair[1] for pair in pairs]], [*[pair[0] for pair in pairs], seqs[-1]]
-
-
 def add_readers(messages: list[Message], row: Mapping[str, Any]) -> None:
     """Name and count who read each message, oldest first, from the row of select_readers."""
     seqs = [message.seq for message in messages]
@@ -1662,9 +1665,8 @@ async def catch_up(rooms: Rooms, socket: Socket) -> None:
     try:
         await socket.drain()
         while socket.replays:
-            chat_id = next(iter(socket.replays))
             try:
-                await replay_page(rooms, socket, socket.rooms[chat_id], socket.replays[chat_id])
+                await rooms.replaying.run(socket.asker.user_id, replay_page, rooms, socket)
             except Unavailable:
                 await asyncio.sleep(RETRY_SECONDS)
             await socket.drain()
@@ -1677,8 +1679,13 @@ async def catch_up(rooms: Rooms, socket: Socket) -> None:
         socket.catching_up = None
 
 
-async def replay_page(rooms: Rooms, socket: Socket, room: Room, replay: Replay) -> None:
-    """Give a socket a page of what it missed, or let it be live where it missed nothing."""
+async def replay_page(rooms: Rooms, socket: Socket) -> None:
+    """Give a socket a page of what it missed in a chat, or let it be live there if that is nothing.
+    """
+    chat_id, replay = next(iter(socket.replays.items()), (0, None))
+    if replay is None:
+        return  # it lost the chat while it waited for its turn
+    room = socket.rooms[chat_id]
     if replay.at >= room.delivered:
         if room.filling is None:
             rooms.go_live(socket, room)
@@ -1922,42 +1929,49 @@ SWEEP_EMPTY_CHAT = """  -- limit
     -- chats_empty, messages_pkey, message_words_pkey, reads_pkey; locks the chat
     select sweep_empty_chat(at_most => $1)"""
 
-PURGE_OLD = """  -- ended_seconds, life_seconds, attempt_seconds, read_seconds, limit
-    -- sessions_ended, sessions_by_rotation, attempts_by_age, reads_by_age
+PURGE_OLD = """
+    -- ended_seconds, life_seconds, attempt_seconds, read_seconds, left_seconds, limit
+    -- sessions_ended, sessions_by_rotation, attempts_by_age, reads_by_age, departures_by_age
     -- Answers how many rows it deleted, at most `limit` of each kind: sessions some time after they
-    -- ended or could last be refreshed, attempts that no longer count, and the times at which
-    -- messages were read (that they were read stays known). It waits for no lock: another process
-    -- may be purging too.
+    -- ended or could last be refreshed, attempts that no longer count, the times at which messages
+    -- were read (that they were read stays known), and departures that every process has seen. It
+    -- waits for no lock: another process may be purging too.
     with ended as (
         delete from sessions where id = any (array(
             select s.id from sessions s
             where s.ended_at < now() - make_interval(secs => $1)
-            order by s.ended_at limit $5 for update skip locked))
+            order by s.ended_at limit $6 for update skip locked))
         returning 1
     ), expired as (
         delete from sessions where id = any (array(
             select s.id from sessions s
             where s.rotated_at < now() - make_interval(secs => $2::float8 + $1::float8)
               and s.ended_at is null
-            order by s.rotated_at limit $5 for update skip locked))
+            order by s.rotated_at limit $6 for update skip locked))
         returning 1
     ), attempt as (
         delete from attempts where ctid = any (array(
             select a.ctid from attempts a
             where a.at < now() - make_interval(secs => $3)
-            order by a.at limit $5 for update skip locked))
+            order by a.at limit $6 for update skip locked))
         returning 1
     ), step as (
         delete from reads r using (
             select chat_id, user_id, seq from reads
             where read_at < now() - make_interval(secs => $4)
-            order by read_at limit $5 for update skip locked) old
+            order by read_at limit $6 for update skip locked) old
         where r.chat_id = old.chat_id and r.user_id = old.user_id and r.seq = old.seq
+        returning 1
+    ), departure as (
+        delete from departures where ctid = any (array(
+            select d.ctid from departures d
+            where d.left_at < now() - make_interval(secs => $5)
+            order by d.left_at limit $6 for update skip locked))
         returning 1
     )
     select count(*)
-    from (table ended union all table expired union all table attempt union all table step) gone"""
-
+    from (table ended union all table expired union all table attempt union all table step
+          union all table departure) gone"""
 
 SETTLE_CLOCK = """  -- limit
     -- sessions_by_rotation, sessions_ended, participants_joined, attempts_by_age
@@ -2223,7 +2237,8 @@ async def keep_tidy(app: web.Application) -> None:
             await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS)
             + await database.value(SETTLE_CLOCK, UPKEEP_ROWS)
             + await database.value(
-                PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, UPKEEP_ROWS))
+                PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, LEFT_SECONDS,
+                UPKEEP_ROWS))
         await asyncio.sleep(0.05)  # others come first
 
 
@@ -2353,9 +2368,11 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
     """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
     # A try that is refused as Busy is not counted.
-    request.app[PASSWORDS].check_queue(address_of(request))
+    address, passwords = address_of(request), request.app[PASSWORDS]
+    passwords.check_queue(address)
     if request.app[SETTINGS].rate_limits == "on":
-        wait = await request.app[DATABASE].value(COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
+        wait = await passwords.counting.run(
+            address, request.app[DATABASE].value, COUNT_ATTEMPT, key, ATTEMPT_SECONDS, allowed)
         if wait:
             raise TooManyAttempts.until(wait)
 
@@ -2409,7 +2426,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
 
     Only a client that lost the answer may repeat it: within 30 s as long as nobody refreshed with
     the new one, later as long as neither new token was used. Any other use of an old refresh token
-    ends the session. Raises InvalidToken.
+    ends the session. Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
@@ -2417,6 +2434,8 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     if claims is None:
         raise InvalidToken
     holder = claims["sid"], int(claims["sub"]), claims.get("key", "")
+    # By the session: the token of one that has ended must not keep the user's others from it.
+    charge(request.app, TooManyChanges, (holder[0], REFRESH_SESSION))
     session = await database.row(
         REFRESH_SESSION, *holder, int(claims["jti"]), REFRESH_GRACE_SECONDS)
     if session is None:
@@ -2480,10 +2499,12 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
 
     A new email or password needs `current_password`. A new password ends every other session;
     an inactive account is signed out everywhere, and active again after the next login.
-    Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts.
+    Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts,
+    TooManyChanges.
     """
     app, me = request.app, request[ASKER]
     await check_self(request, user_id)
+    charge(app, TooManyChanges, (me.user_id, CHANGE_USER))
     nothing = (None, None)
     email = nothing if body.email is UNSET else checked_email(body.email)
     username = nothing if body.username is UNSET else checked_username(body.username)
@@ -2600,9 +2621,10 @@ TURNS = web.AppKey("turns", WeakValueDictionary[int, asyncio.Lock])
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     """Create a group, or open the personal chat with another user, which is always the same one.
 
-    A personal chat that was there before answers 200. Raises InvalidInput.
+    A personal chat that was there before answers 200. Raises InvalidInput, TooManyChanges.
     """
     me = request[ME]
+    charge(request.app, TooManyChanges, (me, CREATE_GROUP))
     others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
     if body.is_group:
         if body.name is None:
@@ -2651,7 +2673,7 @@ async def list_chats(
 
 
 async def change_chat(request: web.Request, chat_id: ChatId, body: ChangedChat) -> Chat:
-    """Rename a group. Raises ChatNotFound, NotAllowed, PersonalChat."""
+    """Rename a group. Raises ChatNotFound, NotAllowed, PersonalChat, TooManyChanges."""
     await alter_chat(request, RENAME_CHAT, chat_id, body.name)
     return await get_chat(request, chat_id)
 
@@ -2674,7 +2696,8 @@ async def add_participant(
     """Put a user into a group; as its owner also give a role, or hand ownership on.
 
     Who was in before answers 200, with the role given now.
-    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
+    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
+    TooManyChanges.
     """
     row = await alter_chat(
         request, PUT_PARTICIPANT, chat_id, body.user_id, body.role, GROUP_PARTICIPANTS_MAX,
@@ -2691,7 +2714,8 @@ async def add_participant_by_id(
     """Put a user into a group, named by the path.
 
     Who was in before answers 200, with the role given now.
-    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
+    Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
+    TooManyChanges.
     """
     role = body.role if body else None
     return await add_participant(request, chat_id, NewParticipant(user_id, role))
@@ -2700,7 +2724,7 @@ async def add_participant_by_id(
 async def remove_participant(request: web.Request, chat_id: ChatId, user_id: UserId) -> None:
     """Leave a group, or take a user out of it.
 
-    Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat.
+    Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat, TooManyChanges.
     """
     await alter_chat(request, REMOVE_PARTICIPANT, chat_id, user_id)
 
@@ -2710,9 +2734,10 @@ async def alter_chat(
 ) -> Mapping[str, Any]:
     """Change name or participants of a chat, let every process know, and answer the row.
 
-    Raises the problem that the row names. One at a time changes a chat: where somebody else holds
-    it, who waits for it takes one connection to PostgreSQL, and not all of them.
+    Raises the problem that the row names, TooManyChanges. One at a time changes a chat: where
+    somebody else holds it, who waits for it takes one connection to PostgreSQL, not all of them.
     """
+    charge(request.app, TooManyChanges, (request[ME], statement))
     async with request.app[TURNS].setdefault(chat_id, asyncio.Lock()):
         row = await request.app[DATABASE].row(statement, chat_id, request[ME], *arguments)
     if problem := refused(row["outcome"]):
@@ -2821,8 +2846,9 @@ async def change_message(
 async def delete_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> None:
     """Delete a message: its sender may, in a group owner and admins too; a tombstone stays.
 
-    Raises ChatNotFound, MessageNotFound, SenderOnly.
+    Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
+    charge(request.app, TooManyMessages, (request[ME], "deleted"))
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, None))
 
 
@@ -2932,8 +2958,9 @@ async def list_changes(
 async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) -> Read:
     """Mark everything up to a message as read; answers where the reader stands.
 
-    Raises ChatNotFound, MessageNotFound.
+    Raises ChatNotFound, MessageNotFound, TooMuchReading.
     """
+    charge(request.app, TooMuchReading, request[ME])
     return await request.app[READS].submit(NewRead(chat_id, request[ME], body.message_id))
 
 
@@ -2969,8 +2996,7 @@ CLOSED_EARLY = {TOKEN_ENDED: Unauthorized, NOT_IN_CHAT: ChatNotFound}
 async def follow(request: web.Request, socket: Socket, after: str | None) -> web.WebSocketResponse:
     """Serve a socket until it is closed."""
     rooms, settings = request.app[ROOMS], request.app[SETTINGS]
-    open_sockets = rooms.count_sockets(request[ME])
-    if settings.rate_limits == "on" and open_sockets >= settings.sockets_per_user:
+    if 0 < settings.bound(settings.sockets_per_user) <= rooms.count_sockets(request[ME]):
         raise TooManySockets
     try:
         await rooms.join(socket)
@@ -3008,15 +3034,15 @@ async def take_frames(request: web.Request, socket: Socket) -> None:
     taken = 0
     while (incoming := await socket.ws.receive()).type not in ENDS:  # smaller than `async for`
         socket.heard_at = time.monotonic()
+        taken += 1
+        if taken % FRAMES_AT_ONCE == 0:  # what came in one block is here without any wait
+            await asyncio.sleep(0)
         if socket.close_code is not None:
             continue  # it is told to close: what it sends until it answers counts for nothing
         if incoming.type in (WSMsgType.TEXT, WSMsgType.BINARY):
             await take_frame(request, socket, incoming.data)
         else:
             take_control(request, socket, incoming)
-        taken += 1
-        if taken % FRAMES_AT_ONCE == 0:  # what came in one block is here without any wait
-            await asyncio.sleep(0)
         # Who does not read its answers, or has too many outstanding, is not read either.
         if socket.unsent() > BEHIND_BYTES:
             await socket.drain()
@@ -3125,6 +3151,7 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
 async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None:
     """Mark everything up to a message as read."""
     chat_id = chat_of(socket, frame.chat_id)
+    charge(request.app, TooMuchReading, socket.asker.user_id)
     await request.app[READS].submit(NewRead(chat_id, socket.asker.user_id, frame.message_id))
     tell_taken(socket, frame, chat_id)
 
@@ -3158,7 +3185,8 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     if socket.chat_id is not None:
         refused = dict.fromkeys(given.keys() - {socket.chat_id}, ChatNotFound())
     own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
-    refused |= await request.app[ROOMS].sync(socket, own, frame.ref)
+    rooms, me = request.app[ROOMS], socket.asker.user_id
+    refused |= await rooms.replaying.run(me, rooms.sync, socket, own, frame.ref)
     for chat_id, error in refused.items():
         refuse_frame(socket, problem_of(socket, error), frame.ref, chat_id)
 
@@ -3231,7 +3259,7 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 
 # ==== Endpoints ===================================================================================
 # The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
-# passes over parameters that the handler does not name.
+# passes over parameters that the handler does not name. Of `heavy` ones a user has fewer under way.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -3246,7 +3274,7 @@ ENDPOINTS = (
     Endpoint("PUT", "/api/v1/users/{user_id}", change_user),
     Endpoint("DELETE", "/api/v1/users/{user_id}", delete_user, 204),
     Endpoint("POST", "/api/v1/chats", create_chat, 201),
-    Endpoint("GET", "/api/v1/chats", list_chats),
+    Endpoint("GET", "/api/v1/chats", list_chats, heavy=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}", get_chat),
     Endpoint("PATCH", "/api/v1/chats/{chat_id}", change_chat),
     Endpoint("GET", "/api/v1/chats/{chat_id}/participants", list_participants),
@@ -3254,11 +3282,11 @@ ENDPOINTS = (
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants/{user_id}", add_participant_by_id, 201),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/participants/{user_id}", remove_participant, 204),
     Endpoint("POST", "/api/v1/chats/{chat_id}/messages", send_message, 201),
-    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages, heavy=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages/{message_id}", get_message),
     Endpoint("PATCH", "/api/v1/chats/{chat_id}/messages/{message_id}", change_message),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204),
-    Endpoint("GET", "/api/v1/chats/{chat_id}/changes", list_changes),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/changes", list_changes, heavy=True),
     Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
     Endpoint("GET", "/ws/{chat_id}", follow_chat, 101, any_query=True),
     Endpoint("GET", "/ws", follow_chats, 101, any_query=True),
@@ -3286,6 +3314,9 @@ def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
     handshakes = settings.refused_handshakes_per_second
     return {
         TooManyMessages: Rate(settings.messages_burst, settings.messages_per_second),
+        # Some clients mark each message.
+        TooMuchReading: Rate(5 * settings.messages_burst, 5 * settings.messages_per_second),
+        TooManyChanges: Rate(settings.changes_burst, settings.changes_per_minute / 60),
         TooManyFrames: Rate(FRAMES_BURST, FRAMES_PER_SECOND),
         TooMuchTyping: Rate(settings.typing_per_second, settings.typing_per_second),
         TooManyHandshakes: Rate(handshakes, handshakes),
@@ -3317,7 +3348,8 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
-    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS)
+    calls, reads = settings.bound(settings.calls_per_user), settings.bound(settings.reads_per_user)
+    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS, calls, reads)
     return app
 
 
@@ -3361,12 +3393,13 @@ async def serve(settings: Settings) -> None:
             await migrate_when_up(url, SQL, name)
         port = listener.getsockname()[1]
         if has_workers:
-            await start_workers(settings, stack, DATABASE_URL=url, SECRET_KEY=secret_key, PORT=port)
+            own = {"DATABASE_URL": url, "SECRET_KEY": secret_key, "PORT": str(port), "WORKERS": "1"}
+            metrics_at = settings.metrics_host, settings.metrics_port
+            await run_workers(
+                stack, [sys.executable, __file__], own, settings.workers, metrics_at)
+            await process.until_listening(settings.host, port)
         else:
-            await start_metrics(settings, stack, None)
-            app = make_app(settings, url, secret_key)
-            # Its sockets are closed first: once the runner cleans up, they answer no close.
-            await start_site(stack, listener, app, close=close_sockets)
+            await start_sites(settings, stack, listener, make_app(settings, url, secret_key))
         if not is_worker:
             stack.callback(log.info, "stopping")
             tell_start(settings, process.url_of(listener), where)
@@ -3386,28 +3419,15 @@ def tell_start(settings: Settings, page: str, where: str) -> None:
           "next      make the first account: ./run user create", flush=True)
 
 
-async def start_metrics(
-    settings: Settings, stack: contextlib.AsyncExitStack, folder: Path | None
+async def start_sites(
+    settings: Settings, stack: contextlib.AsyncExitStack, listener: Listener,
+    app: web.Application,
 ) -> None:
-    """Serve the metrics, if any, on a port of their own: of this process, or of those that share a
-    folder. Raises StartError.
-    """
-    if settings.metrics_port:
-        listener = stack.enter_context(process.listen_on(
-            settings.metrics_host, settings.metrics_port, names=("METRICS_HOST", "METRICS_PORT")))
-        await start_site(stack, listener, metrics_app(folder))
-
-
-async def start_workers(
-    settings: Settings, stack: contextlib.AsyncExitStack, **shared: str | int
-) -> None:
-    """Start the workers, and keep them up; return once one listens."""
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    await start_metrics(settings, stack, folder)
-    shared |= {"WORKERS": 1, "METRICS_PORT": 0}
-    own = {name: str(value) for name, value in shared.items()}
-    await run_workers(stack, [sys.executable, __file__], own, settings.workers, folder)
-    await process.until_listening(settings.host, int(shared["PORT"]))
+    """Serve the application, and the metrics on a port of their own. Raises StartError."""
+    await start_metrics(stack, settings.metrics_host, settings.metrics_port)
+    admit = guard.Connections(settings.bound(settings.connections_per_address), app[PROXIES]).admit
+    # Its sockets are closed first: once the runner cleans up, they answer no close.
+    await start_site(stack, listener, app, close=close_sockets, admit=admit)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import re
 import time
 import types
 import typing
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlencode
@@ -27,13 +27,15 @@ from msgspec import UNSET, Struct, UnsetType
 
 from plumbing.database import Unavailable
 from plumbing.deadline import RequestDeadline, uncounted
-from plumbing.guard import SAFE_HEADERS, Busy
+from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.text import COMPOSED_FROM_MAX, composed
 from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
+SLOT_SECONDS = 1.0  # for which a call waits until its asker has fewer under way
+SWITCHING = 101  # the status of a websocket
 PLACES = ("before", "after", "cursor")  # the parameters of a query that say where a page is
 PROBLEM_JSON = "application/problem+json"
 RETRY_SECONDS = 1  # after which to try again, where nothing better is known
@@ -120,6 +122,7 @@ class RequestTimeout(Problem, status=408, title="The body took too long to arriv
 class BodyTooLarge(Problem, status=413, title="The body is too large"): ...
 class ExpectationFailed(Problem, status=417, title="Expect nothing but 100-continue"): ...
 class InvalidInput(Problem, status=422, title="Some of the input is not valid"): ...
+class TooManyCalls(Problem, status=429, title="You have too many calls under way"): ...
 class UpgradeRequired(Problem, status=426, title="Only websockets can connect here"): ...
 class InternalError(Problem, status=500, title="Something went wrong on the server"): ...
 class ServiceUnavailable(Problem, status=503, title="The server cannot answer right now"): ...
@@ -176,6 +179,7 @@ class Endpoint:
     """One line of the table: what a method on a path calls, and the status of success.
 
     A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
+    Of those that are `heavy` somebody has fewer under way at once.
     """
 
     method: str
@@ -184,6 +188,7 @@ class Endpoint:
     status: int = 200
     public: bool = False
     any_query: bool = False
+    heavy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,32 +313,44 @@ def read_query(request: web.Request, shape: type[Struct], any_query: bool) -> di
         raise invalid(*describe(error, shape)) from None
 
 
+async def hold_slot(request: web.Request, slots: Slots, key: Hashable) -> None:
+    """Hold one of somebody's slots until the answer was taken. Raises TooManyCalls."""
+    try:
+        async with asyncio.timeout(SLOT_SECONDS):
+            request[GIVE_BACK] = await slots.take(key)
+    except TimeoutError:
+        raise TooManyCalls from None
+
+
 def bind(
     endpoint: Endpoint,
-    authenticate: Callable[[web.Request], Awaitable[None]],
+    authenticate: Callable[[web.Request], Awaitable[Hashable]],
     path_problems: Mapping[str, type[Problem]],
+    slots: Slots,
 ) -> Handler:
     """Make the aiohttp handler of an endpoint.
 
-    `authenticate` is awaited first, unless the endpoint is public; a malformed id in a path
-    is refused with the problem of its name. One deadline bounds all that both wait for.
+    `authenticate` is awaited first, unless the endpoint is public, and answers who asks: the call
+    takes one of their slots, but for a websocket. A malformed id in a path is refused with the
+    problem of its name. One deadline bounds all that is waited for.
     """
     signature = Signature.of(endpoint)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with RequestDeadline():
             if not endpoint.public:
-                await authenticate(request)
+                asker = await authenticate(request)
             arguments = {
                 name: read_path(kind, request.match_info[name], path_problems[name])
                 for name, kind in signature.path.items()
             }
             if request.rel_url.raw_query_string:
                 arguments |= read_query(request, signature.query, endpoint.any_query)
-            if signature.body is not None:
-                body = await read_body(request)
-                if body or signature.body_required:
-                    arguments["body"] = decode_json(signature.body, body)
+            body = b"" if signature.body is None else await read_body(request)
+            if not endpoint.public and endpoint.status != SWITCHING:
+                await hold_slot(request, slots, asker)
+            if signature.body is not None and (body or signature.body_required):
+                arguments["body"] = decode_json(signature.body, body)
             return respond(endpoint, await endpoint.handler(request, **arguments))
 
     return handle
@@ -355,13 +372,19 @@ def route_path(path: str, paths: Iterable[str]) -> str:
 
 def add_routes(
     app: web.Application, endpoints: Sequence[Endpoint],
-    authenticate: Callable[[web.Request], Awaitable[None]],
-    path_problems: Mapping[str, type[Problem]],
+    authenticate: Callable[[web.Request], Awaitable[Hashable]],
+    path_problems: Mapping[str, type[Problem]], calls_at_once: int, heavy_at_once: int,
 ) -> None:
-    """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD."""
+    """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD.
+
+    Of somebody's calls, and of their heavy ones, so many are under way at once (0: any number).
+    """
     paths = [endpoint.path for endpoint in endpoints]
+    light, heavy = Slots(calls_at_once), Slots(heavy_at_once)
     for endpoint in endpoints:
-        name, handler = endpoint.handler.__name__, bind(endpoint, authenticate, path_problems)
+        name = endpoint.handler.__name__
+        slots = heavy if endpoint.heavy else light
+        handler = bind(endpoint, authenticate, path_problems, slots)
         path = route_path(endpoint.path, paths)
         for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
             app.router.add_route(method, path, handler, name=name)

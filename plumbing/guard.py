@@ -10,16 +10,18 @@ import contextlib
 import functools
 import hashlib
 import ipaddress
+import logging
 import os
 import re
 import secrets
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import bcrypt
 import jwt
@@ -27,12 +29,20 @@ from aiohttp import web, web_response, web_server
 from yarl import URL
 
 from plumbing.deadline import uncounted
-from plumbing.process import REQUEST_ID_HEADER, Handler, StartError
+from plumbing.process import (
+    REQUEST_ID_HEADER,
+    Handler,
+    StartError,
+    half_of_descriptors,
+    nothing,
+)
 from plumbing.text import composed
 
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
+STALLED_SECONDS = 30  # without a byte of an answer being taken
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
+REFUSALS_TOLD_SECONDS = 60  # from one line of the log about refused connections to the next
 ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
 PASSWORD_THREADS = 2
 PASSWORD_QUEUE_MAX = 128  # hashes waiting for a thread or under way
@@ -52,6 +62,9 @@ MAPPED_PREFIX = 96  # bits before the IPv4 address in ::ffff:192.0.2.60
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Result = TypeVar("Result")
+# What a request calls once its answer was taken: it holds a slot until then.
+GIVE_BACK: web.RequestKey[Callable[[], None]] = web.RequestKey("give_back")
+log = logging.getLogger("messenger.guard")
 
 # ---- Addresses
 
@@ -117,8 +130,7 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     """Tell whose request it is: the peer's, or whom trusted proxies name.
 
     They name them in X-Forwarded-For or in Forwarded (RFC 7239). A proxy adds to one of the two and
-    lets the other pass, so where they differ, neither is believed. A client that has an IPv6
-    address has a whole network of them: the network stands for it.
+    lets the other pass, so where they differ, neither is believed.
     """
     peer = read_address(request.remote or "")
     if peer is None:
@@ -130,7 +142,11 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     told = {
         nearest_stranger(peer, way, trusted)
         for way, header in ((listed, listed), (named, elements)) if any(header)}
-    address = told.pop() if len(told) == 1 else peer
+    return party_of(told.pop() if len(told) == 1 else peer)
+
+
+def party_of(address: Address) -> str:
+    """Name whom an address stands for: one of IPv6 for its network, which is one client's."""
     return str(ipaddress.ip_network((address, 64), strict=False) if address.version == 6
                else address)
 
@@ -139,18 +155,66 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
 
 
 class PromptConnection(web.RequestHandler):
-    """A connection that is closed unless the headers of a request are whole within HEAD_SECONDS.
+    """A connection that is closed unless the headers of a request are whole within HEAD_SECONDS,
+    and bytes of an answer that waits to be sent are taken every STALLED_SECONDS.
 
     aiohttp has one timer for a connection that awaits a request, and what comes of the headers does
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ()
+    __slots__ = ("_progress", "leave")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.leave: Callable[[], None] = nothing  # called once the connection has ended
+        self._progress: asyncio.TimerHandle | None = None  # when the next is due
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: a first request has to come at all."""
         super().connection_made(transport)
         self._await_head()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End: another may come instead."""
+        super().connection_lost(exc)
+        self._expect_nothing()
+        self.leave()
+
+    def pause_writing(self) -> None:
+        """Expect progress: more is to be sent than the system takes."""
+        super().pause_writing()
+        if self._current_request is None:  # else it is a websocket, which looks after itself
+            self._expect_progress(sys.maxsize)
+
+    def resume_writing(self) -> None:
+        """Expect no more progress: most was taken."""
+        super().resume_writing()
+        self._expect_nothing()
+
+    def _expect_progress(self, unsent_before: int) -> None:
+        """Cut the connection unless some of what was unsent has been taken; look again later."""
+        if self.transport is None:
+            return
+        unsent = self.transport.get_write_buffer_size()
+        if unsent >= unsent_before:
+            self.transport.abort()
+        else:
+            self._progress = self._loop.call_later(STALLED_SECONDS, self._expect_progress, unsent)
+
+    def _expect_nothing(self) -> None:
+        if self._progress is not None:
+            self._progress.cancel()
+            self._progress = None
+
+    async def _handle_request(
+        self, request: web.BaseRequest, *others: Any
+    ) -> tuple[web.StreamResponse, bool]:
+        """Answer a request; it gives its slot back once the answer was taken."""
+        try:
+            return await super()._handle_request(request, *others)
+        finally:
+            if GIVE_BACK in request:
+                request[GIVE_BACK]()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
@@ -204,6 +268,114 @@ class Rate:
         return 0.0
 
 
+class Connections:
+    """Counts the open connections of each address, and lets in only so many (0: any number), which
+    take half of the descriptors at most.
+
+    Those of trusted proxies are not counted: they are everybody's.
+    """
+
+    def __init__(self, at_most: int, trusted: list[Network]) -> None:
+        self._at_most = min(at_most, half_of_descriptors())
+        self._trusted = trusted
+        self._open: Counter[str] = Counter()
+        self._told = Rate(1, 1 / REFUSALS_TOLD_SECONDS)
+
+    def admit(self, peer: str) -> Callable[[], None] | None:
+        """Let somebody in who comes from an address, and answer what is to be called once they have
+        gone; None where they may not come in.
+        """
+        address = read_address(peer) if self._at_most else None
+        if address is None or any(address in network for network in self._trusted):
+            return nothing
+        party = party_of(address)
+        if self._open[party] >= self._at_most:
+            if not self._told.charge(""):
+                log.warning(
+                    "%d connections are open from one address: no more of it are accepted",
+                    self._at_most)
+            return None
+        self._open[party] += 1
+        return functools.partial(self._leave, party)
+
+    def _leave(self, party: str) -> None:
+        self._open[party] -= 1
+        if not self._open[party]:
+            del self._open[party]
+
+
+# ---- Turns
+
+
+class Busy(Exception):
+    """More is waiting than may wait."""
+
+
+class Turns:
+    """Lets so many work at once; of those who wait, each key lets one in after the other."""
+
+    def __init__(self, at_once: int) -> None:
+        self._free = at_once
+        # Key: who waits, the first first; the key whose turn is next stands first.
+        self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
+
+    async def take(self, key: Hashable) -> None:
+        """Wait for a turn; `give_back` ends it."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(key, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it was given in the same moment
+                self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """End a turn: the next is let in."""
+        while self._queues:
+            key = next(iter(self._queues))
+            queue = self._queues.pop(key)
+            turn = queue.popleft()
+            if queue:
+                self._queues[key] = queue  # behind all others
+            if not turn.cancelled():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class Slots:
+    """Lets each key have so many things under way at once (0: any number); who comes beyond waits,
+    the first first.
+    """
+
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once
+        # An entry lives as long as somebody has or awaits a slot.
+        self._of: WeakValueDictionary[Hashable, Turns] = WeakValueDictionary()
+
+    async def take(self, key: Hashable) -> Callable[[], None]:
+        """Wait for a slot, and answer what is to be called at its end."""
+        if not self._at_once:
+            return nothing
+        turns = self._of.setdefault(key, Turns(self._at_once))
+        await turns.take(key)
+        return turns.give_back
+
+    async def run(
+        self, key: Hashable, work: Callable[..., Awaitable[Result]], *args: Any
+    ) -> Result:
+        """Do some work, which begins once there is a slot."""
+        give_back = await self.take(key)
+        try:
+            return await work(*args)
+        finally:
+            give_back()
+
+
 # ---- What is believed
 
 
@@ -253,46 +425,6 @@ def _let_others_go_first() -> None:
         os.nice(PASSWORD_NICENESS)
 
 
-class Busy(Exception):
-    """More is waiting than may wait."""
-
-
-class Turns:
-    """Lets so many work at once; of those who wait, each key lets one in after the other."""
-
-    def __init__(self, at_once: int) -> None:
-        self._free = at_once
-        # Key: who waits, the first first; the key whose turn is next stands first.
-        self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
-
-    async def take(self, key: Hashable) -> None:
-        """Wait for a turn; `give_back` ends it."""
-        if self._free:
-            self._free -= 1
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(key, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():  # it was given in the same moment
-                self.give_back()
-            raise
-
-    def give_back(self) -> None:
-        """End a turn: the next is let in."""
-        while self._queues:
-            key = next(iter(self._queues))
-            queue = self._queues.pop(key)
-            turn = queue.popleft()
-            if queue:
-                self._queues[key] = queue  # behind all others
-            if not turn.cancelled():
-                turn.set_result(None)
-                return
-        self._free += 1
-
-
 class Passwords:
     """Hashes and verifies passwords, a bounded number at a time, of each address in turn.
 
@@ -305,6 +437,9 @@ class Passwords:
         self._waiting = 0
         self._waiting_of: Counter[str] = Counter()  # by address
         self._turns = Turns(PASSWORD_THREADS)
+        # The tries of an address are counted one after the other: each waits for the one before,
+        # and would hold a connection to the database meanwhile.
+        self.counting = Slots(1)
         self._threads = ThreadPoolExecutor(
             PASSWORD_THREADS, "bcrypt", initializer=_let_others_go_first)
         # Verified against for an unknown email, so that it takes as long as a known one.

@@ -3,11 +3,13 @@
 A number alone tells how far somebody is; the mark vouches that both mean the same history.
 """
 
+import itertools
 import secrets
 
 from plumbing.endpoints import INT8_MAX, invalid
 
 MARK_BYTES = 8  # random
+RUN_GAP = 100  # between two numbers, up to which they belong to one run
 NO_MARK = "0"  # of a count that has not begun, and of what is older than marks
 
 
@@ -32,3 +34,12 @@ def read_position(loc: str, given: int | str) -> tuple[int, str | None]:
     if int(number) > INT8_MAX:
         raise invalid(loc, f"must be at most {INT8_MAX}")
     return int(number), mark if mark and int(number) else None
+
+
+def run_ends(numbers: list[int]) -> tuple[list[int], list[int]]:
+    """Divide rising numbers into runs wherever many others may lie between two of them.
+
+    Answers the first number of each run, and the last.
+    """
+    pairs = [pair for pair in itertools.pairwise(numbers) if pair[1] - pair[0] > RUN_GAP]
+    return [numbers[0], *[pair[1] for pair in pairs]], [*[pair[0] for pair in pairs], numbers[-1]]

@@ -116,17 +116,39 @@ def raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def half_of_descriptors() -> int:
+    """Tell how many descriptors are half of those that connections may take."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (limit - DESCRIPTORS_SPARE) // 2) if limit > 0 else sys.maxsize
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def admit_all(peer: str) -> Callable[[], None] | None:
+    """Let everybody in."""
+    return nothing
+
+
 class Acceptor:
     """Accepts the connections that come to a port, until it is stopped.
+
+    `admit` is told the address of who comes, and answers what `leave` of the connection's protocol
+    is to be, to be called at the end; None where they are to be hung up on.
 
     Some descriptors are kept back: for connections to the database, for files. Where no others are
     left, or the kernel refuses for another reason, who comes waits in the port's queue until it is
     well again. That is logged once, and so is its end.
     """
 
-    def __init__(self, listener: Listener, make_protocol: Callable[[], Any]) -> None:
+    def __init__(
+        self, listener: Listener, make_protocol: Callable[[], Any],
+        admit: Callable[[str], Callable[[], None] | None] = admit_all,
+    ) -> None:
         self._listener = listener
         self._make_protocol = make_protocol
+        self._admit = admit
         self._loop = asyncio.get_running_loop()
         self._opening = Tasks()
         self._resting: asyncio.TimerHandle | None = None
@@ -154,7 +176,7 @@ class Acceptor:
         for _ in range(ACCEPTED_AT_ONCE):
             try:
                 require_descriptors(self._listener)
-                connection, _ = self._listener.accept()
+                connection, peer = self._listener.accept()
             except BlockingIOError:  # nobody waits
                 if self._refusal:
                     self._refusal = ""
@@ -169,12 +191,23 @@ class Acceptor:
                 self._rest()
                 self._resting = self._loop.call_later(ACCEPT_REST_SECONDS, self._resume)
                 return
+            leave = self._admit(peer[0])
+            if leave is None:
+                connection.close()
+                continue
             connection.setblocking(False)
-            self._opening.spawn(self._open(connection))
+            self._opening.spawn(self._open(connection, leave))
 
-    async def _open(self, connection: socket.socket) -> None:
-        with contextlib.suppress(OSError):  # it has gone
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+    async def _open(self, connection: socket.socket, leave: Callable[[], None]) -> None:
+        def make_protocol() -> Any:
+            protocol = self._make_protocol()
+            protocol.leave = leave
+            return protocol
+
+        try:
+            await self._loop.connect_accepted_socket(make_protocol, connection)
+        except OSError:  # it has gone
+            leave()
 
 
 def require_descriptors(file: socket.socket) -> None:

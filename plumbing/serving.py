@@ -5,6 +5,7 @@ Everything ends with the stack that it was started on, the last first.
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -23,8 +24,12 @@ METRICS_FOLDER = web.AppKey("metrics_folder", Path)
 async def start_site(
     stack: AsyncExitStack, listener: Listener, app: web.Application,
     close: Callable[[web.Application], Awaitable[None]] | None = None,
+    admit: Callable[[str], Callable[[], None] | None] = process.admit_all,
 ) -> None:
-    """Serve an application; `close` is called at the end, before its runner cleans up."""
+    """Serve an application; `close` is called at the end, before its runner cleans up.
+
+    `admit` is asked about each connection (process.Acceptor).
+    """
     runner = web.AppRunner(
         app, access_log=None, handle_signals=False, keepalive_timeout=IDLE_SECONDS,
         shutdown_timeout=SHUTDOWN_SECONDS)
@@ -32,7 +37,7 @@ async def start_site(
     await runner.setup()
     if close is not None:
         stack.push_async_callback(close, app)
-    stack.callback(process.Acceptor(listener, cast(web.Server, runner.server)).stop)
+    stack.callback(process.Acceptor(listener, cast(web.Server, runner.server), admit).stop)
 
 
 def metrics_app(folder: Path | None) -> web.Application:
@@ -53,15 +58,30 @@ async def get_metrics(request: web.Request) -> web.Response:
     return web.Response(body=body, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
+async def start_metrics(
+    stack: AsyncExitStack, host: str, port: int, folder: Path | None = None
+) -> None:
+    """Serve the metrics on a port of their own (0: not at all): of this process, or of those that
+    share a folder. Raises StartError.
+    """
+    if port:
+        listener = stack.enter_context(
+            process.listen_on(host, port, names=("METRICS_HOST", "METRICS_PORT")))
+        await start_site(stack, listener, metrics_app(folder))
+
+
 async def run_workers(
-    stack: AsyncExitStack, command: list[str], own: Mapping[str, str], count: int, folder: Path
+    stack: AsyncExitStack, command: list[str], own: Mapping[str, str], count: int,
+    metrics_at: tuple[str, int],
 ) -> None:
     """Start so many workers with `own` in their environment beside ours, and keep them all up.
 
-    They share the folder for what they count.
+    The sum of their metrics is served at a host and a port, if any. Raises StartError.
     """
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    await start_metrics(stack, *metrics_at, folder)
     environment = os.environ | own | metrics.environment(folder)
-    environment[process.PARENT] = str(os.getpid())
+    environment |= {process.PARENT: str(os.getpid()), "METRICS_PORT": "0"}
 
     def note_end(pid: int) -> None:
         metrics.forget_process(folder, pid)

@@ -209,6 +209,8 @@ class Described:
             found.add(endpoints.Unauthorized)
         if self.is_socket or self.endpoint.method != "GET":
             found.add(m.ForeignOrigin)
+        if not self.endpoint.public and not self.is_socket:
+            found.add(endpoints.TooManyCalls)
         if self.signature.body is not None:
             found |= {
                 endpoints.MalformedRequest, endpoints.RequestTimeout, endpoints.BodyTooLarge,

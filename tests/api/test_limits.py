@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import asyncpg
@@ -13,11 +14,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
-from plumbing import guard
+from plumbing import endpoints, guard
 from plumbing.guard import Rate
 from support.databases import until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
-from support.raw import HANDSHAKE
+from support.raw import HANDSHAKE, RawConnection, transport_of
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
@@ -227,6 +228,24 @@ async def test_tries_at_once_are_counted_one_after_the_other(
     await other.close()
 
 
+async def test_tries_of_an_address_hold_one_connection_to_the_database(
+    house: House, sql: asyncpg.Connection
+) -> None:
+    """Tries of one address wait for one another outside the database: its connections are there for
+    everybody else."""
+    here = await house.opens(database_connections=3)
+    alice = await house.takes_in(here, "alice")
+    async with sql.transaction():
+        await sql.fetchval(messenger.COUNT_ATTEMPT, "login from:203.0.113.1", 900, 100)
+        trying = [asyncio.create_task(logs_in(here, f"{n}@example.com")) for n in range(20)]
+        await until_waiting(sql)
+        for _ in range(10):
+            await alice.gets("/chats")
+        assert (await logs_in(here, "nobody@example.com", origin="203.0.113.2"))[0] == 401
+        assert not any(each.done() for each in trying)
+    assert {status for status, *_ in await asyncio.gather(*trying)} <= {401, 503}
+
+
 # ---- Registrations
 
 
@@ -385,6 +404,227 @@ async def test_new_socket_has_an_allowance_of_its_own(app: web.Application, alic
         await line.close()
 
 
+async def test_deletions_and_read_marks_are_limited_by_themselves(house: House) -> None:
+    """Deletions have an allowance as large as that of messages, read marks one five times as large,
+    over REST and sockets together; neither takes from another, nor from somebody else's."""
+    here = await house.opens(messages_burst=2, messages_per_second=1)
+    here.app[messenger.RATES][messenger.TooManyMessages] = Rate(2, 1 / SLOW)
+    here.app[messenger.RATES][messenger.TooMuchReading] = Rate(10, 1 / SLOW)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    line = await alice.listens_live(chat)
+    sent = [await alice.says(chat, text) for text in "12"]
+    for message in (*sent, sent[0]):
+        answer = await alice.asks("DELETE", f"/chats/{chat}/messages/{message['id']}")
+    assert (answer.status, (await answer.json())["type"]) == (429, "too-many-messages")
+    for number in range(5):
+        await alice.reads(chat, sent[1])
+        await line.sends(type="read", message_id=sent[1]["id"], ref=number)
+        assert (await line.hears("ack"))["ref"] == number
+    answer = await alice.asks("POST", f"/chats/{chat}/read", {"message_id": sent[1]["id"]})
+    assert (answer.status, (await answer.json())["type"]) == (429, "too-much-reading")
+    await line.sends(type="read", message_id=sent[1]["id"], ref="last")
+    heard = await line.hears("error")
+    assert (heard["data"]["type"], heard["ref"]) == ("too-much-reading", "last")
+    said = await bob.says(chat, "3")
+    await bob.reads(chat, said)
+    await bob.expects(204, "DELETE", f"/chats/{chat}/messages/{said['id']}")
+
+
+# ---- Changes of chats and accounts
+
+
+async def test_changes_of_each_kind_are_limited(house: House) -> None:
+    """Of each kind of change a user has so many at once, whatever chat it is of; the next is 429
+    with Retry-After. What is invalid, other kinds and other users are not counted with it."""
+    here = await house.opens(changes_burst=2, changes_per_minute=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chats = [await alice.founds(bob) for _ in range(2)]
+    group = {"is_group": True, "name": "x", "participant_ids": [bob.id]}
+    person = f"participants/{bob.id}"
+    for path in ("/chats", f"/chats/{chats[0]}"):  # is refused unseen
+        await alice.expects(422, "POST" if path == "/chats" else "PATCH", path, {"name": ""})
+    kinds = (
+        ("POST", ["/chats"], group),
+        ("PATCH", [f"/chats/{chat}" for chat in chats], {"name": "another"}),
+        ("DELETE", [f"/chats/{chat}/{person}" for chat in chats], None),
+        ("POST", [f"/chats/{chat}/{person}" for chat in chats], None),
+        ("PUT", [f"/users/{alice.id}"], {"username": "alice_2"}),
+    )
+    for method, paths, body in kinds:
+        statuses = [] if body is group else [
+            (await alice.asks(method, (paths * 2)[number], body)).status for number in range(2)]
+        assert 429 not in statuses
+        answer = await alice.asks(method, paths[0], body)
+        assert (answer.status, (await answer.json())["type"]) == (429, "too-many-changes")
+        assert 50 < int(answer.headers["Retry-After"]) <= 60
+    for status in (200, 200, 429):
+        body = {"refresh_token": alice.refresh}
+        async with here.post("/api/v1/users/refresh", json=body) as answer:
+            assert answer.status == status
+    await bob.founds(alice)
+    assert len(await alice.gets("/chats")) == 3
+
+
+async def test_tokens_of_an_ended_session_spend_nobody_elses_refreshes(house: House) -> None:
+    """Refreshes are counted by the session: who holds the token of one that has ended keeps its
+    user from nothing."""
+    here = await house.opens(changes_burst=2, changes_per_minute=1)
+    alice = await house.takes_in(here, "alice")
+    stolen = alice.refresh
+    await alice.posts("/users/logout", status=204)
+    await alice.logs_in()
+    for token, statuses in ((stolen, [401, 401, 429]), (alice.refresh, [200, 200, 429])):
+        for status in statuses:
+            async with here.post("/api/v1/users/refresh", json={"refresh_token": token}) as answer:
+                assert answer.status == status
+
+
+# ---- Calls under way
+
+
+@pytest.fixture
+async def readers(house: House) -> tuple[Person, Person, int]:
+    """Alice and Bob, and a chat of theirs whose newest page has 1.6 MB, where a user may have one
+    heavy read under way."""
+    here = await house.opens(reads_per_user=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    for _ in range(100):
+        await alice.says(chat, "🙂" * 4096)
+    return alice, bob, chat
+
+
+async def asks_unread(person: Person, path: str) -> socket.socket:
+    """Send a request whose answer is not read, over a connection with small buffers."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", person.client.port))
+    connection.setblocking(False)
+    server = cast("TestServer", person.client.server)
+    async with asyncio.timeout(SOON_SECONDS):
+        while True:
+            with contextlib.suppress(ValueError):  # it is not accepted yet
+                transport_of(server, connection)
+                break
+            await asyncio.sleep(0.01)
+    connection.sendall(
+        f"GET /api/v1{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        f"Authorization: Bearer {person.access}\r\n\r\n".encode())
+    return connection
+
+
+async def reads_to_the_end(connection: socket.socket) -> int:
+    """Read all that comes; answer how many bytes came."""
+    count = 0
+    with contextlib.suppress(ConnectionError):
+        while more := await asyncio.get_running_loop().sock_recv(connection, 1 << 20):
+            count += len(more)
+    return count
+
+
+@pytest.mark.parametrize("end", ["reads", "hangs up", "stalls"])
+async def test_answer_that_is_not_read_holds_a_slot(
+    readers: tuple[Person, Person, int], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    """Until a large answer was taken, its user's heavy reads wait for a second and are refused;
+    others' are not, nor is what is light. It ends with the reading, or with the connection, which
+    is cut where nothing is taken for long."""
+    alice, bob, chat = readers
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.2)
+    monkeypatch.setattr(guard, "STALLED_SECONDS", 3 if end == "stalls" else 300)
+    heavy = f"/chats/{chat}/messages?limit=100"
+    with await asks_unread(alice, heavy) as unread:
+        async with asyncio.timeout(SOON_SECONDS):
+            while (await alice.asks("GET", "/chats")).status == 200:
+                await asyncio.sleep(0.01)
+        for path in (heavy, "/chats", f"/chats/{chat}/changes", f"/chats/{chat}/messages?q=x"):
+            answer = await alice.asks("GET", path)
+            assert (answer.status, (await answer.json())["type"]) == (429, "too-many-calls")
+            assert answer.headers["Retry-After"] == "1"
+            await bob.gets(path)
+        await alice.gets(f"/chats/{chat}")
+        await alice.says(chat, "and on")
+        if end == "reads":
+            assert await reads_to_the_end(unread) > 1_600_000
+        elif end == "hangs up":
+            unread.close()
+        async with asyncio.timeout(SOON_SECONDS):
+            while (await alice.asks("GET", heavy)).status == 429:
+                await asyncio.sleep(0.01)
+        if end == "stalls":
+            assert await reads_to_the_end(unread) < 1_600_000
+
+
+async def test_slow_reader_is_not_cut(
+    readers: tuple[Person, Person, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who takes a part of a large answer now and then gets all of it."""
+    alice, _, chat = readers
+    monkeypatch.setattr(guard, "STALLED_SECONDS", 0.5)
+    with await asks_unread(alice, f"/chats/{chat}/messages?limit=100") as slow:
+        count = 0
+        for _ in range(10):
+            await asyncio.sleep(0.25)
+            count += len(await asyncio.get_running_loop().sock_recv(slow, 100_000))
+        monkeypatch.setattr(guard, "STALLED_SECONDS", 300)
+        assert count + await reads_to_the_end(slow) > 1_600_000
+
+
+async def test_body_that_does_not_come_holds_no_slot(house: House) -> None:
+    """A call is under way once its body is there: who sends it slowly may call meanwhile."""
+    here = await house.opens(calls_per_user=1)
+    alice = await house.takes_in(here, "alice")
+    raw = await RawConnection.opens(here.port, (
+        "POST /api/v1/chats HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: 100-continue\r\n"
+        f"Authorization: Bearer {alice.access}\r\n\r\n").encode())
+    assert b"100 Continue" in await raw.reader.readuntil(b"\r\n\r\n")
+    for _ in range(3):
+        await alice.gets("/users/me")
+    raw.writer.write(b"{}")
+    assert (await raw.hears())[0] == 422
+    raw.close()
+
+
+async def test_calls_at_once_are_all_answered(house: House) -> None:
+    """Of many calls of a user at once each is answered, one after the other; a socket is none."""
+    here = await house.opens(reads_per_user=1, calls_per_user=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    await alice.listens_live(chat)
+    paths = ("/chats", f"/chats/{chat}/messages", f"/chats/{chat}/changes", "/users/me") * 5
+    answers = await asyncio.gather(*(alice.asks("GET", path) for path in paths))
+    assert {answer.status for answer in answers} == {200}
+
+
+async def test_replays_of_a_user_are_read_two_at_once(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many sockets of a user that catch up at once two read a page; all get everything."""
+    here = await house.opens()
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    for number in range(20):
+        await alice.says(chat, f"number {number}")
+    under_way, most = 0, 0
+    replay_page = messenger.replay_page
+
+    async def count(*args: Any) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await replay_page(*args)
+        under_way -= 1
+
+    monkeypatch.setattr(messenger, "replay_page", count)
+    lines = await asyncio.gather(*(alice.listens(chat, "?after=0") for _ in range(20)))
+    for line in lines:
+        heard = [await line.hears("message") for _ in range(20)]
+        assert [frame["data"]["seq"] for frame in heard] == list(range(1, 21))
+        assert (await line.hears("ready"))["data"]["rev"] == 20
+    assert most == messenger.REPLAYS_PER_USER
+
+
 # ---- Typing
 
 
@@ -487,7 +727,7 @@ async def test_rate_limits_off_lifts_them_all(house: House) -> None:
     names = (
         "login_failures_per_account", "login_failures_per_address", "registrations_per_address",
         "messages_burst", "messages_per_second", "typing_per_second", "sockets_per_user",
-        "refused_handshakes_per_second",
+        "refused_handshakes_per_second", "changes_burst", "changes_per_minute",
     )
     here = await house.opens(rate_limits="off", **dict.fromkeys(names, 1))
     rates = here.app[messenger.RATES]
@@ -499,7 +739,8 @@ async def test_rate_limits_off_lifts_them_all(house: House) -> None:
         assert (await logs_in(here, alice.email, WRONG))[0] == 401
         assert (await refusal(here, "/ws", {}))[0] == 401
         line, other = await alice.listens_live(chat), await bob.listens_live(chat)
-        await alice.says(chat, "over REST")
+        await alice.reads(chat, await alice.says(chat, "over REST"))
+        await alice.founds(bob)
         await line.says("over a socket", ref=1)
         await line.hears("ack")
         await line.sends(type="typing")
@@ -510,11 +751,13 @@ async def test_every_limit_is_a_setting() -> None:
     """Each rate allows what its settings say."""
     numbers = {
         "messages_burst": 7, "messages_per_second": 2, "typing_per_second": 3,
-        "refused_handshakes_per_second": 4,
+        "refused_handshakes_per_second": 4, "changes_burst": 5, "changes_per_minute": 120,
     }
     rates = messenger.make_rates(msgspec.structs.replace(SETTINGS, **numbers))
     for problem, burst in (
         (messenger.TooManyMessages, 7),
+        (messenger.TooMuchReading, 35),
+        (messenger.TooManyChanges, 5),
         (messenger.TooMuchTyping, 3),
         (messenger.TooManyHandshakes, 4),
     ):

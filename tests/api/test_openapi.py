@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator
 import messenger
 from plumbing import endpoints
 from plumbing.endpoints import Problem
-from support.databases import on_cluster
+from support.databases import on_cluster, until_waiting
 from support.people import PASSWORD, Line, Person, new_id
 from support.recorder import Document, Json, Recorder, documents, kinds, pointer
 from support.servers import ROOT, SECRET_KEY, SETTINGS
@@ -217,6 +217,17 @@ def test_every_endpoint_says_who_may_call_it() -> None:
         is_open = needs == [] or {} in needs
         assert is_open == (one["operationId"] in public), one["operationId"]
         assert is_open != ("unauthorized" in refusals(path, method)), one["operationId"]
+
+
+def test_every_change_is_limited() -> None:
+    """Each call that changes something is 429 for who makes it too often, but for those that end
+    what a login or a registration began: these are limited."""
+    ends = {"logout", "delete_session", "delete_user"}
+    rates = {one.slug for one in Problem.named.values() if one.status == 429} - {
+        endpoints.TooManyCalls.slug}
+    free = {one["operationId"] for path, method, one in operations()
+            if method != "GET" and not rates & refusals(path, method).keys()}
+    assert free == ends
 
 
 def test_every_problem_is_described() -> None:
@@ -559,10 +570,28 @@ async def try_limits(
     """Go beyond every limit that answers over HTTP."""
     hasty = await meets(
         alice, make_client, url, messages_burst=1, messages_per_second=1, sockets_per_user=1,
+        changes_burst=1, changes_per_minute=1,
         refused_handshakes_per_second=1, registrations_per_address=1)
     message = await hasty.says(chat, "once")
     await hasty.says(chat, "twice", 429)
-    await hasty.expects(429, "PATCH", f"/chats/{chat}/messages/{message['id']}", {"text": "x"})
+    at = f"/chats/{chat}/messages/{message['id']}"
+    await hasty.expects(429, "PATCH", at, {"text": "x"})
+    await hasty.expects(204, "DELETE", at)
+    await hasty.expects(429, "DELETE", at)
+    for _ in range(7):
+        await hasty.asks("POST", f"/chats/{chat}/read", {"message_id": message["id"]})
+    person = f"/chats/{chat}/participants/{alice.id}"
+    for method, path, body in (
+        ("POST", "/chats", {"is_group": False, "participant_ids": [alice.id]}),
+        ("PATCH", f"/chats/{chat}", {"name": "another"}),
+        ("POST", f"/chats/{chat}/participants", {"user_id": alice.id}),
+        ("POST", person, None),
+        ("DELETE", f"/chats/{chat}/participants/{2**63 - 1}", None),
+        ("PUT", f"/users/{alice.id}", {"is_active": True}),
+        ("POST", "/users/refresh", {"refresh_token": alice.refresh}),
+    ):
+        await hasty.asks(method, path, body)
+        await hasty.expects(429, method, path, body)
     line = await hasty.listens(chat)
     for path in ("/ws", f"/ws/{chat}"):
         for _ in range(2):
@@ -573,6 +602,27 @@ async def try_limits(
     await hasty.posts("/users", account, 429)
     closed = await meets(alice, make_client, url, registration="closed")
     await closed.posts("/users", account, 403)
+
+
+async def try_too_many(
+    alice: Person, chat: int, make_client: MakeClient, url: str, sql: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Make each call while others are under way, a heavy and a light one."""
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.05)
+    hasty = await meets(alice, make_client, url, calls_per_user=1, reads_per_user=1)
+    await hasty.gets("/users/me")
+    ids = {"chat_id": chat, "user_id": alice.id, "message_id": NOBODYS, "session_id": 1}
+    async with sql.transaction():
+        await sql.execute("lock table chats in access exclusive mode")
+        waiting = asyncio.gather(
+            hasty.asks("GET", "/chats"), hasty.asks("GET", f"/chats/{chat}"))
+        await until_waiting(sql, 2)
+        for path, method, _ in operations():
+            if "too-many-calls" in refusals(path, method):
+                await hasty.expects(429, method, path.format(**ids))
+    await waiting
+    monkeypatch.undo()
 
 
 async def try_slow_bodies(
@@ -630,6 +680,7 @@ async def test_what_is_said_is_described(
     await is_refused_everywhere(alice, await alice.opens(bob))
     chat = await alice.founds(bob)
     await try_limits(alice, chat, aiohttp_client, database_url)
+    await try_too_many(alice, chat, aiohttp_client, database_url, sql, monkeypatch)
     await try_slow_bodies(alice, chat, recorder, monkeypatch)
     name = await sql.fetchval("select current_database()")
     away = f"alter database {name} allow_connections false"

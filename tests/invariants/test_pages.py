@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 import messenger
+from plumbing import marks
 from support.databases import crowd
 from support.people import Person
 
@@ -103,7 +104,7 @@ async def test_changes_say_what_the_view_says(
     sql: asyncpg.Connection, people: Any, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Changes, which may lie anywhere in a chat and so in several runs, are what the view says."""
-    monkeypatch.setattr(messenger, "RUN_GAP", 3)
+    monkeypatch.setattr(marks, "RUN_GAP", 3)
     alice, chats = await peopled(sql, people, seed)
     for chat in chats[:2]:
         await sql.execute(

@@ -136,7 +136,7 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "DELETE_USER": [(READER,)],
         "LEAVE_NEXT_CHAT": [(DELETED,), (READER,)],
         "START_SESSION": [(READER, "hash", None, "agent", "login:u1", "login from:1.1.1.1", "k")],
-        "PURGE_OLD": [(86_400, 604_800, 900, 7_776_000, PAGE)],
+        "PURGE_OLD": [(86_400, 604_800, 900, 7_776_000, 172_800, PAGE)],
         "SETTLE_CLOCK": [(PAGE,)],
         "END_OLDEST_SESSIONS": [(READER, 50)],
         "REFRESH_SESSION": [(77, 78, "", 0, 30), (77, 78, "", 7, 30)],

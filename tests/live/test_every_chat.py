@@ -510,7 +510,7 @@ async def stalled(server: TestServer, bob: Person) -> AsyncIterator[RawLine]:
     """Bob's socket on all of his chats, unread until it is told to, with small buffers."""
     line = RawLine()
     await line.opens(server.port or 0, "/ws", bob.access, receive_bytes=4096)
-    transport_of(server, line)
+    transport_of(server, line.socket)
     yield line
     line.socket.close()
 

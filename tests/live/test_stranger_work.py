@@ -16,6 +16,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 
 import messenger
+from plumbing import endpoints
+from plumbing.endpoints import Problem
 from plumbing.guard import Rate
 from plumbing.text import words_of
 from support.people import HEAR_SECONDS, PASSWORD, Person
@@ -178,6 +180,52 @@ async def test_frames_are_taken_in_turn_with_others(
     await line.gives(bytes((opcode, 0x80, 0, 0, 0, 0)) * 1_000)
     async with asyncio.timeout(HEAR_SECONDS):
         while taken < 1_000:
+            await asyncio.sleep(0.01)
+    steps = [later - before for before, later in itertools.pairwise(turns)]
+    assert max(steps) <= messenger.FRAMES_AT_ONCE
+
+
+@pytest.mark.parametrize("text", [
+    '{"type":"nothing"}', '{"type":"message","text":5}', '{"type":"sync","chats":{"x":1}}',
+    '{"type":"read","message_id":"x"}', "[" * 60, '{"type":"typing","x":1}',
+])
+def test_frame_of_another_shape_is_refused_as_fast_as_any(text: str) -> None:
+    """What is wrong with a frame is found in no time, whatever it is."""
+    began = time.process_time()
+    for _ in range(2_000):
+        with pytest.raises(Problem):
+            endpoints.decode_json(messenger.CLIENT_FRAME, text)
+    assert time.process_time() - began < 0.6  # of the processor; an unknown type took 1.1 s
+
+
+async def test_frames_after_the_close_are_taken_in_turn_with_others(
+    app: web.Application, alice: Person, bob: Person, raw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket that was told to close and goes on sending lets others have their turns, too."""
+    app[messenger.RATES][messenger.TooManyFrames] = Rate(1, 1)
+    app[messenger.RATES][messenger.FLOODING] = Rate(1, 1)
+    line = await raw(alice, await alice.opens(bob))
+    loop = asyncio.get_running_loop()
+    receive = web.WebSocketResponse.receive
+    received = 0
+    turns: list[int] = []  # how many were received by then
+
+    async def count(self: web.WebSocketResponse, timeout: float | None = None) -> Any:
+        nonlocal received
+        message = await receive(self, timeout)
+        received += 1
+        return message
+
+    def have_a_turn() -> None:
+        turns.append(received)
+        if received < 4_000:
+            loop.call_soon(have_a_turn)
+
+    monkeypatch.setattr(web.WebSocketResponse, "receive", count)
+    have_a_turn()
+    await line.gives(bytes((PING, 0x80, 0, 0, 0, 0)) * 5_000)
+    async with asyncio.timeout(HEAR_SECONDS):
+        while received < 4_000:
             await asyncio.sleep(0.01)
     steps = [later - before for before, later in itertools.pairwise(turns)]
     assert max(steps) <= messenger.FRAMES_AT_ONCE

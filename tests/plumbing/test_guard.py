@@ -5,6 +5,7 @@ import ipaddress
 import json
 import os
 import re
+import resource
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,14 +33,60 @@ from plumbing.guard import (
     read_origins,
     token_of_socket,
 )
-from plumbing.process import StartError
-from support.people import PASSWORD, SOON_SECONDS, Line, Person, login
+from plumbing.process import DESCRIPTORS_SPARE, StartError
+from support.people import HEAR_SECONDS, PASSWORD, SOON_SECONDS, Line, Person, login
 from support.raw import HANDSHAKE
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
 PROXIES = read_networks("10.0.0.0/8, 127.0.0.1, 2001:db8:ffff::/48")
 ALLOWED, FOREIGN = "https://app.example.com", "https://evil.example"
+
+
+# ---- Connections
+
+
+def test_connections_of_each_address_are_bounded() -> None:
+    """An address may have so many connections, however it is spelt; each that ends makes room for
+    one, and other addresses have their own. An IPv6 network is one address."""
+    connections = guard.Connections(2, PROXIES)
+    for spellings in (
+        ("192.0.2.60", "::ffff:192.0.2.60"), ("192.0.2.61", "192.0.2.61"),
+        ("2001:db8:1:2::3", "2001:db8:1:2:4::5"), ("fe80::1%eth0", "fe80::1%eth0"),
+    ):
+        leave, other = [connections.admit(each) for each in spellings]
+        assert leave is not None
+        assert other is not None
+        assert [connections.admit(each) for each in spellings] == [None, None]
+        leave()
+        assert connections.admit(spellings[1]) is not None
+        assert connections.admit(spellings[0]) is None
+
+
+@pytest.mark.parametrize("peer", ["10.1.2.3", "::ffff:127.0.0.1", "2001:db8:ffff::1", ""])
+def test_connections_of_proxies_are_not_counted(peer: str) -> None:
+    """A trusted proxy may have any number of connections, and so may who comes by a Unix socket."""
+    connections = guard.Connections(1, PROXIES)
+    assert None not in [connections.admit(peer) for _ in range(100)]
+
+
+def test_connections_may_be_without_bound() -> None:
+    """With a bound of 0 an address may have any number of connections."""
+    connections = guard.Connections(0, [])
+    assert None not in [connections.admit("192.0.2.60") for _ in range(100)]
+
+
+def test_connections_of_an_address_leave_half_of_the_descriptors(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the bound is, one address does not take more than half of the descriptors."""
+    for limit, most in ((DESCRIPTORS_SPARE + 20, 10), (2, 1)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+        connections = guard.Connections(1000, [])
+        let_in = [connections.admit("192.0.2.60") is not None for _ in range(30)]
+        assert let_in == [True] * most + [False] * (30 - most)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 0))
+    assert guard.half_of_descriptors() > 1_000_000
 
 
 # ---- Rates
@@ -744,6 +791,56 @@ async def test_page_runs_its_own_script_alone(anyone: Client) -> None:
         assert "unsafe" not in policy
         assert policy.count("'sha256-") == len(re.findall("<script|<style", page)) > 1
         assert not re.search(r"<\w[^>]*\s(on\w+|style)\s*=", page)
+
+
+# ---- Slots
+
+
+async def test_slots_let_so_many_of_each_key_in() -> None:
+    """Of each key so many are let in, then whoever waited first for each that has ended; another
+    key has slots of its own."""
+    slots, order = guard.Slots(2), []
+
+    async def works(number: int) -> None:
+        give_back = await slots.take("a")
+        order.append(number)
+        await asyncio.sleep(0)
+        give_back()
+
+    first, second = await slots.take("a"), await slots.take("a")
+    waiting = [asyncio.create_task(works(number)) for number in range(5)]
+    await asyncio.sleep(0)
+    assert order == []
+    (await slots.take("b"))()
+    waiting[1].cancel()
+    first()
+    second()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert order == [0, 2, 3, 4]
+    begun = [await asyncio.wait_for(slots.take("a"), HEAR_SECONDS) for _ in range(2)]
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(slots.take("a"), 0.01)
+    for give_back in begun:
+        give_back()
+
+
+async def test_slots_may_be_without_bound() -> None:
+    """With a bound of 0 any number is let in."""
+    slots = guard.Slots(0)
+    for _ in range(100):
+        await asyncio.wait_for(slots.take("a"), HEAR_SECONDS)
+
+
+async def test_work_that_fails_gives_its_slot_back() -> None:
+    """A slot is free again however the work has ended."""
+    slots = guard.Slots(1)
+
+    async def fails(number: int) -> None:
+        raise ValueError(number)
+
+    for number in range(3):
+        with pytest.raises(ValueError, match=str(number)):
+            await asyncio.wait_for(slots.run("a", fails, number), HEAR_SECONDS)
 
 
 # ---- What is believed

@@ -5,7 +5,15 @@ import re
 import pytest
 
 from plumbing.endpoints import INT8_MAX, InvalidInput
-from plumbing.marks import NO_MARK, mark_of, new_mark, position_of, read_position
+from plumbing.marks import (
+    NO_MARK,
+    RUN_GAP,
+    mark_of,
+    new_mark,
+    position_of,
+    read_position,
+    run_ends,
+)
 
 
 def test_position_is_read_as_it_was_written() -> None:
@@ -36,3 +44,11 @@ def test_marks_differ() -> None:
     marks = {new_mark() for _ in range(1000)}
     assert len(marks) == 1000
     assert all(re.fullmatch("[A-Za-z0-9_-]+", mark) for mark in marks)
+
+
+def test_numbers_far_from_each_other_are_runs() -> None:
+    """A run ends where the next number is too far away; a lone number is one."""
+    near, far = 5 + RUN_GAP, 6 + 2 * RUN_GAP
+    assert run_ends([5]) == ([5], [5])
+    assert run_ends([5, near]) == ([5], [near])
+    assert run_ends([5, near, far]) == ([5, far], [near, far])

@@ -110,3 +110,48 @@ def test_a_worker_whose_parent_is_gone_does_not_start() -> None:
     assert process.PARENT == "MESSENGER_PARENT"
     with pytest.raises(SystemExit):
         process.die_with(os.getpid())  # nobody is their own parent
+
+
+async def test_who_may_not_come_in_is_hung_up_on() -> None:
+    """Whom `admit` does not let in is hung up on at once; once a connection has ended, by either
+    side, its `leave` was called, and the next is let in."""
+    here: list[Any] = []
+
+    def admit(peer: str) -> Any:
+        assert peer == "127.0.0.1"
+        return None if len(here) == 2 else here.append(peer) or here.pop
+
+    class Silent(asyncio.Protocol):
+        leave: Any
+
+        def connection_made(self, transport: Any) -> None:
+            self.transport = transport
+
+        def data_received(self, data: bytes) -> None:
+            self.transport.close()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.leave()
+
+    async def until(count: int) -> None:
+        async with asyncio.timeout(HEAR_SECONDS):
+            while len(here) != count:
+                await asyncio.sleep(0.01)
+
+    with process.listen_on("127.0.0.1", 0) as listener:
+        address = listener.getsockname()
+        acceptor = process.Acceptor(listener, Silent, admit)
+        for by_us in (True, False, True):
+            (_, first), (reader, second) = [
+                await asyncio.open_connection(*address) for _ in range(2)]
+            await until(2)
+            other, third = await asyncio.open_connection(*address)
+            assert await other.read() == b""
+            third.close()
+            first.close()
+            if not by_us:
+                second.write(b"x")
+                assert await reader.read() == b""
+            second.close()
+            await until(0)
+        acceptor.stop()

@@ -160,6 +160,38 @@ async def test_connections_take_no_descriptors_that_the_database_needs(
         await line.hears_text("still here")
 
 
+async def test_half_open_connections_of_an_address_keep_no_other_out(starts: Starts) -> None:
+    """Of hundreds of connections from one address, as many stay open as it may have; other
+    addresses are served, and so is that one once it has hung up. The log tells of it once."""
+    server = await starts(RATE_LIMITS="on", CONNECTIONS_PER_ADDRESS=ROOM)
+
+    def comes(origin: str) -> socket.socket:
+        here = ("127.0.0.1", server.port)
+        connection = socket.create_connection(here, HEAR_SECONDS, source_address=(origin, 0))
+        connection.setblocking(False)
+        return connection
+
+    async def is_served(origin: str) -> bool:
+        with comes(origin) as connection, contextlib.suppress(ConnectionError):
+            await asyncio.get_running_loop().sock_sendall(connection, REQUEST)
+            return (await answered(connection)).startswith(b"HTTP/1.1 200")
+        return False
+
+    coming = [comes("127.0.0.3") for _ in range(300)]
+    for each in coming[ROOM:]:
+        assert await answered(each) == b""
+    assert all(map(waits, coming[:ROOM]))
+    assert await is_served("127.0.0.4")
+    assert not await is_served("127.0.0.3")
+    for each in coming:
+        each.close()
+    async with asyncio.timeout(SOON_SECONDS):
+        while not await is_served("127.0.0.3"):
+            await asyncio.sleep(0.05)
+    assert server.complaints().count("\n") == 1, server.complaints()
+    assert f"{ROOM} connections are open from one address" in server.complaints()
+
+
 @pytest.fixture
 async def starts(template: Server, tmp_path: Path) -> AsyncIterator[Starts]:
     """Start a server with some settings; it is stopped after the test."""

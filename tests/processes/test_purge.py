@@ -13,6 +13,7 @@ from support.servers import SETTINGS
 
 DAY = 86_400
 LIFE = SETTINGS.refresh_token_expire_days * DAY
+AGES = DAY, LIFE, 900, 90 * DAY, 2 * DAY  # as in PURGE_OLD
 keep_tidy = messenger.keep_tidy
 pytestmark = pytest.mark.usefixtures("no_upkeep")
 
@@ -108,6 +109,31 @@ async def test_reader_of_a_purged_step_is_still_named(
     assert (await bob.gets(f"/chats/{chat}"))["unread_count"] == 1
 
 
+async def test_old_departures_go(
+    app: web.Application, alice: Person, bob: Person, carol: Person, sql: Any
+) -> None:
+    """That somebody left is kept for two days, which is longer than any socket lives without the
+    database; who comes later sees who is in."""
+    chat = await alice.founds(bob, carol)
+    line = await alice.listens_live(chat)
+    for someone in (bob, carol):
+        await alice.expects(204, "DELETE", f"/chats/{chat}/participants/{someone.id}")
+        while (await line.hears("chat_updated"))["data"]["left"] != [someone.id]:
+            pass
+    age = "update departures set left_at = now() - make_interval(secs => $1) where user_id = $2"
+    await sql.execute(age, 2 * DAY - 60, bob.id)
+    await sql.execute(age, 2 * DAY + 60, carol.id)
+    await keep_tidy(app)
+    assert [row["user_id"] for row in await sql.fetch("select user_id from departures")] == [bob.id]
+    assert [each["user_id"] for each in await alice.gets(f"/chats/{chat}/participants")] == [
+        alice.id]
+    await sql.execute(
+        "insert into departures select 0, n, n, now() - interval '3 days'"
+        " from generate_series(1, 2500) n")
+    await keep_tidy(app)
+    assert await sql.fetchval("select count(*) from departures") == 1
+
+
 async def test_purge_goes_in_pieces(
     app: web.Application, alice: Person, sql: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +144,7 @@ async def test_purge_goes_in_pieces(
         "insert into attempts select 'x' || n, now() - interval '1 day'"
         " from generate_series(1, 250) n")
     pieces = [
-        await sql.fetchval(messenger.PURGE_OLD, DAY, LIFE, 900, 90 * DAY, 100) for _ in range(4)]
+        await sql.fetchval(messenger.PURGE_OLD, *AGES, 100) for _ in range(4)]
     assert pieces == [100, 100, 50, 0]
     await sql.execute(
         "insert into reads select 1, n, 0, 1, now() - interval '91 days'"
@@ -144,7 +170,7 @@ async def test_purges_of_several_workers_do_not_disturb_each_other(
 
     async def purges(connection: asyncpg.Connection) -> int:
         purged = 0
-        while more := await connection.fetchval(messenger.PURGE_OLD, DAY, LIFE, 900, 90 * DAY, 300):
+        while more := await connection.fetchval(messenger.PURGE_OLD, *AGES, 300):
             purged += more
         return purged
 

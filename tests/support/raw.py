@@ -139,12 +139,12 @@ class Wire:
         self._read += more
 
 
-def transport_of(server: TestServer, line: RawLine) -> asyncio.Transport:
-    """Find the server's end of a raw socket, and make the kernel's buffer there small."""
+def transport_of(server: TestServer, connection: socket.socket) -> asyncio.Transport:
+    """Find the server's end of a connection, and make the kernel's buffer there small."""
     assert server.runner is not None
     assert server.runner.server is not None
     transports = [each.transport for each in server.runner.server.connections]
-    name = line.socket.getsockname()
+    name = connection.getsockname()
     [transport] = [t for t in transports if t and t.get_extra_info("peername") == name]
     end = transport.get_extra_info("socket")
     end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
@@ -157,7 +157,7 @@ async def stalls(
     """Open a socket that does not read, with small buffers in the kernel; and its server's end."""
     line = await open_raw(person, chat, receive_bytes=4096)
     await line.hears("ready")
-    return line, transport_of(server, line)
+    return line, transport_of(server, line.socket)
 
 
 class RawConnection:

@@ -1,0 +1,228 @@
+"""Floods of every kind from a stranger: an honest user beside them is served, and refused nothing.
+"""
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+
+import messenger
+from support.floods import BLOCKS, CALLS, SILENCE, Flood, flood
+from support.fuzzing import LONG
+from support.hostile import CONTINUATION, FIN, PING, PONG, TEXT, frame
+from support.people import HEAR_SECONDS, PASSWORD, Line, Person
+from support.raw import handshake
+from support.servers import SECRET_KEY, Server
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+STRANGER = "127.0.0.2"  # where the floods come from
+FLOOD_SECONDS = 5.0 if LONG else 1.0
+P99_SECONDS = 0.1 if LONG else HEAR_SECONDS  # of an honest call; long: on a quiet machine
+PAUSE_SECONDS = 0.03  # between two honest calls
+CONNECTIONS = 200
+BLOCK = 4_000  # control frames in one write
+MARKS = "\u0344" * 16_000 + "\u0323" * 15_900
+
+# A hundred groups of a hundred, each with a long message: the dearest list of chats that there is.
+GROUPS = """
+insert into users (email, email_key, username, username_key, password_hash)
+select n || '@x.y', n || '@x.y', 'user' || n, 'user' || n, 'x' from generate_series(1, 99) n;
+insert into chats (is_group, name, participant_count, last_rev, last_seq)
+select true, 'group', 100, 1, 1 from generate_series(1, 100);
+insert into participants (chat_id, user_id, role)
+select c.id, u.id, case when u.id = {owner} then 'owner' else 'member' end
+from chats c, (select id from users where username like 'user%' or id = {owner}) u
+where c.name = 'group';
+insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
+select id, 1, 1, gen_random_uuid(), {owner}, repeat('x', 4096), now() from chats
+where name = 'group';
+"""
+
+
+class Stranger:
+    """Somebody with an account, who floods."""
+
+    def __init__(self, port: int, person: Person, chat: int, message: str) -> None:
+        self.port, self.person, self.chat, self.message = port, person, chat, message
+
+    def request(
+        self, method: str, path: str, body: Any = None, token: str | None = None
+    ) -> str:
+        """Write a request."""
+        sent = "" if body is None else json.dumps(body, ensure_ascii=False)
+        head = (f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent.encode())}\r\n"
+                f"Authorization: Bearer {token or self.person.access}\r\n\r\n")
+        return (head + sent).encode().decode("latin-1")
+
+    def of_calls(self, spent: Person, victim: int) -> list[Flood]:
+        """Make a flood of each call; those that end a session are made with somebody else's."""
+        login = {"email": self.person.email, "password": PASSWORD}
+        bodies = {
+            "create_user": {"email": "a@x.org", "username": "a_a", "password": PASSWORD},
+            "login": login,
+            "refresh": {"refresh_token": self.person.refresh},
+            "change_user": {"username": "mallory_2"},
+            "create_chat": {"is_group": True, "name": "x", "participant_ids": [victim]},
+            "change_chat": {"name": "y"},
+            "add_participant": {"user_id": victim},
+            "send_message": {"text": "x"},
+            "change_message": {"text": "y"},
+            "read_message": {"message_id": self.message},
+        }
+        ends = ("logout", "delete_user", "delete_session")
+        floods = []
+        for one in messenger.ENDPOINTS:
+            name = one.handler.__name__
+            who = spent if name in ends else self.person
+            user = who.id if name in ("change_user", "delete_user") else victim
+            path = one.path.format(
+                chat_id=self.chat, message_id=self.message, user_id=user, session_id=1)
+            path += "?limit=100" if name.startswith("list_") else ""
+            sent = self.request(one.method, path, bodies.get(name), who.access)
+            floods.append(Flood(name, CALLS, [sent], 96 if name == "login" else 30))
+        return floods
+
+    def of_texts(self) -> list[Flood]:
+        """Make floods of texts that take long to look into."""
+        messages = f"/api/v1/chats/{self.chat}/messages"
+        return [
+            Flood("marks in a login", CALLS, [self.request("POST", "/api/v1/users/login", {
+                "email": f"a{MARKS}@x.y", "password": MARKS[:100]})]),
+            Flood("marks in texts", CALLS, [
+                self.request("POST", messages, {"text": "\u0344" * 2_700 + "\u0323" * 1_395}),
+                self.request("POST", messages, {"text": "\ufdfa" * 4_096}),
+                self.request("GET", f"{messages}?q=x")]),
+            Flood("marks in names", CALLS, [self.request(
+                "PUT", f"/api/v1/users/{self.person.id}", {"username": MARKS})]),
+        ]
+
+    def of_frames(self) -> list[Flood]:
+        """Make floods of frames over sockets."""
+        def of(name: str, block: bytes, connections: int = 1) -> Flood:
+            opening = handshake(self.port, f"/ws/{self.chat}", self.person.access)
+            sends = [opening.decode("latin-1"), block.decode("latin-1")]
+            return Flood(name, BLOCKS, sends, connections)
+
+        def text(**told: Any) -> bytes:
+            return frame(FIN | TEXT, json.dumps(told).encode()) * 100
+
+        return [
+            of("pings", frame(FIN | PING, b"") * BLOCK),
+            of("pongs", frame(FIN | PONG, b"") * BLOCK),
+            of("fragments", frame(TEXT, b"") + frame(CONTINUATION, b"") * BLOCK),
+            of("messages", text(type="message", text="x")),
+            of("reads", text(type="read", message_id=self.message)),
+            of("typing", text(type="typing")),
+            of("wrong frames", text(type="nothing")),
+            of("tokens", text(type="auth", token="x" * 1_000)),
+            of("replays", text(type="sync", after=0), 20),
+        ]
+
+    def of_connections(self) -> list[Flood]:
+        """Make floods of connections that are held, with nothing or with an unread answer."""
+        return [
+            Flood("half-open connections", SILENCE, [""], 2 * CONNECTIONS),
+            Flood("half of the headers", SILENCE, ["GET / HTTP/1.1\r\nX: "], 2 * CONNECTIONS),
+            Flood("unread answers", SILENCE, [
+                self.request("GET", "/api/v1/chats?limit=100")], CONNECTIONS),
+        ]
+
+
+class Honest:
+    """Somebody who does all that people do, at a person's pace, and times each call."""
+
+    def __init__(self, person: Person, chat: int, line: Line) -> None:
+        self.person, self.chat, self.line = person, chat, line
+        self.seconds: list[float] = []
+        self.count = 0
+
+    async def lives(self, beside: "asyncio.Task[Any]") -> None:
+        """Do one thing after the other, until what is done beside it has ended."""
+        for do in itertools.cycle((self.posts, self.lists, self.says, self.looks, self.reads)):
+            began = time.perf_counter()
+            await do()
+            self.seconds.append(time.perf_counter() - began)
+            if beside.done():
+                break
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def posts(self) -> None:
+        """Post over REST, and mark it as read."""
+        sent = await self.person.says(self.chat, f"number {self.count}")
+        await self.person.reads(self.chat, sent)
+
+    async def says(self) -> None:
+        """Post over a socket, and hear that it is durable."""
+        self.count += 1
+        await self.line.says("over a socket", ref=self.count)
+        assert (await self.line.hears("ack", "error"))["type"] == "ack"
+
+    async def lists(self) -> None:
+        """List the chats."""
+        await self.person.gets("/chats")
+
+    async def looks(self) -> None:
+        """Look up who one is."""
+        await self.person.gets("/users/me")
+
+    async def reads(self) -> None:
+        """Read and search the history."""
+        await self.person.gets(f"/chats/{self.chat}/messages?limit=10")
+        await self.person.gets(f"/chats/{self.chat}/messages?q=socket&limit=5")
+
+
+@pytest.fixture
+async def flooded(database_url: str, tmp_path: Path) -> AsyncIterator[Server]:
+    """A server with its usual limits; afterwards it is still up, and has logged no error."""
+    server = await Server(
+        tmp_path, DATABASE_URL=database_url, SECRET_KEY=SECRET_KEY, RATE_LIMITS="on",
+        CONNECTIONS_PER_ADDRESS=CONNECTIONS, BCRYPT_COST=10).starts()
+    yield server
+    assert server.process.returncode is None, server.complaints()
+    assert await server.stops() == 0, server.complaints()
+    assert "ERROR" not in server.complaints()
+
+
+@pytest.mark.timeout(3600 if LONG else 120)
+async def test_honest_user_is_served_beside_floods(
+    flooded: Server, people_of: Any, sql: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a stranger floods with, an honest user is refused nothing, and waits for no call
+    long."""
+    mallory, spent, alice, bob = [
+        await people_of(flooded, name) for name in ("mallory", "spent", "alice", "bob")]
+    await sql.execute(GROUPS.format(owner=mallory.id))
+    await sql.execute("analyze")
+    theirs = await mallory.founds(bob)
+    message = await mallory.says(theirs, "x")
+    stranger = Stranger(flooded.port, mallory, theirs, message["id"])
+    calls, others = stranger.of_calls(spent, bob.id), stranger.of_texts() + stranger.of_frames()
+    floods = [[each] for each in calls + others + stranger.of_connections()]
+    if not LONG:  # all calls in turn, then all else, then the connections
+        sends = [sent for each in calls for sent in each.sends]
+        floods = [[Flood("calls", CALLS, sends)], others, stranger.of_connections()]
+    chat = await alice.opens(bob)
+    line = await alice.listens_live(chat)
+    slow = {}
+    for at_once in floods:
+        honest = Honest(alice, chat, line)
+        flooding = asyncio.create_task(flood(flooded.port, STRANGER, FLOOD_SECONDS, at_once))
+        await honest.lives(flooding)
+        heard = await flooding
+        times = sorted(honest.seconds)
+        p99 = times[int(len(times) * 0.99)]
+        names = ", ".join(each.name for each in at_once)
+        if LONG:
+            with capsys.disabled():
+                told = f"{len(times)} calls, p50 {times[len(times) // 2] * 1000:.0f} ms, "
+                print(f"\n{names}: {told}p99 {p99 * 1000:.0f} ms beside {heard}", end="")
+        if p99 > P99_SECONDS:
+            slow[names] = p99
+    assert slow == {}
