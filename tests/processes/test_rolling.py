@@ -224,6 +224,7 @@ async def run(pair: Pair) -> AsyncIterator[Run]:
     """The clients of the torture, who use both servers."""
     run = Run(pair, 1, Tally(speaks=True), PATIENCE_SECONDS)
     run.noting = pair.notes
+    run.knows_marks = False
     asyncio.get_running_loop().set_debug(False)  # the clients are to press the servers
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as run.http:
         await run.set_up()

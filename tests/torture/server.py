@@ -11,14 +11,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import asyncpg
 
 from support.servers import processes_in
+from torture.postgres import Copy, contents_of, copy_cluster
 
 WORKERS = 2
+START_SECONDS = 60.0
 BACK_SECONDS = 60.0
 TOLD = 8  # findings of each kind that are told in words
 
@@ -27,12 +30,15 @@ TOLD = 8  # findings of each kind that are told in words
 class Tally:
     """What was counted, and what was found wrong."""
 
-    kinds = ("lost", "doubled", "missed", "misordered", "leaked", "wrong")
+    kinds = ("lost", "doubled", "missed", "misordered", "leaked", "fooled", "wrong")
 
     def __init__(self, speaks: bool) -> None:
         self.began = time.monotonic()
         self.speaks = speaks
         self.sent = self.acknowledged = self.changed = self.delivered = 0
+        self.undone = 0  # acknowledged, and rightly gone with a database that went back
+        self.returns = 0  # of the database to what it was
+        self.told = 0  # clients that were told so
         self.found: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.recovery: dict[str, float] = {}  # kind of fault: the slowest
@@ -79,6 +85,9 @@ class Tally:
         yield self._flow()
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items()))
         yield f"faults {self.faults.total()}: {kinds}"
+        yield (
+            f"acknowledged, and undone with a database that went back: {self.undone};"
+            f" {self.told} times a client was told of it")
         yield self.verdict()
         slowest = sorted(self.recovery.items(), key=lambda each: -each[1])
         yield "slowest recovery: " + ", ".join(f"{kind} {took:.2f} s" for kind, took in slowest)
@@ -175,8 +184,36 @@ class Server:
     def postmaster(self) -> list[str]:
         """Answer the lines of PostgreSQL's pid file, [] while there is none."""
         with contextlib.suppress(OSError):
-            return (self.folder / "data/postgres/postmaster.pid").read_text().splitlines()
+            return (self.cluster / "postmaster.pid").read_text().splitlines()
         return []
+
+    @property
+    def cluster(self) -> Path:
+        """The folder of the database."""
+        return self.folder / "data/postgres"
+
+    async def copy_to(self, folder: Path) -> Copy:
+        """Copy the database into a folder; answer what the copy holds."""
+        await copy_cluster(self.postmaster()[4], 5432, folder / "postgres")
+        return await contents_of(folder)
+
+    @contextlib.contextmanager
+    def swapped(self, folder: Path) -> Iterator[datetime]:
+        """Put a copy in the place of the database, while the parent sees nothing.
+
+        Answers a time after all that the old one did. Nothing may await here.
+        """
+        kill(self.process.pid, signal.SIGSTOP)
+        try:
+            while pids := processes_in(self.cluster):
+                for pid in pids:
+                    kill(pid, signal.SIGKILL)
+                time.sleep(0.005)
+            self.cluster.rename(folder / "undone")
+            (folder / "postgres").rename(self.cluster)
+            yield datetime.now(UTC)
+        finally:
+            kill(self.process.pid, signal.SIGCONT)
 
     async def sql(self, query: str, *arguments: Any) -> list[Any]:
         """Ask PostgreSQL behind the messenger's back, waiting until it is there."""
