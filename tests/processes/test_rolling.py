@@ -27,7 +27,8 @@ from support.people import Line, Person, follows
 from support.servers import ROOT, SECRET_KEY, Server
 from torture.__main__ import judge
 from torture.clients import Run
-from torture.server import Tally, free_port
+from torture.server import free_port
+from torture.tally import Tally
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 

@@ -1,10 +1,14 @@
 """What the database holds in the end, against what was answered and what was shown."""
 
+import asyncio
 import itertools
 import sys
 from collections import Counter
 from typing import Any
 
+import asyncpg
+
+from support.resuming import number_of
 from torture.cast import Chat, Seat
 from torture.clients import Run
 from torture.devices import Book, Data, Device
@@ -41,12 +45,14 @@ class Check:
         chats = [chat.id for chat in self.run.chats]
         ends = {row["id"]: row for row in await self.server.sql(ENDS, chats)}
 
-        def lagging() -> int:
-            return sum(not book.is_live() or book.last < ends[chat_id]["last_rev"]
-                       for _, chat_id, book in self._followed())
+        def is_there(chat_id: int, book: Book) -> bool:
+            return book.is_live() and self._is_same(book.held.position, ends[chat_id]["position"])
 
-        await self.run.until(lambda: not lagging(), self.run.patience)
-        self.blame("missed", "a socket does not come to the last number", lagging())
+        await self.run.until(lambda: all(is_there(*each[1:]) for each in self._followed()),
+                             self.run.patience)
+        lagging = sum(not book.is_live() or book.last < ends[chat_id]["last_rev"]
+                      for _, chat_id, book in self._followed())
+        self.blame("missed", "a socket does not come to the last number", lagging)
         stored: dict[int, dict[str, Any]] = {chat_id: {} for chat_id in chats}
         for row in await self.server.sql(PLACES, chats):
             stored[row["chat_id"]][row["id"]] = row
@@ -73,13 +79,24 @@ class Check:
             elif message.rev == row["rev"]:
                 fooled += not self._is_same(message.position, row["position"])
         self.blame("fooled", f"{device.user.name} keeps what is not there", fooled)
-        if not self._is_same(book.held.position or "", end):
+        if not self._is_same(book.held.position, end):
             self.blame("fooled", f"{device.user.name} is at {book.held.position}, not {end}")
 
-    def _is_same(self, position: str, stored: str) -> bool:
+    def _is_same(self, position: str | None, stored: str) -> bool:
         """Tell whether positions are the same; servers of 0.1.0 gave no marks."""
         return position == stored or (
-            not self.run.knows_marks and position.partition(".")[0] == stored.partition(".")[0])
+            not self.run.knows_marks and position is not None
+            and number_of(position) == number_of(stored))
+
+    async def is_there(self) -> bool:
+        """Tell whether there is a database."""
+        try:
+            async with asyncio.timeout(self.run.patience):
+                await self.server.sql(ENDS, [])
+        except (OSError, TimeoutError, asyncpg.PostgresError):
+            self.blame("wrong", "the database does not come back")
+            return False
+        return True
 
     async def unanswered(self) -> None:
         """What was not answered is there once, or not at all."""

@@ -22,8 +22,9 @@ import msgspec
 
 from torture.cast import INSIDE, OUT, RECENT, Chat, Message, Removal, Seat, User
 from torture.devices import ASK_SECONDS, LIVE, NOTHING, Data, Device
-from torture.postgres import Copy
-from torture.server import BACK_SECONDS, WITNESS, Server, Tally
+from torture.postgres import BACK_SECONDS, Copy
+from torture.server import WITNESS, Server
+from torture.tally import Tally
 
 CHATS, USERS, MEMBERS = 4, 8, 4
 REMOVED_SECONDS = (1.0, 2.0)  # longer than what an abandoned statement may still wait for a lock

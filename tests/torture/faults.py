@@ -6,18 +6,23 @@ import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import UTC, datetime
 
 from torture.cast import Chat
 from torture.check import Check
 from torture.clients import Run
 from torture.devices import ASK_SECONDS, Device
-from torture.server import BACK_SECONDS, START_SECONDS, WORKERS, kill
+from torture.postgres import BACK_SECONDS, contents_of
+from torture.server import START_SECONDS, WORKERS, kill
 
+TIMES_LONGER = 10  # than was asked for, at most, until there were so many faults
 LATE_SECONDS = 20.0  # with the hints dropped; it takes little more than a second
 HOLD_SECONDS = (2.0, 6.0)  # longer than what waits for the lock
 READ_ONLY_SECONDS = (0.5, 3.0)  # shorter and longer than a post is tried
 REST_SECONDS = (0.3, 0.9)  # between two faults
 UNDONE_SECONDS = (0.3, 2.0)  # what a database loses that goes back
+FULL_SECONDS = (0.3, 3.0)
+CUT_OFF_SECONDS = 4.0  # a standby: longer than a statement may take
 DYING_SECONDS = 0.1  # for so long what was not killed itself may still answer
 
 BACKENDS = "select pid from pg_stat_activity where application_name = 'messenger'"
@@ -46,25 +51,7 @@ class Faults:
     def __init__(self, run: Run, seed: int, allowed: Sequence[str]) -> None:
         self.run, self.server, self.tally = run, run.server, run.tally
         self.random = random.Random(f"faults {seed}")
-        self.kinds: dict[str, tuple[int, Callable[[], Awaitable[float]]]] = {
-            # kind: how often among the others, how (which answers since when it is over)
-            "worker killed": (6, self._kill_worker),
-            "worker ended": (4, self._end_worker),
-            "worker stopped": (6, self._stop_worker),
-            "parent killed": (1, self._kill_parent),
-            "parent ended": (1, self._end_parent),
-            "parent stopped": (2, self._stop_parent),
-            "postmaster killed": (4, self._kill_postmaster),
-            "backend killed": (4, self._kill_backend),
-            "backends ended": (5, self._end_backends),
-            "listeners cut": (5, self._cut_listeners),
-            "hints dropped": (1, self._drop_hints),
-            "chat held": (2, self._hold_chat),
-            "database read-only": (1, lambda: self._forbid_writing(READ_ONLY_DATABASE)),
-            "connections read-only": (1, lambda: self._forbid_writing(READ_ONLY_CONNECTIONS)),
-            "database restored": (2, self._restore),
-        }
-        self.kinds = {kind: self.kinds[kind] for kind in allowed or self.kinds}
+        self.kinds = {kind: KINDS[kind] for kind in allowed}
         self._since = float("inf")
         self._waiting: set[Chat] = set()  # chats without an acknowledgement since the fault
         self._held: Chat | None = None
@@ -78,13 +65,21 @@ class Faults:
             yield from self.random.sample(deck, len(deck))
             weights = {kind: weight for kind, (weight, _) in self.kinds.items()}
 
-    async def go_on(self) -> None:
-        """Do one after the other; after each the clients get an answer, and a moment of rest."""
+    async def go_on(self, seconds: float, least: int) -> None:
+        """Do one after the other for a while, and until there were so many; after each the clients
+        get an answer, and a moment of rest.
+        """
+        began = time.monotonic()
         await asyncio.sleep(max(REST_SECONDS))
         for kind in self._drawn():
+            took = time.monotonic() - began
+            if took > seconds and self.tally.count_recoveries() >= least:
+                return
+            if took > TIMES_LONGER * seconds:
+                return
             self._see_alive()
             self.tally.faults[kind] += 1
-            self._since = await self.kinds[kind][1]()
+            self._since = await self.kinds[kind][1](self)
             await self._recover(kind)
             if not self.run.keeping.is_set():  # the database went back
                 await Check(self.run).in_quiet()
@@ -107,11 +102,11 @@ class Faults:
         took = time.monotonic() - self._since
         self._since = float("inf")
         self.tally.say(f"{kind}: back after {took:.2f} s")
-        self.tally.recovery[kind] = max(took, self.tally.recovery.get(kind, 0))
+        self.tally.recovery.setdefault(kind, []).append(took)
 
     def _see_alive(self) -> None:
-        if self.server.process.poll() is not None:
-            status = self.server.process.returncode
+        status = self.server.ended_itself()
+        if status is not None:
             self.tally.blame("wrong", f"the server ended by itself with {status}")
             self.server.start()
 
@@ -243,6 +238,12 @@ class Faults:
             self._held = None
         return time.monotonic()
 
+    async def _forbid_database(self) -> float:
+        return await self._forbid_writing(READ_ONLY_DATABASE)
+
+    async def _forbid_connections(self) -> float:
+        return await self._forbid_writing(READ_ONLY_CONNECTIONS)
+
     async def _forbid_writing(self, statements: Sequence[str]) -> float:
         """Make the database, or every new connection to it, read-only for a while."""
         try:
@@ -257,7 +258,7 @@ class Faults:
     async def _restore(self) -> float:
         """Copy the database while it is used, and some time later put the copy in its place."""
         await self._pause_keepers()
-        folder = self.server.folder / "copy"
+        folder = self.server.cluster.with_name("copy")
         copy = await self.server.copy_to(folder)
         await asyncio.sleep(self.random.uniform(*UNDONE_SECONDS))
         since = time.monotonic()
@@ -266,8 +267,81 @@ class Faults:
         await asyncio.to_thread(shutil.rmtree, folder)
         return since
 
+    async def _fill_disk(self) -> float:
+        """Fill the disk of the database, and free it again."""
+        self.server.disk.fill()
+        try:
+            await asyncio.sleep(self.random.uniform(*FULL_SECONDS))
+        finally:
+            self.server.disk.free()
+        return time.monotonic()
+
+    async def _cut_power(self) -> float:
+        """Stop every process; start again with what was flushed to the disk."""
+        began = time.monotonic()
+        self.server.cut_power()
+        return began
+
+    async def _lose_primary(self) -> float:
+        """Lose the primary under load, and promote its standby, which has everything."""
+        await self.server.pair_up(is_synchronous=True)
+        await asyncio.sleep(self.random.uniform(*UNDONE_SECONDS))
+        self.server.primary.destroy()
+        return await self.server.promote()
+
+    async def _lose_waiting_primary(self) -> float:
+        """The same after nothing reached the standby for longer than anybody waits for an answer:
+        nothing may have been acknowledged, or shown, meanwhile.
+        """
+        await self.server.pair_up(is_synchronous=True)
+        await self.server.standby.stop_following()
+        await asyncio.sleep(CUT_OFF_SECONDS)
+        self.server.primary.destroy()
+        return await self.server.promote()
+
+    async def _promote_outdated(self) -> float:
+        """Lose the primary, and promote a standby that has heard nothing for a while."""
+        await self._pause_keepers()
+        await self.server.pair_up(is_synchronous=False)
+        await self.server.standby.stop_following()
+        await asyncio.sleep(self.random.uniform(*UNDONE_SECONDS))
+        self.server.primary.destroy()
+        await self.server.standby.replay_all()
+        self.run.go_back(await contents_of(self.server.standby.dsn), datetime.now(UTC))
+        return await self.server.promote()
+
+
     async def _pause_keepers(self) -> None:
         """Let nobody be removed until the stores were looked at, and wait until all are back."""
         self.run.keeping.clear()
         if not await self.run.until(lambda: not self.run.busy, BACK_SECONDS):
             self.tally.blame("wrong", "members are not put back")
+
+
+KINDS: dict[str, tuple[int, Callable[[Faults], Awaitable[float]]]] = {
+    # kind: how often among the others, how (which answers since when it is over)
+    "worker killed": (6, Faults._kill_worker),
+    "worker ended": (4, Faults._end_worker),
+    "worker stopped": (6, Faults._stop_worker),
+    "parent killed": (1, Faults._kill_parent),
+    "parent ended": (1, Faults._end_parent),
+    "parent stopped": (2, Faults._stop_parent),
+    "postmaster killed": (4, Faults._kill_postmaster),
+    "backend killed": (4, Faults._kill_backend),
+    "backends ended": (5, Faults._end_backends),
+    "listeners cut": (5, Faults._cut_listeners),
+    "hints dropped": (1, Faults._drop_hints),
+    "chat held": (2, Faults._hold_chat),
+    "database read-only": (1, Faults._forbid_database),
+    "connections read-only": (1, Faults._forbid_connections),
+    "database restored": (2, Faults._restore),
+    "disk full": (1, Faults._fill_disk),
+    "power cut": (1, Faults._cut_power),
+    "primary lost, standby in step": (1, Faults._lose_primary),
+    "primary lost, standby cut off": (1, Faults._lose_waiting_primary),
+    "primary lost, standby behind": (1, Faults._promote_outdated),
+}
+FAILOVERS = tuple(kind for kind in KINDS if kind.startswith("primary lost"))
+POWER_CUTS = ("power cut",)
+DISK_FAULTS = ("disk full", *POWER_CUTS)
+USUAL = tuple(kind for kind in KINDS if kind not in {*FAILOVERS, *DISK_FAULTS})
