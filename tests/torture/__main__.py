@@ -65,7 +65,7 @@ from support.servers import ROOT
 from torture.check import Check
 from torture.clients import Run
 from torture.couple import Couple
-from torture.disk import Disk, why_none
+from torture.disk import Disk, quick_folder, why_none
 from torture.faults import DISK_FAULTS, FAILOVERS, KINDS, POWER_CUTS, USUAL, Faults
 from torture.report import page
 from torture.server import START_SECONDS, WORKERS, Server
@@ -119,9 +119,10 @@ async def is_seen(mutation: Mutation | None, seed: int) -> bool:
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """Make a folder that is gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="torture-") as folder:
+def scratch(kinds: Sequence[str] = ()) -> Iterator[Path]:
+    """Make a folder that is gone afterwards, for such faults."""
+    place = quick_folder() if kinds is POWER_CUTS else None  # else few would be acknowledged
+    with tempfile.TemporaryDirectory(prefix="torture-", dir=place) as folder:
         yield Path(folder).resolve()
 
 
@@ -214,7 +215,7 @@ class Part:
 
 async def run_part(part: Part, seconds: float, seed: int, least: int) -> Tally:
     """Torture in one way; answer what was counted."""
-    with scratch() as folder:
+    with scratch(part.kinds) as folder:
         tally = await torture(folder, ROOT, seconds, seed, part.kinds, speaks=True, least=least)
     print(f"{part.name}: seed {seed}, {tally.seconds / 60:.1f} minutes, {WORKERS} workers")
     print("\n".join(tally.summary()), flush=True)
@@ -224,7 +225,7 @@ async def run_part(part: Part, seconds: float, seed: int, least: int) -> Tally:
 async def control(seed: int) -> Tally:
     """Cut the power of a database that does not flush, until that is found; answer what was."""
     for again in range(PROOF_TRIES):
-        with scratch() as folder:
+        with scratch(POWER_CUTS) as folder:
             tally = await torture(
                 folder, ROOT, CONTROL_SECONDS, seed + again, POWER_CUTS,
                 PROOF_PATIENCE_SECONDS, least=1, flushes=False)

@@ -79,10 +79,11 @@ class Faults:
                 return
             self._see_alive()
             self.tally.faults[kind] += 1
-            self._since = await self.kinds[kind][1](self)
+            self._since = since = await self.kinds[kind][1](self)
             await self._recover(kind)
             if not self.run.keeping.is_set():  # the database went back
                 await Check(self.run).in_quiet()
+                self.tally.note_return(time.monotonic() - since)
                 self.run.keeping.set()
             await asyncio.sleep(self.random.uniform(*REST_SECONDS))
 

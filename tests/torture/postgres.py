@@ -117,7 +117,8 @@ async def execute(folder: Path, program: str, *arguments: str) -> None:
 
 OPTIONS = (
     "listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=100",
-    "wal_keep_size=256MB", "recovery_init_sync_method=syncfs", "log_min_messages=warning")
+    "wal_keep_size=256MB", "recovery_init_sync_method=syncfs", "log_min_messages=warning",
+    "dynamic_shared_memory_type=mmap")  # which is gone with the folder
 REACHED = """
     select from pg_stat_replication
     where state = 'streaming' and sync_state = $1 and flush_lsn >= $2::text::pg_lsn"""

@@ -92,6 +92,9 @@ def _rest(
         if tally.slowest_delivery:
             yield (f"{name.capitalize()}: with all hints between the workers dropped, a message"
                    f" reached every socket within {tally.slowest_delivery:.2f} s.")
+        if tally.returns:
+            yield (f"{name.capitalize()}: once the database had gone back, every client had what it"
+                   f" has after {tally.slowest_return:.2f} s at the latest.")
     if control is not None:
         counted = ", ".join(f"{kind} {count:,}" for kind, count in control.found.items())
         yield (

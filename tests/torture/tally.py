@@ -20,6 +20,7 @@ class Tally:
         self.undone = 0  # acknowledged, and rightly gone with a database that went back
         self.returns = 0  # of the database to what it was
         self.told = 0  # clients that were told so
+        self.slowest_return = 0.0  # seconds until every store was the database's again
         self.found: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.recovery: dict[str, list[float]] = {}  # by kind of fault: seconds
@@ -47,6 +48,10 @@ class Tally:
         if what is not None:  # else the sender is out
             self.beside[f"{whose} {what}"] += 1
             self.slowest_beside = max(self.slowest_beside, 0.0 if is_held else took)
+
+    def note_return(self, took: float) -> None:
+        """Note how long it took after a return until every store was the database's."""
+        self.slowest_return = max(self.slowest_return, took)
 
     def progress(self) -> str:
         """What a line of progress says."""
@@ -77,7 +82,8 @@ class Tally:
         if self.returns:
             yield (
                 f"acknowledged, and undone with a database that went back: {self.undone};"
-                f" {self.told} times a client was told of it")
+                f" {self.told} times a client was told of it; after {self.slowest_return:.2f} s"
+                " each had what the database has")
         yield self.verdict()
         slowest = sorted(self.slowest().items(), key=lambda each: -each[1])
         yield "slowest recovery: " + ", ".join(f"{kind} {took:.2f} s" for kind, took in slowest)
