@@ -213,7 +213,7 @@ class Postgres:
             if await _end_of(self._process, POLL_SECONDS):
                 raise StartError(f"PostgreSQL could not make its files: {self._complaint()}")
             os.rename(fresh, self._cluster)
-            _sync(self.folder)
+            sync_folder(self.folder)
         try:
             version = (self._cluster / "PG_VERSION").read_text("utf-8").strip()
         except FileNotFoundError:
@@ -393,7 +393,7 @@ def _close_to_others(cluster: Path) -> None:
             raise StartError(f"{cluster} is open to others: chmod 700 it") from None
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` outlast a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -29,6 +29,7 @@ from aiohttp import web, web_response, web_server
 from yarl import URL
 
 from plumbing.deadline import uncounted
+from plumbing.embedded import sync_folder
 from plumbing.process import (
     REQUEST_ID_HEADER,
     Handler,
@@ -582,6 +583,7 @@ def kept_secret(path: Path) -> str:
             file.flush()
             os.fsync(file.fileno())
         new.rename(path)
+        sync_folder(path.parent)
     try:
         secret = path.read_text("utf-8").strip()
     except UnicodeDecodeError:

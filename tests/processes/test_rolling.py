@@ -27,7 +27,8 @@ from support.people import Line, Person, follows
 from support.servers import ROOT, SECRET_KEY, Server
 from torture.__main__ import judge
 from torture.clients import Run
-from torture.server import Tally, free_port
+from torture.server import free_port
+from torture.tally import Tally
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -224,6 +225,7 @@ async def run(pair: Pair) -> AsyncIterator[Run]:
     """The clients of the torture, who use both servers."""
     run = Run(pair, 1, Tally(speaks=True), PATIENCE_SECONDS)
     run.noting = pair.notes
+    run.knows_marks = False
     asyncio.get_running_loop().set_debug(False)  # the clients are to press the servers
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as run.http:
         await run.set_up()

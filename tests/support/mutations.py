@@ -21,6 +21,8 @@ class Mutation:
 FUNCTIONS, SCHEMA = "sql/functions.sql", "sql/0001_schema.sql"
 READ_ONLY_FAULTS = ("database read-only", "connections read-only")
 CRASH = ("postmaster killed", "backend killed")
+RESTORE = ("database restored",)
+FAILOVER = ("primary lost, standby cut off",)
 # The commit follows a tenth of a second after the answer.
 COMMITS = "        return await self._app[DATABASE].rows(self.STATEMENT, *columns, *mark)\n"
 ANSWERS_EARLY = '''        if self.STATEMENT is not POST_MESSAGES:
@@ -118,6 +120,16 @@ MUTATIONS = (
         ("plumbing/database.py", HELD, ""),)),
     Mutation("a read-only database is an error", ("wrong",), READ_ONLY_FAULTS, (
         ("plumbing/database.py", READ_ONLY, ""),)),
+    Mutation("an answer before the standby has it", ("lost",), FAILOVER, (
+        ("plumbing/database.py", '"synchronous_commit": "on"', '"synchronous_commit": "local"'),),
+        8.0),
+    Mutation("a room that goes on after a restore", ("fooled",), RESTORE, (
+        ("messenger.py", "rev < known_rev or (rev == known_rev and mark != known_mark)", "False"),
+        ("messenger.py", " and before == room.mark", ""),
+        ("messenger.py", 'if rows[0]["known_mark"] != room.mark:', "if False:"),
+        ("messenger.py", 'if rows[0]["mark"] != replay.mark:', "if False:")), 12.0),
+    Mutation("marks that are not compared", ("fooled",), RESTORE, (
+        ("messenger.py", "if claimed is not None and claimed != mark:", "if False:"),), 12.0),
 )
 
 

@@ -23,6 +23,7 @@ class Held:
     messages: dict[str, Any] = field(default_factory=dict)  # by id, as they were at `position`
     above: dict[str, Any] = field(default_factory=dict)  # what was heard of later changes
     is_moving: bool = False  # whether frames of this socket set the position
+    newest: int = 0  # the largest `rev` in `messages`
 
     def opens(self) -> None:
         """On a new socket the position stands still; what is above it is not kept."""
@@ -53,13 +54,18 @@ class Held:
         copies = self.messages if is_covered else self.above
         if message["rev"] >= copies.get(message["id"], message)["rev"]:
             copies[message["id"]] = message
+        if is_covered:
+            self.newest = max(self.newest, message["rev"])
 
     def uncover(self) -> None:
         """Tell apart what a position that went back does not cover any more."""
-        for message in list(self.messages.values()):
-            if message["rev"] > number_of(self.position or "0"):
-                del self.messages[message["id"]]
-                self.shows(message)
+        number = number_of(self.position or "0")
+        if self.newest <= number:
+            return
+        for message in [each for each in self.messages.values() if each["rev"] > number]:
+            del self.messages[message["id"]]
+            self.shows(message)
+        self.newest = number
 
     def forget(self) -> None:
         """The history is another: begin as with a chat that is not known."""

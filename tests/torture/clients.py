@@ -1,11 +1,8 @@
 """The clients of the checker: they post, edit, delete, read and follow, and do not give up.
 
 What they are told they hold against the contract at once; what they were answered, and what they
-have in the end, is for the check at the end (__main__.py).
-
-    Who is there     users, chats, a user's seat in a chat, messages
-    Sockets          a device: what it has of each chat, by the contract's rules, and its socket
-    The run          all of them together: what they do, from the start to the end
+have in the end, is for the check at the end (check.py). Who they are is in cast.py, their sockets
+are in devices.py.
 """
 
 import asyncio
@@ -13,10 +10,9 @@ import contextlib
 import itertools
 import random
 import time
-from array import array
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -24,320 +20,28 @@ from uuid import UUID
 import aiohttp
 import msgspec
 
-from torture.server import BACK_SECONDS, WITNESS, Server, Tally
-
-# ---- Limits
+from torture.cast import INSIDE, OUT, RECENT, Chat, Message, Removal, Seat, User
+from torture.devices import ASK_SECONDS, LIVE, NOTHING, Data, Device
+from torture.postgres import BACK_SECONDS, Copy
+from torture.server import WITNESS, Server
+from torture.tally import Tally
 
 CHATS, USERS, MEMBERS = 4, 8, 4
-ASK_SECONDS = 3.0  # until a client takes an answer for lost; some stops of a worker last longer
 REMOVED_SECONDS = (1.0, 2.0)  # longer than what an abandoned statement may still wait for a lock
 PAUSE_SECONDS = 0.05  # of a sender, on average
 BURST = 6  # messages at once on one socket
 LAST_WORDS = 16  # of who is just being removed
 KEEPERS = 2  # at work at once
-READIES = 2  # of which one answers a sync
-RECENT = 50  # messages of one's own that may still be changed
 
-# ---- Who is there
-
-
-class Data(msgspec.Struct):
-    """Of any answer or frame what is looked at here."""
-
-    id: int | str = ""
-    chat_id: int = 0
-    seq: int = 0
-    rev: int = 0
-    text: str = ""
-    created_at: datetime | None = None
-    deleted_at: datetime | None = None
-    status: int | str = 0
-    user_id: int = 0
-    last_read_seq: int = 0
-    access_token: str = ""
-
-
-class Frame(msgspec.Struct):
-    """What a socket is sent."""
-
-    type: str
-    data: Data
-    ref: int | None = None
-    chat_id: int | None = None
-
-
-FRAME = msgspec.json.Decoder(Frame)
 DATA = msgspec.json.Decoder(Data | list[Data])
-NOTHING = Data()
 
 
-@dataclass(eq=False)
-class User:
-    """Somebody with an account."""
+@dataclass(frozen=True)
+class Return:
+    """A database that went back: whatever is numbered above `last`, and older, is undone."""
 
-    name: str
-    id: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
-    seats: dict[int, "Seat"] = field(default_factory=dict)  # chat id: their seat there
-
-
-@dataclass(eq=False)
-class Chat:
-    """A group."""
-
-    id: int
-    seats: list["Seat"] = field(default_factory=list)
-    said: dict[int, tuple[Any, ...]] = field(default_factory=dict)  # rev: what it stands for
-    changes: int = 0  # edits and deletions that were answered
-    latest: str = ""  # the id of a message
-
-
-@dataclass(eq=False)
-class Removal:
-    """A member's time outside, from before it was asked for until they are asked back."""
-
-    heard: list[int] = field(default_factory=list)  # the revs that their sockets got meanwhile
-
-
-INSIDE, LEAVING, OUT, COMING = range(4)
-
-
-@dataclass(eq=False)
-class Seat:
-    """A user's place in a chat, and what they do there."""
-
-    user: User
-    chat: Chat
-    is_bursting: bool
-    device: "Device | None" = None  # which posts; None: REST does
-    turn: int = 0  # counts through INSIDE, LEAVING, OUT, COMING: which it is, modulo 4
-    came_at: float = 0.0
-    floor: int = 0  # the largest seq that was acknowledged
-    watermark: int = 0
-    recent: deque["Message"] = field(default_factory=lambda: deque(maxlen=RECENT))
-    removals: list[Removal] = field(default_factory=list)
-    inside: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def step(self) -> None:
-        """Go on to the next of the four."""
-        self.turn += 1
-        if self.turn % 4 == INSIDE:
-            self.came_at = time.monotonic()
-            self.inside.set()
-        else:
-            self.inside.clear()
-
-
-@dataclass(eq=False, slots=True)
-class Message:
-    """A message that a client posts; `seq` is 0 until it is acknowledged."""
-
-    seat: Seat
-    id: str
-    text: str
-    floor: int  # of the sender's own that were acknowledged before: it comes after them
-    seq: int = 0
-    created_at: datetime | None = None
-    state: str = "posted"  # "edited", "deleted"
-
-
-# ---- Sockets
-
-SYNCING, LIVE, JOINING, AWAY = "syncing", "live", "joining", "away"
-
-
-@dataclass(eq=False)
-class Book:
-    """What a device has of one chat, kept by the contract's rules."""
-
-    number: int = 0  # to come back with
-    revs: array = field(default_factory=lambda: array("q"))  # by seq: the rev of what is kept
-    state: str = AWAY
-    last: int = 0  # the rev of the last frame on this socket
-    after: int = 0  # what the present sync asked for
-    # Once for each sync the revs may go down, from what came before it. Here is for how many more
-    # `ready`s: the next may be one that nobody asked for, of a socket that fell behind.
-    falls: list[int] = field(default_factory=list)
-    counts: bool = False  # whether frames move the number: from a sync to its ready they do not
-
-    def begins(self, after: int, by_frame: bool) -> None:
-        """A sync begins: with the handshake, or by a frame, before which others may come."""
-        self.state, self.after, self.counts = SYNCING, after, not by_frame
-        if by_frame:
-            self.falls.append(READIES)
-
-    def pauses(self, state: str) -> None:
-        """The chat is gone, or back from here on: what was posted between is not here."""
-        self.state, self.counts = state, False
-
-
-class Device:
-    """A socket that comes back whenever it is cut: on one chat, or on all of its user's."""
-
-    def __init__(self, run: "Run", user: User, chats: Sequence[Chat], follows_all: bool) -> None:
-        self.run, self.user = run, user
-        self.chats = {chat.id: chat for chat in chats}
-        self.books = {chat.id: Book() for chat in chats}
-        self.follows_all = follows_all
-        self.ws: aiohttp.ClientWebSocketResponse | None = None
-        self.url = ""  # of the server that it is connected to
-        self._hung_up: aiohttp.ClientWebSocketResponse | None = None  # by this side
-        self._answers: dict[int, asyncio.Future[tuple[int, Data]]] = {}
-
-    async def stay(self) -> None:
-        """Be connected, again and again."""
-        while True:
-            with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):
-                await self._connect()
-            await asyncio.sleep(self.run.random.uniform(0.02, 0.15))
-
-    async def _connect(self) -> None:
-        path, seat, turn = "/ws", None, 0
-        if not self.follows_all:
-            [(chat_id, book)] = self.books.items()
-            path, seat = f"/ws/{chat_id}?after={book.number}", self.user.seats[chat_id]
-            turn = seat.turn
-        self.url, began, status = self.run.server.url, time.monotonic(), 0
-        try:
-            async with asyncio.timeout(ASK_SECONDS):
-                ws = await self.run.http.ws_connect(
-                    self.url + path, headers=self.user.headers,
-                    timeout=aiohttp.ClientWSTimeout(ws_close=1.0))
-            status = 200
-        except aiohttp.WSServerHandshakeError as error:
-            status = error.status
-            return self.run.judge(seat, turn, status, f"the handshake of {path}")
-        finally:
-            self.run.noting(self.url, began, status, f"the handshake of {path}")
-        self.run.judge(seat, turn, 200, f"the handshake of {path}")
-        try:
-            await self._listen(ws)
-            if ws is not self._hung_up and (ws.close_code or 0) < 4000:  # else about the user
-                self.run.noting(self.url, began, 0, f"{path}, closed with {ws.close_code}")
-        finally:
-            self.ws = None
-            for ref in self._answers:
-                self._answer(ref, 0, NOTHING)
-            for book in self.books.values():
-                book.pauses(AWAY)
-            await ws.close()
-
-    async def _listen(self, ws: aiohttp.ClientWebSocketResponse) -> None:
-        for book in self.books.values():
-            book.last, book.falls = 0 if self.follows_all else book.number, []
-            book.begins(book.number, by_frame=self.follows_all)
-        self.ws = ws
-        if self.follows_all:
-            known = {str(chat_id): book.number for chat_id, book in self.books.items()}
-            await self._send({"type": "sync", "chats": known})
-        async for frame in ws:
-            if frame.type is aiohttp.WSMsgType.TEXT:
-                await self._take(FRAME.decode(frame.data))
-
-    async def _send(self, frame: dict[str, Any]) -> None:
-        if self.ws is not None:
-            await self.ws.send_str(msgspec.json.encode(frame).decode())
-
-    async def hang_up(self) -> None:
-        """Close the socket, however the other side takes it."""
-        if self.ws is not None:
-            self._hung_up = self.ws
-            with contextlib.suppress(aiohttp.ClientError, OSError):
-                await self.ws.close()
-
-    async def sync(self, chat_id: int, after: int) -> None:
-        """Ask for everything after a number."""
-        self.books[chat_id].begins(after, by_frame=True)
-        await self._send({"type": "sync", "chat_id": chat_id, "after": after})
-
-    async def posts(self, message: Message) -> tuple[int, Data]:
-        """Post a message; answer 200 and the acknowledgement, an error's status, 0 for neither."""
-        ref, is_open, began = next(self.run.numbers), self.ws is not None, time.monotonic()
-        frame = {"type": "message", "chat_id": message.seat.chat.id, "ref": ref}
-        answer = self._answers[ref] = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(ASK_SECONDS if is_open else 0):
-                await self._send(frame | {"id": message.id, "text": message.text})
-                status, data = await answer
-            if status:  # else the socket ended, which is noted where it is seen
-                self.run.noting(self.url, began, status, "a post by frame")
-            return status, data
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            if is_open and isinstance(error, TimeoutError):
-                self.run.noting(self.url, began, 0, "a post by frame")
-            return 0, NOTHING
-        finally:
-            del self._answers[ref]
-
-    async def _take(self, frame: Frame) -> None:
-        data = frame.data
-        if frame.type in ("message", "message_updated"):
-            self._take_message(data)
-        elif frame.ref is not None:
-            self._answer(frame.ref, 200 if frame.type == "ack" else int(data.status), data)
-        elif frame.type == "ready":
-            await self._take_ready(self.books[data.chat_id], data)
-        elif frame.type == "chat":
-            self.books[int(data.id)].pauses(JOINING)
-        elif frame.type == "chat_removed":
-            self.books[data.chat_id].pauses(AWAY)
-        elif frame.type == "error":
-            await self._take_refusal(frame.chat_id or min(self.books), int(data.status))
-
-    def _answer(self, ref: int, status: int, data: Data) -> None:
-        if ref in self._answers and not self._answers[ref].done():
-            self._answers[ref].set_result((status, data))
-        if status not in (0, 200, 404, 503):
-            self.run.tally.blame("wrong", f"a frame was answered {status}: {data}")
-
-    def _take_message(self, data: Data) -> None:
-        chat, book = self.chats[data.chat_id], self.books[data.chat_id]
-        self.run.tally.delivered += 1
-        if data.rev <= book.last:
-            if not book.falls or data.rev <= book.after:
-                self.run.tally.blame("misordered", f"rev {data.rev} came after {book.last}")
-            del book.falls[:1]
-        book.last = data.rev
-        if book.counts:
-            book.number = data.rev
-        if len(book.revs) <= data.seq:
-            book.revs.extend([0] * (data.seq + 1 - len(book.revs)))
-        book.revs[data.seq] = max(book.revs[data.seq], data.rev)
-        content = (data.id, data.seq, data.text, data.deleted_at is not None)
-        if chat.said.setdefault(data.rev, content) != content:
-            self.run.tally.blame("lost", f"rev {data.rev} was two things")
-        seat = self.user.seats.get(chat.id)
-        if seat is not None and seat.turn % 4 in (LEAVING, OUT):
-            seat.removals[-1].heard.append(data.rev)
-
-    async def _take_ready(self, book: Book, data: Data) -> None:
-        if data.rev < book.last:
-            self.run.tally.blame("misordered", f"ready at {data.rev} came after {book.last}")
-        book.last = data.rev
-        if book.state in (JOINING, AWAY):  # the chat is back: what was posted meanwhile?
-            await self.sync(data.chat_id, book.number)
-            return
-        if data.rev < book.number:
-            self.run.tally.blame("lost", f"came with {book.number}, the chat is at {data.rev}")
-        book.state, book.number, book.counts = LIVE, data.rev, True
-        book.falls = [each - 1 for each in book.falls if each > 1]
-
-    async def _take_refusal(self, chat_id: int, status: int) -> None:
-        """A sync was refused: the user is out, or the database away."""
-        self.books[chat_id].pauses(AWAY)
-        self.run.noting(self.url, time.monotonic(), status, "a sync")
-        if status == 503:
-            await asyncio.sleep(0.1)
-            await self.sync(chat_id, self.books[chat_id].number)
-
-    def lacks(self, seat: Seat | None, chat_id: int, seq: int, rev: int) -> bool:
-        """Tell whether it follows a chat, and has not this of it."""
-        book = self.books[chat_id]
-        return (seat is None or seat.inside.is_set()) and (
-            len(book.revs) <= seq or book.revs[seq] < rev)
-
-
-# ---- The run
+    at: datetime
+    last: dict[int, int]  # by chat
 
 
 class Run:
@@ -352,10 +56,14 @@ class Run:
         self.keeper = User("keeper")
         self.chats: list[Chat] = []
         self.devices: list[Device] = []
-        self.messages: list[Message] = []  # all that were acknowledged
+        self.messages: list[Message] = []  # all that were acknowledged, and not undone
+        self.undone: set[str] = set()  # acknowledged, and gone with a database that went back
+        self.returns: list[Return] = []
+        self.knows_marks = True  # or comes back with bare numbers, which 0.1.0 knew alone
         self.unanswered: dict[str, Message] = {}
         self.unchanged: dict[str, tuple[Message, str | None]] = {}  # changes without an answer
         self.open = asyncio.Event()  # cleared for a moment of quiet
+        self.keeping = asyncio.Event()  # cleared while nobody may be removed
         self.busy = 0  # members who are being removed and put back
         # Every answer to a post: its chat, when it was asked, the status (0: none came).
         self.watching: Callable[[Chat, float, int], None] = lambda *_answer: None
@@ -425,7 +133,8 @@ class Run:
         """Think of a message."""
         number = next(self.numbers)
         text = f"{number} " + "ж" * self.random.choice((5, 20, 80, 400))
-        message = Message(seat, str(UUID(int=self.random.getrandbits(128))), text, seat.floor)
+        message_id = str(UUID(int=self.random.getrandbits(128)))
+        message = Message(seat, message_id, text, seat.floor, stands=text)
         self.unanswered[message.id] = message
         self.tally.sent += 1
         return message
@@ -444,20 +153,24 @@ class Run:
 
     def _acknowledge(self, message: Message, answer: Data) -> None:
         seat = message.seat
+        is_undone = self.was_undone(seat.chat, answer.seq, answer.created_at)
         if message.seq:
-            if message.seq != answer.seq:
+            if message.seq != answer.seq and not (is_undone or message.is_undone):
                 self.tally.blame("doubled", f"{message.id} is {message.seq} and {answer.seq}")
             return
-        if answer.seq <= message.floor:
+        if answer.seq <= message.floor and not is_undone:
             text = f"{answer.seq} was posted after {message.floor}, of the same sender"
             self.tally.blame("misordered", text)
         message.seq, message.created_at = answer.seq, answer.created_at
+        del self.unanswered[message.id]
+        self.tally.acknowledged += 1
+        if is_undone:
+            self._undo(message)
+            return
         seat.floor = max(seat.floor, message.seq)
         seat.chat.latest = message.id
         seat.recent.append(message)
-        del self.unanswered[message.id]
         self.messages.append(message)
-        self.tally.acknowledged += 1
 
     async def persist(self, message: Message, device: Device | None) -> None:
         """Send a message until it is acknowledged; who is out waits until they are back."""
@@ -471,7 +184,7 @@ class Run:
     async def burst(self, batch: list[Message], device: Device) -> None:
         """Send messages on one socket without waiting: those that it took are in their order."""
         await asyncio.gather(*[self.attempt(message, device) for message in batch])
-        taken = [message.seq for message in batch if message.seq]
+        taken = [message.seq for message in batch if message.seq and not message.is_undone]
         if taken != sorted(taken):
             self.tally.blame("misordered", f"sent in a row on one socket, numbered {taken}")
 
@@ -498,27 +211,67 @@ class Run:
         come back over the second.
         """
         message = self.random.choice(seat.recent)
-        is_edit = message.state == "posted" and self.random.random() < 0.8
+        is_edit = message.stands == message.text and self.random.random() < 0.8
         if not is_edit:
             seat.recent.remove(message)
         await self.change(message, f"edited {message.text}" if is_edit else None)
 
     async def change(self, message: Message, text: str | None) -> None:
-        """Edit a message, or (None) delete it, until that is answered."""
+        """Edit a message, or (None) delete it, until that is answered, or the message undone."""
         self.unchanged[message.id] = message, text
         seat, path = message.seat, f"/chats/{message.seat.chat.id}/messages/{message.id}"
         how = ("DELETE", path) if text is None else ("PATCH", path, {"text": text})
-        status = 0
-        while status not in (200, 204):
+        status, returns = 0, 0
+        while not message.is_undone and (
+            status not in (200, 204) or returns != len(self.returns)  # what was answered is undone
+        ):
+            returns = len(self.returns)
             status, _ = await self.as_member(seat, self.ask(seat.user, *how), "a change")
             if status == 404:
                 await seat.inside.wait()
             if status not in (200, 204):
                 await asyncio.sleep(self.random.uniform(0.02, 0.1))
-        message.text, message.state = text or "", "edited" if text else "deleted"
-        seat.chat.changes += 1
-        self.tally.changed += 1
-        del self.unchanged[message.id]
+        self.unchanged.pop(message.id, None)
+        if not message.is_undone and message.stands != (text or ""):  # else a copy had it
+            message.stands = text or ""
+            seat.chat.changes += 1
+            self.tally.changed += 1
+
+    # A database that goes back
+
+    def was_undone(self, chat: Chat, number: int, at: datetime | None) -> bool:
+        """Tell whether what took a number at a time is gone with a database that went back."""
+        return at is not None and any(
+            number > each.last[chat.id] and at < each.at for each in self.returns)
+
+    def go_back(self, copy: Copy, at: datetime) -> None:
+        """Take note that the database has become a copy of what it was, before which the last
+        answer of the old one was made, and after which the first of the new one will be.
+        """
+        self.returns.append(Return(at, copy.last))
+        self.tally.returns += 1
+        for message in [each for each in self.messages if each.seq > copy.last[each.seat.chat.id]]:
+            self._undo(message)
+        self.messages = [message for message in self.messages if not message.is_undone]
+        for message in self.messages:
+            if message.stands != message.text or message.id in self.unchanged:
+                message.stands = copy.changed.get(message.id, message.text)
+        for message in self.unanswered.values():
+            message.floor = 0
+        for seat in self.seats:
+            seat.turn += 4  # whatever was asked before is not judged
+            seat.floor = seat.watermark = 0
+            kept = [message for message in seat.recent if not message.is_undone]
+            seat.recent = deque(kept, maxlen=RECENT)
+        for chat in self.chats:
+            chat.latest, chat.changes = "", copy.last[chat.id] - copy.posts[chat.id]
+
+    def _undo(self, message: Message) -> None:
+        """An acknowledged message is gone, which is right: its sender does not send it again."""
+        message.is_undone = True
+        self.undone.add(message.id)
+        self.unchanged.pop(message.id, None)
+        self.tally.undone += 1
 
     # Reading, removing, reconnecting
 
@@ -534,7 +287,7 @@ class Run:
                 await self.look_at_watermarks(seat.chat)
 
     async def _read_up_to(self, seat: Seat, message_id: str) -> None:
-        floor, path = seat.watermark, f"/chats/{seat.chat.id}/read"
+        floor, path = (seat.watermark, len(self.returns)), f"/chats/{seat.chat.id}/read"
         call = self.ask(seat.user, "POST", path, {"message_id": message_id})
         status, stand = await self.as_member(seat, call, "a read")
         if status == 200:
@@ -542,15 +295,18 @@ class Run:
 
     async def look_at_watermarks(self, chat: Chat) -> None:
         """Ask where everybody in a chat stands."""
-        floors = {seat.user.id: (seat, seat.watermark) for seat in chat.seats}
+        floors = {seat.user.id: (seat, (seat.watermark, len(self.returns))) for seat in chat.seats}
         status, people = await self.ask(self.keeper, "GET", f"/chats/{chat.id}/participants")
         for person in people if status == 200 else ():
             if person.user_id in floors:
                 self._see_watermark(*floors[person.user_id], person.last_read_seq)
 
-    def _see_watermark(self, seat: Seat, floor: int, seq: int) -> None:
-        if seq < floor:
-            self.tally.blame("misordered", f"a watermark went back from {floor} to {seq}")
+    def _see_watermark(self, seat: Seat, floor: tuple[int, int], seq: int) -> None:
+        """See that a watermark has not gone back; `floor`: what it was, after how many returns."""
+        if floor[1] != len(self.returns):
+            return
+        if seq < floor[0]:
+            self.tally.blame("misordered", f"a watermark went back from {floor[0]} to {seq}")
         seat.watermark = max(seat.watermark, seq)
 
     async def keep(self) -> None:
@@ -558,6 +314,7 @@ class Run:
         while True:
             await asyncio.sleep(self.random.uniform(0.5, 1.5))
             await self.open.wait()
+            await self.keeping.wait()
             seat = self.random.choice([seat for seat in self.seats if seat.inside.is_set()])
             if time.monotonic() - seat.came_at > max(REMOVED_SECONDS):
                 self.busy += 1
@@ -592,8 +349,8 @@ class Run:
             chat_id, book = self.random.choice(list(device.books.items()))
             if device.ws is not None and self.random.random() < 0.5:
                 self.spawn(device.hang_up())
-            elif book.state == LIVE:
-                after = max(0, book.number - self.random.randrange(400))
+            elif book.state == LIVE and book.past and self.keeping.is_set():
+                after = self.random.choice(book.past)
                 with contextlib.suppress(aiohttp.ClientError, OSError):
                     await device.sync(chat_id, after)
 
@@ -655,6 +412,7 @@ class Run:
         for device in self.devices:
             self.staying.add(self.spawn(device.stay()))
         self.open.set()
+        self.keeping.set()
         for work in (self.read, self.churn, *[self.keep] * KEEPERS):
             self.spawn(work())
         for seat in self.seats:
@@ -689,4 +447,4 @@ class Run:
     def is_settled(self) -> bool:
         """Tell whether nobody waits for anything and every device is live wherever it may be."""
         return not self.unanswered and not self.unchanged and not self.busy and all(
-            book.state == LIVE for device in self.devices for book in device.books.values())
+            book.is_live() for device in self.devices for book in device.books.values())

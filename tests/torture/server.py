@@ -1,96 +1,27 @@
-"""The messenger that is tortured: its processes, its database, and the tally of a run."""
+"""The messenger that is tortured: its processes, and its database."""
 
 import asyncio
 import contextlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import asyncpg
-
 from support.servers import processes_in
+from torture.disk import Disk
+from torture.postgres import Copy, ask, copy_cluster, end_all_in, look_into
 
+COMPLAINT = re.compile("^Traceback| ERROR ")
 WORKERS = 2
-BACK_SECONDS = 60.0
-TOLD = 8  # findings of each kind that are told in words
-
-# ---- The tally
-
-class Tally:
-    """What was counted, and what was found wrong."""
-
-    kinds = ("lost", "doubled", "missed", "misordered", "leaked", "wrong")
-
-    def __init__(self, speaks: bool) -> None:
-        self.began = time.monotonic()
-        self.speaks = speaks
-        self.sent = self.acknowledged = self.changed = self.delivered = 0
-        self.found: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
-        self.recovery: dict[str, float] = {}  # kind of fault: the slowest
-        self.slowest_delivery = 0.0  # with the hints dropped
-        # While a chat was held: what became of posts to it and to the others, slowest answers.
-        self.beside: Counter[str] = Counter()
-        self.slowest_beside = 0.0
-
-    def say(self, text: str) -> None:
-        """Print a line with the time of the run."""
-        if self.speaks:
-            print(f"{time.monotonic() - self.began:7.1f} s  {text}", flush=True)
-
-    def blame(self, kind: str, text: str, times: int = 1) -> None:
-        """Count something that must not be, and tell of the first few in words."""
-        if times:
-            self.found[kind] += times
-            if self.found[kind] - times < TOLD:
-                self.say(f"{kind.upper()}: {text}" + f" ({times} times)" * (times > 1))
-
-    def note_beside(self, is_held: bool, status: int, took: float) -> None:
-        """Count what a post was answered while a chat was held: it, or another."""
-        whose = "its own" if is_held else "the others'"
-        what = {200: "accepted", 201: "accepted", 503: "refused", 0: "unanswered"}.get(status)
-        if what is not None:  # else the sender is out
-            self.beside[f"{whose} {what}"] += 1
-            self.slowest_beside = max(self.slowest_beside, 0.0 if is_held else took)
-
-    def progress(self) -> str:
-        """What a line of progress says."""
-        return f"{self._flow()}  faults {self.faults.total()}  {self.verdict()}"
-
-    def _flow(self) -> str:
-        return (
-            f"sent {self.sent}  acknowledged {self.acknowledged}  changed {self.changed}"
-            f"  delivered {self.delivered}")
-
-    def verdict(self) -> str:
-        """The counts that must be 0."""
-        return "  ".join(f"{kind} {self.found[kind]}" for kind in self.kinds)
-
-    def summary(self) -> Iterator[str]:
-        """What the run ends with."""
-        yield self._flow()
-        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items()))
-        yield f"faults {self.faults.total()}: {kinds}"
-        yield self.verdict()
-        slowest = sorted(self.recovery.items(), key=lambda each: -each[1])
-        yield "slowest recovery: " + ", ".join(f"{kind} {took:.2f} s" for kind, took in slowest)
-        yield f"slowest delivery with the hints dropped: {self.slowest_delivery:.2f} s"
-        beside = ", ".join(f"{what} {count}" for what, count in sorted(self.beside.items()))
-        yield (
-            f"posts while a chat was held: {beside or 'none'};"
-            f" the others' slowest answer {self.slowest_beside:.2f} s")
-
-
-# ---- The server
-
+START_SECONDS = 60.0
 # The parent and each worker are started by way of this, which patches from outside: while the file
 # TORTURE_MUTE exists no hint is published. And no server outlives the checker.
 LAUNCHER = '''
@@ -111,11 +42,11 @@ sys.exit(messenger.main())
 '''
 
 WITNESS = (
-    "create schema torture",
-    """create table torture.turns (
+    "create schema if not exists torture",
+    """create table if not exists torture.turns (
         at bigint generated always as identity, chat_id bigint, user_id bigint, rev bigint,
         came boolean)""",
-    """create function torture.note() returns trigger language plpgsql as $$
+    """create or replace function torture.note() returns trigger language plpgsql as $$
     declare
         p participants := case when tg_op = 'DELETE' then old else new end;
     begin
@@ -123,16 +54,19 @@ WITNESS = (
         select c.id, p.user_id, c.last_rev, tg_op = 'INSERT' from chats c where c.id = p.chat_id;
         return null;
     end $$""",
-    """create trigger torture after insert or delete on participants
+    """create or replace trigger torture after insert or delete on participants
        for each row execute function torture.note()""",
 )
 
 
 class Server:
-    """A messenger of its own processes, in a folder of its own."""
+    """A messenger of its own processes, in a folder of its own, on a disk of its own or none."""
 
-    def __init__(self, folder: Path, tree: Path) -> None:
+    def __init__(
+        self, folder: Path, tree: Path, disk: Disk | None = None, **settings: str
+    ) -> None:
         self.folder = folder
+        self.disk = disk
         self.mute = folder / "mute"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -144,8 +78,13 @@ class Server:
             "PORT": str(self.port), "DATA_DIR": str(folder / "data"), "WORKERS": str(WORKERS),
             "BCRYPT_COST": "4", "RATE_LIMITS": "off", "ACCESS_TOKEN_EXPIRE_MINUTES": "1440",
             "TORTURE_TREE": str(tree), "TORTURE_MUTE": str(self.mute),
-            "TORTURE_PID": str(os.getpid()),
+            "TORTURE_PID": str(os.getpid()), **settings,
         }
+
+    async def prepare(self) -> None:
+        """Make what it stands on."""
+        if self.disk is not None:
+            self.disk.mount()
 
     def start(self) -> None:
         """Start the parent; it serves a little later."""
@@ -154,6 +93,39 @@ class Server:
                 [sys.executable, str(self._launcher)], cwd=self.folder, env=self._environment,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )
+
+    async def crash(self) -> None:
+        """Kill the parent, with which everything dies, and start again."""
+        self.process.kill()
+        await self.ended(START_SECONDS)
+        self.start()
+
+    def cut_power(self) -> None:
+        """Lose all processes, and what was not flushed to the disk; start again.
+
+        All are stopped first, so that none sees the others end. Nothing may await here.
+        """
+        for pid in processes_in(self.folder):
+            kill(pid, signal.SIGSTOP)
+        self.disk.cut_power()
+        end_all_in(self.folder)
+        self.process.wait()
+        self.disk.unmount()
+        self.disk.mount()
+        self.start()
+
+    def ended_itself(self) -> int | None:
+        """Answer the status of a parent that nobody has ended."""
+        return self.process.poll()
+
+    async def stop(self) -> list[str]:
+        """Stop it; answer what was wrong with that, and what it complained of meanwhile."""
+        self.process.terminate()
+        status = await self.ended(START_SECONDS)
+        left = processes_in(self.folder)
+        wrong = [f"the server ended with {status} and left {left}"] if status or left else []
+        log = (self.folder / "server.log").read_text().splitlines()
+        return wrong + [line for line in log if COMPLAINT.search(line)]
 
     async def ended(self, seconds: float) -> int | None:
         """Wait until the parent has ended, and its workers with it; answer its status."""
@@ -175,36 +147,51 @@ class Server:
     def postmaster(self) -> list[str]:
         """Answer the lines of PostgreSQL's pid file, [] while there is none."""
         with contextlib.suppress(OSError):
-            return (self.folder / "data/postgres/postmaster.pid").read_text().splitlines()
+            return (self.cluster / "postmaster.pid").read_text().splitlines()
         return []
+
+    @property
+    def cluster(self) -> Path:
+        """The folder of the database."""
+        return self.folder / "data/postgres"
+
+    async def copy_to(self, folder: Path) -> Copy:
+        """Copy the database into a folder; answer what the copy holds."""
+        await copy_cluster(self.postmaster()[4], 5432, folder / "postgres")
+        return await look_into(folder)
+
+    @contextlib.contextmanager
+    def swapped(self, folder: Path) -> Iterator[datetime]:
+        """Put a copy in the place of the database, while the parent sees nothing.
+
+        Answers a time after all that the old one did. Nothing may await here.
+        """
+        kill(self.process.pid, signal.SIGSTOP)
+        try:
+            end_all_in(self.cluster)
+            self.cluster.rename(folder / "undone")
+            (folder / "postgres").rename(self.cluster)
+            yield datetime.now(UTC)
+        finally:
+            kill(self.process.pid, signal.SIGCONT)
 
     async def sql(self, query: str, *arguments: Any) -> list[Any]:
         """Ask PostgreSQL behind the messenger's back, waiting until it is there."""
-        deadline = time.monotonic() + BACK_SECONDS
-        while True:
-            try:
-                connection = await asyncpg.connect(
-                    host=self.postmaster()[4], port=5432, user="messenger", database="postgres",
-                    timeout=5, server_settings={
-                        "application_name": "torture", "default_transaction_read_only": "off"})
-                try:
-                    rows = list(await connection.fetch(query, *arguments))
-                    await connection.close(timeout=5)
-                    return rows
-                finally:
-                    connection.terminate()
-            except (IndexError, OSError, TimeoutError, asyncpg.PostgresError,
-                    asyncpg.InterfaceError):
-                if time.monotonic() > deadline:
-                    raise
-            await asyncio.sleep(0.05)
+        return await ask(self._place, query, *arguments)
+
+    def _place(self) -> dict[str, Any]:
+        known = self.postmaster()
+        if not known[4:] or not known[4]:  # while its files are made it listens nowhere
+            return {}
+        return {"host": known[4], "port": 5432, "user": "messenger", "database": "postgres"}
 
     def destroy(self) -> None:
         """Kill what is left of it: every process that works in its folder."""
-        for pid in processes_in(self.folder):
-            kill(pid, signal.SIGKILL)
-        if self.process.poll() is None:
+        end_all_in(self.folder)
+        if hasattr(self, "process"):
             self.process.wait()
+        if self.disk is not None:
+            self.disk.unmount()
 
 
 def free_port() -> int:
