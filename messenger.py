@@ -159,7 +159,7 @@ from plumbing.groups import GroupReader, GroupWriter, Outcome, by_place, columns
 from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position
 from plumbing.process import Listener, StartError, Tasks
-from plumbing.schema import migrate_when_up
+from plumbing.schema import is_outgrown, migrate_when_up
 from plumbing.serving import metrics_app, observe_request, run_workers, start_site
 from plumbing.settings import Port, check_metrics_ports, read_settings
 from plumbing.text import holds_runs, words_and_runs, words_of, words_wanted
@@ -167,7 +167,7 @@ from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 HERE = Path(__file__).resolve().parent
 SQL, WEB, ADMINISTER = HERE / "sql", HERE / "web", HERE / "tools" / "administer.py"
 log = logging.getLogger("messenger")
@@ -1808,6 +1808,9 @@ class Watch:
     async def poll(self) -> None:
         """Ask how far every room is, in pieces spread over the second; who logged out, who joined.
         """
+        if await is_outgrown(self._database, SQL):
+            await self._rooms.close_all()
+            return
         asked_at = time.monotonic()
         chat_ids = list(self._rooms.stands())
         for start in range(0, len(chat_ids), POLL_CHATS_MAX):
