@@ -169,7 +169,7 @@ from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connectio
 
 VERSION = "0.2.0"
 HERE = Path(__file__).resolve().parent
-SQL, WEB, ADMINISTER = HERE / "sql", HERE / "web", HERE / "tools" / "administer.py"
+SQL, WEB, TOOLS = HERE / "sql", HERE / "web", HERE / "tools"
 log = logging.getLogger("messenger")
 
 POSTED = prometheus_client.Counter("messenger_messages_posted", "Messages committed.")
@@ -3384,10 +3384,10 @@ async def start_workers(
 
 
 def main() -> int:
-    """Start the server; answer the exit status. `messenger.py user …` is tools/administer.py."""
+    """Start the server; answer the exit status. `messenger.py COMMAND …` is in tools/."""
     process.be_init()
     if sys.argv[1:]:
-        os.execv(sys.executable, [sys.executable, str(ADMINISTER), *sys.argv[1:]])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, str(TOOLS), *sys.argv[1:]])  # noqa: S606
     process.die_with_parent()
     try:
         process.require_parser()

