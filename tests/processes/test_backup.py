@@ -2,12 +2,10 @@
 process on one's own PostgreSQL."""
 
 import asyncio
-import itertools
 import os
 import shlex
 import stat
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,12 @@ import pytest
 
 import messenger
 from plumbing.process import StartError
-from support.databases import fills_with_life, on_cluster, with_database
+from support.databases import fills_with_life, on_cluster
 from support.people import SOON_SECONDS, Person, new_id
 from support.servers import ROOT, SECRET_KEY, SETTINGS, START_SECONDS, Server, environment
 from tools import backup, databases, move, restore, verify
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-numbers = itertools.count(1)
 ACKNOWLEDGED_MIN = 100  # before a backup begins
 
 
@@ -131,15 +128,6 @@ async def test_stopped_server_is_backed_up_and_restored_into_an_empty_folder(
     assert not (tmp_path / "new/secret_key").exists()
     status, out, err = await does(tmp_path, "verify", file)
     assert (status, out.splitlines()[0].split()) == (0, ["accounts", "0"]), err
-
-
-@pytest.fixture
-async def empty_url(cluster: str) -> AsyncIterator[str]:
-    """A database of one's own with nothing in it."""
-    name = f"messenger_moved_{os.getpid()}_{next(numbers)}"
-    await on_cluster(cluster, f"create database {name} template template0")
-    yield with_database(cluster, name)
-    await on_cluster(cluster, f"drop database {name} with (force)")
 
 
 async def test_move_takes_everybody_along(

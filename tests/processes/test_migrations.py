@@ -71,15 +71,6 @@ numbers = itertools.count(1)
 
 
 @pytest.fixture
-async def empty_url(cluster: str) -> AsyncIterator[str]:
-    """A database of the test's own with nothing in it."""
-    name = f"messenger_migrated_{os.getpid()}_{next(numbers)}"
-    await on_cluster(cluster, f"create database {name} template template0")
-    yield with_database(cluster, name)
-    await on_cluster(cluster, f"drop database {name} with (force)")
-
-
-@pytest.fixture
 async def schema(database_url: str) -> list[Any]:
     """The schema as it should be."""
     right = await asked(database_url, SELECT_SCHEMA)
