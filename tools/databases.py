@@ -85,7 +85,7 @@ async def opened(
     `alone`: a server that keeps an embedded one up is refused. Raises StartError.
     """
     if settings.database:
-        yield await own_place(settings.database)
+        yield await own_place(settings.database, "DATABASE_URL")
         return
     folder = Path(settings.data_dir)
     if not may_make and not (folder / "postgres").exists():
@@ -98,12 +98,12 @@ async def opened(
         await server.stop()
 
 
-async def own_place(url: str) -> Place:
+async def own_place(url: str, name: str) -> Place:
     """Find a database of one's own, and programs for its version. Raises StartError."""
-    async with connected(Place(url, "DATABASE_URL", Path())) as connection:
+    async with connected(Place(url, name, Path())) as connection:
         version = connection.get_server_version().major
     mode = read_address(url).parameters["sslmode"]
-    return Place(url, "DATABASE_URL", find_programs(version, needs_tls=mode in TLS_WANTED))
+    return Place(url, name, find_programs(version, needs_tls=mode in TLS_WANTED))
 
 
 @contextlib.asynccontextmanager

@@ -35,6 +35,7 @@ from tools.verify import examine_place
 # The embedded database is always called postgres.
 NOTE_MOVE = "update schema_needs set moved_at = now()"
 LET_WRITE = "set default_transaction_read_only = off"
+SELECT_READ_ONLY = "show default_transaction_read_only"
 FORBID_WRITING = "alter database postgres set default_transaction_read_only = on"
 ALLOW_WRITING = "alter database postgres reset default_transaction_read_only"
 END_OTHERS = """
@@ -43,6 +44,12 @@ END_OTHERS = """
       and pid <> pg_backend_pid() and backend_start < $1"""
 SELECT_NOW = "select clock_timestamp()"
 PAUSE_SECONDS = 0.05
+
+
+async def is_closed(place: Place) -> bool:
+    """Tell whether the embedded database takes nothing."""
+    async with connected(place) as connection:
+        return bool(await connection.fetchval(SELECT_READ_ONLY) == "on")
 
 
 async def close_to_writers(place: Place) -> None:
@@ -91,9 +98,11 @@ async def move(settings: m.Settings, url: str) -> int:
     folder, password = Path(settings.data_dir), settings.database_password.rstrip("\r\n")
     key = signing_key(settings)
     async with opened(settings) as source:
-        target = await own_place(with_password(url, password))
+        target = await own_place(with_password(url, password), "the database to move to")
         if await target.tables():
-            raise StartError("the database to move to must have no tables")
+            raise StartError(f"{target.name} must have no tables")
+        if await is_closed(source):  # by a move that was cut off
+            await open_to_writers(source)
         await update_schema(source)
         try:
             await close_to_writers(source)

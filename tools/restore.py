@@ -71,7 +71,8 @@ async def look_at(place: Place) -> tuple[int, bool]:
     async with connected(place) as connection:
         state = await connection.fetchrow(SELECT_STATE)
         if state["others"]:
-            raise StartError(f"{place.name} is in use by a server: stop it first")
+            raise StartError(
+                f"{place.name} has {state['others']} other sessions: stop the servers first")
         accounts = await connection.fetchval(SELECT_ACCOUNTS) if state["has_users"] else 0
     return accounts, state["may_create"]
 

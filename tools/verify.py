@@ -221,7 +221,7 @@ async def require_present_schema(place: Place) -> None:
 async def verify_file(file: Path) -> Findings:
     """Put a backup into a PostgreSQL that lasts as long as this, and examine it."""
     with tempfile.TemporaryDirectory(prefix="messenger-verify-") as folder:
-        server = Postgres(Path(folder))
+        server = Postgres(Path(folder), scratch=True)
         try:
             await server.start()
             place = Place(server.dsn, str(file), find_programs(0, needs_tls=False))

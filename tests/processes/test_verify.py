@@ -51,6 +51,27 @@ async def test_nothing_is_wrong_where_everything_was_used(lively: asyncpg.Connec
     assert min(found.counts.values()) > 0
 
 
+async def test_what_was_written_before_marks_came_breaks_no_rule(
+    lively: asyncpg.Connection
+) -> None:
+    """Where changes have no marks, an edit that was edited again leaves no trace, and that is no
+    fault; what came later is looked into all the same."""
+    await lively.execute("""
+        update messages set mark = '0', changed_mark = null where chat_id = 1;
+        delete from revisions where chat_id = 1;
+        update chats set last_mark = '0' where id = 1""")
+    assert (await examine(lively)).broken == {}
+    await lively.execute("""
+        insert into revisions values (1, 14, 'later');
+        update messages set rev = 14, changed_mark = 'later' where chat_id = 1 and seq = 3;
+        update chats set last_rev = 14, last_mark = 'later' where id = 1""")
+    assert (await examine(lively)).broken == {}
+    await lively.execute("update chats set last_rev = 15 where id = 1")
+    assert (await examine(lively)).broken == {
+        "the numbers of a chat have no holes, and none is taken twice": ["chat 1 lacks 15"],
+        "last_mark is the mark of last_rev": ["chat 1"]}
+
+
 PLANTED = [
     ("no holes", "delete from messages where chat_id = 1 and seq = 6", "chat 1 lacks 6"),
     ("no holes", "delete from messages where chat_id = 2 and seq = 1", "chat 2 lacks 1"),
