@@ -12,10 +12,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from psycopg.conninfo import make_conninfo
@@ -32,6 +33,10 @@ PAUSE_SECONDS = 0.2
 PROGRESS_SECONDS = 2.0
 PROGRAMS = Path("/usr/lib/postgresql")  # where Debian keeps those of each version
 TLS_WANTED = ("require", "verify-ca", "verify-full")
+SCRIPT_HEAD_LINES = 30  # of comments and settings, in what pg_restore writes
+CHUNK_BYTES = 1 << 16
+Streams = tuple[
+    asyncio.StreamReader, asyncio.StreamReader, asyncio.StreamWriter, asyncio.StreamReader]
 MIGRATIONS = re.compile(r"\t(\d{4})_\w+\t")  # of yoyo's table, in pg_restore's words
 
 SESSION = {"search_path": "public", "statement_timeout": "0", "lock_timeout": "0"}
@@ -160,41 +165,64 @@ def find_programs(version: int, needs_tls: bool) -> Path:
     return newest
 
 
+def reach(place: Place) -> tuple[str, dict[str, str]]:
+    """Tell a program where a database is: by an argument and the environment, in which a password
+    is in no list of processes.
+    """
+    given = read_address(place.url).parameters
+    hidden = {"PGPASSWORD": given.get("password"), "PGSSLCERTMODE": given.get("sslcertmode")}
+    shown = {k: v for k, v in given.items() if k not in ("password", "sslcertmode")}
+    return make_conninfo("", **shown), {name: value for name, value in hidden.items() if value}
+
+
+async def spawn(
+    program: Path, *arguments: str, environment: Mapping[str, str], **streams: Any
+) -> Process:
+    """Start a program, which speaks English on its stderr."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    return await asyncio.create_subprocess_exec(
+        program, *arguments, env={**kept, "LC_ALL": "C", **environment},
+        **{"stdin": subprocess.DEVNULL, "stderr": subprocess.PIPE, **streams})
+
+
+async def end(*processes: Process) -> None:
+    """Kill the processes that still run."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def complaint(program: str, told: bytes) -> StartError:
+    """Make a line of what a program told before it failed."""
+    lines = told.decode(errors="replace").splitlines() or ["it failed"]
+    line = next((line for line in lines if "error:" in line.lower()), lines[-1])
+    return StartError(line if line.startswith(program) else f"{program}: {line}")
+
+
 async def run_program(
     place: Place, program: str, option: str, *arguments: str, **streams: Any
 ) -> str:
     """Run one of the programs on a database, which it takes by an option; answer what it prints.
 
-    A password is in no list of processes. Raises StartError with its first complaint.
+    Raises StartError with its first complaint.
     """
-    given = read_address(place.url).parameters
-    hidden = {"PGPASSWORD": given.get("password"), "PGSSLCERTMODE": given.get("sslcertmode")}
-    shown = {k: v for k, v in given.items() if k not in ("password", "sslcertmode")}
+    where, environment = reach(place)
     return await run_bare(
-        place.programs / program, f"--{option}={make_conninfo('', **shown)}", *arguments,
-        environment={name: value for name, value in hidden.items() if value}, **streams)
+        place.programs / program, f"--{option}={where}", *arguments, environment=environment,
+        **streams)
 
 
-async def run_bare(
-    program: Path, *arguments: str, environment: dict[str, str] | None = None,
-    stdin: int = subprocess.DEVNULL, stdout: int = subprocess.PIPE,
-) -> str:
+async def run_bare(program: Path, *arguments: str, **streams: Any) -> str:
     """Run a program to its end; answer what it prints. Raises StartError."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-    process = await asyncio.create_subprocess_exec(
-        program, *arguments, env={**kept, "LC_ALL": "C", **(environment or {})},
-        stdin=stdin, stdout=stdout, stderr=subprocess.PIPE)
+    options = {"environment": {}, "stdout": subprocess.PIPE, **streams}
+    process = await spawn(program, *arguments, **options)
     try:
         out, err = await process.communicate()
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        raise
+    finally:
+        await end(process)
     if process.returncode:
-        lines = err.decode(errors="replace").splitlines() or [f"status {process.returncode}"]
-        complaint = next((line for line in lines if "error:" in line), lines[-1])
-        raise StartError(complaint if program.name in complaint else f"{program.name}: {complaint}")
+        raise complaint(program.name, err)
     return (out or b"").decode(errors="replace")
 
 
@@ -270,6 +298,50 @@ async def require_backup(file: Path) -> None:
             f"{file} is of a newer messenger: of schema {number}, and this one knows {ours}")
 
 
+async def replay(place: Place, archive: int) -> None:
+    """Do what an archive says, in one transaction. Raises StartError.
+
+    By way of psql: what pg_restore sets first is not known to PostgreSQL before 17.
+    """
+    where, environment = reach(place)
+    restoring = await spawn(
+        place.programs / "pg_restore", "--file=-", "--schema=public", "--no-owner",
+        "--no-privileges", environment={}, stdin=archive, stdout=subprocess.PIPE)
+    doing = await spawn(
+        place.programs / "psql", f"--dbname={where}", "--no-psqlrc", "--quiet",
+        "--set=ON_ERROR_STOP=1", environment=environment, stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL)
+    streams = restoring.stdout, restoring.stderr, doing.stdin, doing.stderr
+    script, reason, statements, refusal = cast("Streams", streams)
+    told = asyncio.gather(reason.read(), refusal.read())
+    try:
+        with contextlib.suppress(ConnectionError):  # psql has ended, and tells why
+            await pass_on(script, statements)
+            if await restoring.wait() == 0:
+                statements.write(b"commit;\n")
+            statements.close()
+            await doing.wait()
+    finally:
+        await end(restoring, doing)
+        reasons = await told
+    if restoring.returncode and restoring.returncode > 0:  # else it was ended here
+        raise complaint("pg_restore", reasons[0])
+    if doing.returncode:
+        raise complaint("psql", reasons[1])
+
+
+async def pass_on(script: asyncio.StreamReader, statements: asyncio.StreamWriter) -> None:
+    """Pass a script on as a transaction that is left open, without what servers may not know."""
+    statements.write(b"begin;\n")
+    for _ in range(SCRIPT_HEAD_LINES):
+        line = await script.readline()
+        if not line.startswith(b"SET transaction_timeout"):
+            statements.write(line)
+    while chunk := await script.read(CHUNK_BYTES):
+        statements.write(chunk)
+        await statements.drain()
+
+
 async def load(place: Place, file: Path) -> None:
     """Put a backup into a database without tables, and bring its schema up to date.
 
@@ -278,9 +350,7 @@ async def load(place: Place, file: Path) -> None:
     descriptor = os.open(file, os.O_RDONLY)
     try:
         async with progress("restored", lambda: os.lseek(descriptor, 0, os.SEEK_CUR)):
-            await run_program(
-                place, "pg_restore", "dbname", "--schema=public", "--no-owner", "--no-privileges",
-                "--single-transaction", stdin=descriptor)
+            await replay(place, descriptor)
     finally:
         os.close(descriptor)
     await update_schema(place)

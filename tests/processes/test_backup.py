@@ -201,7 +201,10 @@ async def test_own_database_is_restored(
     url = empty_url
     if role == "may not":
         name = f"plain_{os.getpid()}"
-        await on_cluster(cluster, f"create role {name} login password 'x'")
+        try:
+            await on_cluster(cluster, f"create role {name} login password 'x'")
+        except asyncpg.InsufficientPrivilegeError:
+            pytest.skip("the role of the tests may not make roles")
         await on_cluster(empty_url, f"grant all on schema public to {name}")
         url = f"{empty_url}{'&' if '?' in empty_url else '?'}user={name}&password=x"
     try:
