@@ -1,7 +1,8 @@
 """The database that a command works on, and PostgreSQL's own programs, which back it up.
 
-The embedded database has those of its wheel. For one's own the newest that can be found count, on
-the PATH or where Debian keeps them: a program works with servers of its version and older ones.
+The embedded database has those of its wheel. For one's own those of its version are looked for, on
+the PATH and where Debian keeps them, and then the newest: they work with older servers too, but
+what a server keeps for itself only those of its version know to leave out.
 """
 
 import asyncio
@@ -149,7 +150,7 @@ def version_of(programs: Path) -> int:
 
 
 def find_programs(version: int, needs_tls: bool) -> Path:
-    """Find the newest of PostgreSQL's programs that there are, at least of a version.
+    """Find PostgreSQL's programs of a version, else the newest there are, if they are newer.
 
     Those of the wheel cannot encrypt. Raises StartError.
     """
@@ -158,11 +159,11 @@ def find_programs(version: int, needs_tls: bool) -> Path:
     with contextlib.suppress(StartError):
         folders += [] if needs_tls else [find_binaries()]
     known = {folder: version_of(folder) for folder in folders}
-    newest = max(known, key=lambda folder: known[folder], default=Path())
-    if not known.get(newest) or known[newest] < version:
+    best = max(known, key=lambda folder: (known[folder] == version, known[folder]), default=Path())
+    if not known.get(best) or known[best] < version:
         what = f"pg_dump of PostgreSQL {version} or later" if version else "pg_dump"
         raise StartError(f"{what} is needed on the PATH (Debian: postgresql-client)")
-    return newest
+    return best
 
 
 def reach(place: Place) -> tuple[str, dict[str, str]]:
@@ -301,12 +302,13 @@ async def require_backup(file: Path) -> None:
 async def replay(place: Place, archive: int) -> None:
     """Do what an archive says, in one transaction. Raises StartError.
 
-    By way of psql: what pg_restore sets first is not known to PostgreSQL before 17.
+    By way of psql: what pg_restore sets first is not known to PostgreSQL before 17, and that of an
+    older server may not be able to read the archive.
     """
     where, environment = reach(place)
     restoring = await spawn(
-        place.programs / "pg_restore", "--file=-", "--schema=public", "--no-owner",
-        "--no-privileges", environment={}, stdin=archive, stdout=subprocess.PIPE)
+        find_programs(0, needs_tls=False) / "pg_restore", "--file=-", "--schema=public",
+        "--no-owner", "--no-privileges", environment={}, stdin=archive, stdout=subprocess.PIPE)
     doing = await spawn(
         place.programs / "psql", f"--dbname={where}", "--no-psqlrc", "--quiet",
         "--set=ON_ERROR_STOP=1", environment=environment, stdin=subprocess.PIPE,
