@@ -159,7 +159,7 @@ from plumbing.groups import GroupReader, GroupWriter, Outcome, by_place, columns
 from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
 from plumbing.process import Listener, StartError, Tasks
-from plumbing.schema import migrate_when_up
+from plumbing.schema import is_outgrown, migrate_when_up
 from plumbing.serving import run_workers, start_metrics, start_site
 from plumbing.settings import Port, check_metrics_port, read_settings
 from plumbing.text import holds_runs, words_and_runs, words_of, words_wanted
@@ -167,9 +167,9 @@ from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 HERE = Path(__file__).resolve().parent
-SQL, WEB, ADMINISTER = HERE / "sql", HERE / "web", HERE / "tools" / "administer.py"
+SQL, WEB, TOOLS = HERE / "sql", HERE / "web", HERE / "tools"
 log = logging.getLogger("messenger")
 
 POSTED = prometheus_client.Counter("messenger_messages_posted", "Messages committed.")
@@ -1823,6 +1823,9 @@ class Watch:
     async def poll(self) -> None:
         """Ask how far every room is, in pieces spread over the second; who logged out, who joined.
         """
+        if await is_outgrown(self._database, SQL):
+            await self._rooms.close_all()
+            return
         asked_at = time.monotonic()
         chat_ids = list(self._rooms.stands())
         for start in range(0, len(chat_ids), POLL_CHATS_MAX):
@@ -3431,10 +3434,10 @@ async def start_sites(
 
 
 def main() -> int:
-    """Start the server; answer the exit status. `messenger.py user …` is tools/administer.py."""
+    """Start the server; answer the exit status. `messenger.py COMMAND …` is in tools/."""
     process.be_init()
     if sys.argv[1:]:
-        os.execv(sys.executable, [sys.executable, str(ADMINISTER), *sys.argv[1:]])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, str(TOOLS), *sys.argv[1:]])  # noqa: S606
     process.die_with_parent()
     try:
         process.require_parser()

@@ -472,6 +472,7 @@ class Database:
         self, url: str, connections: int = CONNECTIONS_MAX, queries: Iterable[str] = ()
     ) -> None:
         self.url = url
+        self.refusal = ""  # why every statement is refused, where it is
         self._pool = Pool(url, connections, queries)
 
     async def close(self) -> None:
@@ -483,6 +484,12 @@ class Database:
 
         Raises Unavailable, asyncpg.PostgresError for the rest.
         """
+        if self.refusal:
+            raise Unavailable(ABSENT)
+        return await self.fetch(query, *arguments)
+
+    async def fetch(self, query: str, *arguments: Any) -> list[Any]:
+        """Do what `rows` does, even where every statement is refused."""
         pool, loop = self._pool, asyncio.get_running_loop()
         now = loop.time()
         until = deadline() or now + WAIT_SECONDS

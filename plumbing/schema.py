@@ -2,17 +2,23 @@
 
 What is started is only what will work: the start connects as those who serve will, and says in a
 line what it waits for, or why it cannot be.
+
+The number of a schema is that of its newest migration. A server leaves a schema of a higher number
+as it is, and uses it unless the database says that it needs newer servers.
 """
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 import psycopg
@@ -29,8 +35,11 @@ START_SECONDS = 15.0  # for a database of one's own that is still starting
 START_PAUSE_SECONDS = 0.2
 SILENT_SECONDS = 0.5  # for which a start may wait without a word
 CANCEL_SECONDS = 0.5
+LOCK_PAUSE_SECONDS_MIN, LOCK_PAUSE_SECONDS_MAX = 0.5, 5.0
+WATCH_SECONDS = 0.1
 POSTGRESQL_VERSION_MIN = 150_000  # as PostgreSQL counts them: 15.0
 
+T = TypeVar("T")
 log = logging.getLogger("messenger.schema")
 
 # ---- The schema
@@ -45,6 +54,8 @@ OPEN_SESSION = """
     select pg_backend_pid(), count(set_config(name, value, false))
     from unnest(%s::text[], %s::text[]) as given (name, value)
     where current_setting(name, true) is not null"""
+SET_SHORT_LOCKS = "set lock_timeout = '300ms'"  # for which who serves may wait, too
+SELECT_NUMBER = "select coalesce(max(left(migration_id, 4)), '0')::int from _yoyo_migration"
 
 
 class Sessions:
@@ -53,14 +64,14 @@ class Sessions:
     def __init__(self, url: str) -> None:
         self._conninfo = make_conninfo("", **read_address(url).parameters)
         self._opened: list[psycopg.Connection[Any]] = []
-        self._is_ended = False
+        self._ended = threading.Event()
         self.pids: list[int] = []  # of PostgreSQL's processes
 
     def open(self) -> psycopg.Connection[Any]:
         """Connect. Raises psycopg.Error."""
         connection = psycopg.connect(self._conninfo, autocommit=True)
         self._opened.append(connection)
-        if self._is_ended:
+        if self._ended.is_set():
             connection.close()
         settings = [*MIGRATION], [*MIGRATION.values()]
         [(pid, _)] = connection.execute(OPEN_SESSION, settings).fetchall()
@@ -69,12 +80,25 @@ class Sessions:
 
     def end(self) -> None:
         """Interrupt what runs, which else would go on to wait in PostgreSQL, and hang up."""
-        self._is_ended = True
+        self._ended.set()
         for connection in self._opened:
             with contextlib.suppress(psycopg.Error, OSError):
                 connection.cancel_safe(timeout=CANCEL_SECONDS)
                 with socket.socket(fileno=os.dup(connection.fileno())) as line:
                     line.shutdown(socket.SHUT_RDWR)
+
+    def until_unlocked(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do what takes locks, and again where others hold one: whoever serves queues behind who
+        waits for a lock, so nobody waits for long, and they have their turn in between.
+        """
+        pause = LOCK_PAUSE_SECONDS_MIN
+        while True:
+            try:
+                return work(*arguments)
+            except psycopg.errors.LockNotAvailable:
+                if self._ended.wait(pause):
+                    raise
+            pause = min(2 * pause, LOCK_PAUSE_SECONDS_MAX)
 
 
 class Yoyo(PostgresqlPsycopgBackend):  # type: ignore[misc]
@@ -87,7 +111,9 @@ class Yoyo(PostgresqlPsycopgBackend):  # type: ignore[misc]
 
     def connect(self, dburi: object) -> psycopg.Connection[Any]:
         """Connect, by the sessions: `dburi` says nothing."""
-        return self._sessions.open()
+        connection = self._sessions.open()
+        connection.execute(SET_SHORT_LOCKS)
+        return connection
 
     def copy(self) -> "Yoyo":
         """Connect once more."""
@@ -98,36 +124,91 @@ class Yoyo(PostgresqlPsycopgBackend):  # type: ignore[misc]
         return contextlib.nullcontext()
 
 
+@functools.cache
+def schema_number(folder: Path) -> int:
+    """Tell the number of the schema that a folder's files make."""
+    return max(int(path.name[:4]) for path in folder.glob("[0-9]*.sql"))
+
+
 def migrate(url: str, folder: Path, sessions: Sessions | None = None) -> None:
     """Apply the numbered migrations of a folder; processes that start together wait for each other.
 
     views.sql and functions.sql are applied after them, each where it has changed or a migration was
     new. What was applied stands in the table schema_files, which a migration makes; who is killed
-    before it is noted applies it again. Raises psycopg.Error.
+    before it is noted applies it again. A schema of a higher number stays as it is.
+    Raises psycopg.Error.
     """
     os.environ.setdefault("LOGNAME", "messenger")  # yoyo asks, and not every user has a name
     sessions = sessions or Sessions(url)
     with sessions.open() as connection:
         connection.execute("select pg_advisory_lock(hashtext('messenger schema'))")
-        with Yoyo(sessions) as backend:
-            backend.create_lock_table()
-            backend.break_lock()  # ours by the lock above: what is left is a dead server's
-            files = yoyo.read_migrations(str(folder))
-            new = backend.to_apply(files.filter(lambda file: file.id[0].isdigit()))
-            backend.apply_migrations_only(new)
+        connection.execute(SET_SHORT_LOCKS)
+        is_new = sessions.until_unlocked(_apply_migrations, sessions, folder)
+        for name in ("views", "functions") if is_new is not None else ():
+            sessions.until_unlocked(_apply_text, connection, folder, name, is_new)
+
+
+def _apply_migrations(sessions: Sessions, folder: Path) -> bool | None:
+    """Apply the migrations that a database lacks; tell whether there were any, and None where its
+    schema has a higher number. Raises psycopg.Error.
+    """
+    with Yoyo(sessions) as backend:
+        backend.create_lock_table()
+        backend.break_lock()  # ours by the lock above: what is left is a dead server's
+        files = yoyo.read_migrations(str(folder))
+        new = backend.to_apply(files.filter(lambda file: file.id[0].isdigit()))
+        [(number,)] = backend.execute(SELECT_NUMBER).fetchall()
+        if number > schema_number(folder):
+            return None
+        backend.apply_migrations_only(new)
         if new:
             log.info("migrations were applied: %s", ", ".join(file.id for file in new))
-        noted = connection.execute("select name, digest from schema_files").fetchall()
-        applied: dict[str, str] = dict(noted)
-        for name in ("views.sql", "functions.sql"):
-            text = (folder / name).read_bytes()
-            digest = hashlib.sha256(text).hexdigest()
-            if applied.get(name) == digest and not new:
-                continue  # to apply it again would block the servers that are running
-            connection.execute(text)
-            connection.execute(
-                "insert into schema_files (name, digest) values (%s, %s)"
-                " on conflict (name) do update set digest = excluded.digest", (name, digest))
+        return bool(new)
+
+
+def _apply_text(
+    connection: psycopg.Connection[Any], folder: Path, name: str, is_forced: bool | None
+) -> None:
+    """Apply views.sql or functions.sql, where the database has another. Raises psycopg.Error."""
+    connection.rollback()  # what an attempt before may have begun
+    noted = connection.execute("select digest from schema_files where name = %s", [name]).fetchone()
+    digest = hashlib.sha256((folder / f"{name}.sql").read_bytes()).hexdigest()
+    if noted == (digest,) and not is_forced:
+        return  # to apply it again would block the servers that are running
+    connection.execute((folder / f"{name}.sql").read_bytes())
+    connection.execute(
+        "insert into schema_files (name, digest) values (%s, %s)"
+        " on conflict (name) do update set digest = excluded.digest", (name, digest))
+
+
+# ---- Which servers a database needs
+
+SELECT_NEEDS = "select oldest, moved_at is not null as is_moved from schema_needs"
+
+
+def _misfit(needs: Any, folder: Path) -> str:
+    """Tell why a server with the files of a folder may not use a database; empty if it may."""
+    if needs["is_moved"]:
+        return "its data were moved to another PostgreSQL, and are used there"
+    number = schema_number(folder)
+    if needs["oldest"] > number:
+        return f"it needs a newer messenger, of schema {needs['oldest']}; this one is of {number}"
+    return ""
+
+
+async def is_outgrown(database: Database, folder: Path) -> bool:
+    """See whether a database still is for servers with the files of a folder, and while it is not,
+    let every statement be refused. Raises Unavailable.
+    """
+    try:
+        [needs] = await database.fetch(SELECT_NEEDS)
+    except asyncpg.UndefinedTableError:  # an older database was put in the place of ours
+        return False
+    refusal = _misfit(needs, folder)
+    if refusal != database.refusal:
+        log.warning("the database is %s", f"refused: {refusal}" if refusal else "used again")
+        database.refusal = refusal
+    return bool(refusal)
 
 
 # ---- The start
@@ -139,12 +220,16 @@ SELECT_SERVER = """
            coalesce(has_schema_privilege(public.oid, 'create'), false) as may_create,
            exists (
                select from pg_class where relnamespace = public.oid and relname = 'schema_files'
-           ) as is_made
+           ) as is_made,
+           to_regclass('public.schema_needs') is not null as has_needs
     from (select to_regnamespace('public')::oid) as public (oid)"""
 SELECT_PID = "select pg_backend_pid()"
 SELECT_HOLDERS = """
-    select array_agg(distinct holder)
-    from unnest($1::int[]) as waiting, unnest(pg_blocking_pids(waiting)) as holder"""
+    select string_agg(distinct holder || coalesce(' (' || nullif(application_name, '') || ')', ''),
+                      ', ')
+    from unnest($1::int[]) as waiting
+    cross join unnest(pg_blocking_pids(waiting)) as holder
+    left join pg_stat_activity on pid = holder"""
 SELECT_APPLIED = "select name from schema_files"
 
 FAILURES = (
@@ -200,7 +285,7 @@ async def _migrate_once(url: str, folder: Path) -> None:
             SILENT_SECONDS, log.warning, "waiting for PostgreSQL to let us in")
         stack.callback(waiting.cancel)
         first, second = [await _bare_connection(url, stack) for _ in range(2)]
-        await _require_fit(first, second)
+        await _require_fit(first, second, folder)
         waiting.cancel()
         await _migrate_watched(url, folder, first)
     database = Database(url)
@@ -217,7 +302,7 @@ async def _bare_connection(url: str, stack: contextlib.AsyncExitStack) -> Any:
     return connection
 
 
-async def _require_fit(first: Any, second: Any) -> None:
+async def _require_fit(first: Any, second: Any, folder: Path) -> None:
     """Look at the server, over two connections. Raises Unfit where it will not do, asyncpg's
     ReadOnlySQLTransactionError where it may do later.
     """
@@ -231,6 +316,10 @@ async def _require_fit(first: Any, second: Any) -> None:
         raise Unfit(f"the database must be in UTF8, not {server['encoding']}")
     if not server["may_use"] or not (server["may_create"] or server["is_made"]):
         raise Unfit("the user needs the rights usage and create on the database's schema public")
+    if server["has_needs"]:
+        for needs in await first.fetch(SELECT_NEEDS):
+            if refusal := _misfit(needs, folder):
+                raise Unfit(refusal)
     if not is_writable(first):
         raise asyncpg.ReadOnlySQLTransactionError
 
@@ -261,14 +350,15 @@ async def _migrate_watched(url: str, folder: Path, watcher: Any) -> None:
 
 
 async def _tell_holders(watcher: Any, sessions: Sessions) -> None:
-    """Log who holds a lock that the sessions wait for, each time that it is another."""
-    told = None
+    """Log who holds a lock that the sessions wait for, each time that it is another; not what is
+    held for a moment only.
+    """
+    told = before = None
     with contextlib.suppress(*FAILURES, TimeoutError):
         while True:
-            await asyncio.sleep(SILENT_SECONDS)
+            await asyncio.sleep(WATCH_SECONDS)
             holders = await watcher.fetchval(SELECT_HOLDERS, sessions.pids)
-            if holders and holders != told:
-                log.warning(
-                    "waiting for a lock in PostgreSQL that its process %s holds",
-                    ", ".join(map(str, holders)))
-            told = holders
+            if holders and holders == before != told:
+                log.warning("waiting for a lock in PostgreSQL that its process %s holds", holders)
+                told = holders
+            before = holders

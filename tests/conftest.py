@@ -1,6 +1,8 @@
 """The fixtures that several modules use; what they make is in tests/support."""
 
 import asyncio
+import itertools
+import os
 import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
-from support.databases import Databases, cluster_with_template, with_database
+from support.databases import Databases, cluster_with_template, on_cluster, with_database
 from support.fuzzing import Population, fuzzed_server
 from support.patience import begin
 from support.people import Person
@@ -28,6 +30,8 @@ from support.servers import (
     people_elsewhere,
 )
 from support.valid_calls import ValidCalls, make_valid_calls
+
+numbers = itertools.count(1)
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Any]:
@@ -65,6 +69,15 @@ async def database_url(cluster: str, databases: Databases) -> AsyncIterator[str]
     name = await databases.take()
     yield with_database(cluster, name)
     databases.drop(name)
+
+
+@pytest.fixture
+async def empty_url(cluster: str) -> AsyncIterator[str]:
+    """A database of the test's own with nothing in it."""
+    name = f"messenger_empty_{os.getpid()}_{next(numbers)}"
+    await on_cluster(cluster, f"create database {name} template template0")
+    yield with_database(cluster, name)
+    await on_cluster(cluster, f"drop database {name} with (force)")
 
 
 @pytest.fixture

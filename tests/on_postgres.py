@@ -26,6 +26,7 @@ SHORT_PASS = [
         for name in ("accounts", "chats", "messages", "changes", "search")
     ),
     "tests/live/test_profile.py", "tests/processes/test_migrations.py",
+    "tests/processes/test_own_backup.py",
 ]
 
 

@@ -1,5 +1,6 @@
 """What the README shows is run as it stands there, against a server started as it says."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -21,17 +22,31 @@ def block(language: str, holding: str) -> str:
     return str(found)
 
 
-@pytest.fixture
-def address(tmp_path: Path) -> Iterator[str]:
+def environment(folder: Path) -> dict[str, str]:
+    """Make the environment of a server whose data are in a folder."""
+    made = os.environ | {"DATA_DIR": str(folder / "data"), "PORT": "0", "BCRYPT_COST": "4"}
+    made.pop("DATABASE_URL", None)
+    return made
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
     """Start a server on a free port; the address that it prints."""
-    environment = os.environ | {"DATA_DIR": str(tmp_path / "data"), "PORT": "0", "BCRYPT_COST": "4"}
-    environment.pop("DATABASE_URL", None)
     command = [sys.executable, str(ROOT / "messenger.py")]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment(folder), stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         yield process.stdout.readline().split("//")[1].strip()
         process.terminate()
         process.communicate(timeout=50)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> Iterator[str]:
+    """Start a server on a free port; the address that it prints."""
+    with served(tmp_path) as address:
+        yield address
 
 
 def test_what_the_readme_shows_works(address: str, tmp_path: Path) -> None:
@@ -51,3 +66,26 @@ def test_what_the_readme_shows_works(address: str, tmp_path: Path) -> None:
     heard = [line for line in done.stdout.splitlines() if line.startswith("{'type'")]
     for text in ("Hello, Ben!", "Hi, Ann!", "I am back."):
         assert sum(text in line for line in heard) == 1, f"{text} is heard once, in: {heard}"
+
+
+def test_what_the_readme_says_of_backups_works(
+    tmp_path: Path, empty_url: str
+) -> None:
+    """The README's commands that back up and verify, beside the server, that restore, without it,
+    and that move to another PostgreSQL, where the server then is."""
+    def follow(holding: str) -> str:
+        text = block("sh", holding)
+        text = text.replace("postgresql://messenger@db.example.com/messenger", empty_url)
+        text = re.sub(r"^[.]/run$", "./run verify", text, flags=re.MULTILINE)
+        text = text.replace("./run", f"{sys.executable} {ROOT / 'messenger.py'}")
+        done = subprocess.run(
+            ["sh", "-euc", text], capture_output=True, text=True, timeout=100, cwd=tmp_path,
+            env=environment(tmp_path))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with served(tmp_path):
+        assert follow("./run backup").count("rules hold") == 2
+    assert "is restored" in follow("./run restore")
+    assert "moved; stop the server" in follow("./run move")
+    assert (tmp_path / "messenger.backup.key").exists()

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,9 +15,9 @@ import psycopg
 import pytest
 
 import messenger
-from plumbing.schema import migrate
+from plumbing.schema import migrate, migrate_when_up, schema_number
 from support.databases import on_cluster, until_waiting, with_database
-from support.people import Person
+from support.people import SOON_SECONDS, Person
 from support.servers import ROOT, SECRET_KEY, refused
 
 MIGRATE = """
@@ -30,7 +31,8 @@ except ModuleNotFoundError:
 migrate(sys.argv[2], messenger.SQL)
 """
 SERVE_SECONDS = 50
-LAST_RELEASE = "9da4898"  # a commit whose servers may still serve while this one's start
+LAST_RELEASE = "97f3782"  # a commit whose servers may still serve while this one's start
+BEFORE_THAT = "9da4898"  # and an earlier one, with fewer migrations
 
 # All that a schema consists of, in words of PostgreSQL's own.
 SELECT_SCHEMA = """
@@ -66,15 +68,6 @@ async def asked(url: str, query: str) -> list[Any]:
 
 
 numbers = itertools.count(1)
-
-
-@pytest.fixture
-async def empty_url(cluster: str) -> AsyncIterator[str]:
-    """A database of the test's own with nothing in it."""
-    name = f"messenger_migrated_{os.getpid()}_{next(numbers)}"
-    await on_cluster(cluster, f"create database {name} template template0")
-    yield with_database(cluster, name)
-    await on_cluster(cluster, f"drop database {name} with (force)")
 
 
 @pytest.fixture
@@ -238,33 +231,138 @@ SELECT_COMMENT = "select obj_description('message_view'::regclass)"
 SELECT_BODIES = "select md5(prosrc) from pg_proc where proname !~ 'yoyo' order by oid"
 
 
-@pytest.fixture
-def last_release(tmp_path: Path) -> Path:
-    """The files of the last release."""
+def files_of(commit: str, folder: Path) -> Path:
+    """Put the files of a version into a folder."""
     packed = subprocess.run(
-        ["git", "-C", str(ROOT), "archive", LAST_RELEASE, "messenger.py", "edge.py", "postgres.py",
-         "sql"], capture_output=True, check=False)
+        ["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=False)
     if packed.returncode:
-        pytest.skip("the history does not reach to the last release")
-    subprocess.run(["tar", "-x", "-C", str(tmp_path)], input=packed.stdout, check=True)
-    return tmp_path
+        pytest.skip(f"the history does not reach to {commit}")
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=packed.stdout, check=True)
+    return folder
 
 
-async def test_last_release_goes_on_beside_this_one(empty_url: str, last_release: Path) -> None:
+async def migrates_quietly(url: str, folder: Path) -> None:
+    """Migrate with the files of a folder, without a word."""
+    process = await migrates(url, folder)
+    assert await process.communicate() == (b"", b"")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("commit", [BEFORE_THAT, LAST_RELEASE])
+async def test_last_release_goes_on_beside_this_one(
+    empty_url: str, tmp_path: Path, commit: str
+) -> None:
     """A database that is upgraded keeps what servers of the last release call, as they call it; one
     that starts again leaves the functions of this release in place."""
-
-    async def migrates_of_last_release() -> None:
-        process = await migrates(empty_url, last_release)
-        assert await process.communicate() == (b"", b"")
-        assert process.returncode == 0
-
-    await migrates_of_last_release()
+    last_release = files_of(commit, tmp_path)
+    await migrates_quietly(empty_url, last_release)
     before = await asked(empty_url, SELECT_FUNCTIONS)
     comment = await asked(empty_url, SELECT_COMMENT)
     await asyncio.to_thread(migrate, empty_url, messenger.SQL)
     assert set(before) <= set(await asked(empty_url, SELECT_FUNCTIONS))
-    assert comment == await asked(empty_url, SELECT_COMMENT) != [None]
+    assert comment == await asked(empty_url, SELECT_COMMENT)
     bodies = await asked(empty_url, SELECT_BODIES)
-    await migrates_of_last_release()
+    await migrates_quietly(empty_url, last_release)
     assert await asked(empty_url, SELECT_BODIES) == bodies
+
+
+async def test_last_release_leaves_a_new_database_as_it_is(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A server of the last release puts its functions in place of none in a database that this one
+    made, also where they are others."""
+    last_release = files_of(LAST_RELEASE, tmp_path)
+    await asked(database_url, "create or replace function new_mark() returns text language sql"
+                              " volatile as $$ select text 'of this release' $$")
+    bodies = await asked(database_url, SELECT_BODIES)
+    await migrates_quietly(database_url, last_release)
+    assert await asked(database_url, SELECT_BODIES) == bodies
+
+
+# ---- Schemas of higher numbers
+
+
+def later_files(folder: Path, *migrations: str) -> Path:
+    """Write the files of a later release: with these migrations, and another function."""
+    later = folder / "later"
+    shutil.copytree(messenger.SQL, later)
+    for number, text in enumerate(migrations, schema_number(messenger.SQL) + 1):
+        (later / f"{number:04}_later.sql").write_text(text)
+    with (later / "functions.sql").open("a") as file:
+        file.write("create or replace function later() returns int language sql as 'select 1';")
+    return later
+
+
+async def test_older_server_leaves_a_later_schema_as_it_is(
+    database_url: str, tmp_path: Path
+) -> None:
+    """A server whose schema has a lower number than the database's applies nothing."""
+    later = later_files(tmp_path, "alter table users add column if not exists later int;")
+    (tmp_path / "this").mkdir()
+    ours = later_files(tmp_path / "this")  # of this release, with the other function
+    await asyncio.to_thread(migrate, database_url, later)
+    with (ours / "functions.sql").open("a") as file:
+        file.write("create or replace function later() returns int language sql as 'select 2';")
+    schema = await asked(database_url, SELECT_SCHEMA)
+    noted = await asked(database_url, "select digest from schema_files order by name")
+    await asyncio.to_thread(migrate, database_url, ours)
+    assert await asked(database_url, SELECT_SCHEMA) == schema
+    assert await asked(database_url, "select digest from schema_files order by name") == noted
+
+
+OUTGROWN = "update schema_needs set oldest = 9999"
+MOVED = "update schema_needs set moved_at = now()"
+
+
+@pytest.mark.parametrize(("change", "reason"), [(OUTGROWN, "schema 9999"), (MOVED, "moved")])
+async def test_database_that_needs_another_server_is_refused_in_one_line(
+    database_url: str, tmp_path: Path, change: str, reason: str
+) -> None:
+    """A server does not start on a database that says it is for newer ones, or was moved."""
+    await asked(database_url, change)
+    line = await refused(tmp_path, DATABASE_URL=database_url, SECRET_KEY=SECRET_KEY)
+    assert line.startswith("messenger: DATABASE_URL: ")
+    assert reason in line
+
+
+async def test_serving_server_that_is_outgrown_sends_everybody_away(
+    alice: Person, bob: Person, sql: asyncpg.Connection
+) -> None:
+    """Where the database comes to need newer servers, one that serves turns unready, closes its
+    sockets with 1001 and writes nothing; when it may be used again it goes on."""
+    chat = await alice.opens(bob)
+    line = await alice.listens_live(chat)
+    await sql.execute(OUTGROWN)
+    async with asyncio.timeout(SOON_SECONDS):
+        assert await line.is_closed() == 1001
+    await bob.expects(503, "GET", "/health/readiness")
+    await bob.says(chat, "refused", 503)
+    assert await sql.fetchval("select count(*) from messages") == 0
+    await sql.execute("update schema_needs set oldest = 0")
+    async with asyncio.timeout(SOON_SECONDS):
+        while (await bob.asks("GET", "/health/readiness")).status != 200:
+            await asyncio.sleep(0.05)
+    await bob.says(chat, "accepted")
+
+
+async def test_migration_beside_a_backup_lets_those_who_serve_go_on(
+    database_url: str, sql: asyncpg.Connection, alice: Person, bob: Person, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A migration that waits for a lock which pg_dump holds says so, and refuses nobody; it is
+    applied once the lock is free."""
+    chat = await alice.opens(bob)
+    await sql.execute("set application_name = 'pg_dump'")
+    await sql.execute("begin; lock table messages in access share mode")
+    later = later_files(tmp_path, "alter table messages add column if not exists later int;")
+    migrating = asyncio.create_task(migrate_when_up(database_url, later))
+    async with asyncio.timeout(SOON_SECONDS):
+        while "(pg_dump) holds" not in caplog.text:
+            await alice.says(chat, "hello")
+    for _ in range(20):
+        await bob.says(chat, "and still")
+    assert not migrating.done()
+    await sql.execute("commit")
+    async with asyncio.timeout(SERVE_SECONDS):
+        await migrating
+    assert await sql.fetchval("select count(later) from messages") == 0

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import psycopg
 
 import messenger
 from plumbing.embedded import Postgres
+from plumbing.marks import new_mark
 from plumbing.schema import migrate
 
 
@@ -150,3 +152,38 @@ async def crowd(sql: asyncpg.Connection, size: int) -> list[int]:
         size,
     )
     return [row["id"] for row in rows]
+
+
+POST = """
+    select * from post_messages_2(array[$1::bigint], array[$2::bigint], array[$3::uuid],
+                                  array[$4::text], array[$5::uuid], $6)"""
+CHANGE = """
+    select * from change_messages_2(array[$1::bigint], array[$2::bigint], array[$3::uuid],
+                                    array[$4::text], $5)"""
+READ = "select * from read_messages(array[$1::bigint], array[$2::bigint], array[$3::uuid])"
+INDEX = """
+    select index_words($1, 0, 12, array(select seq from messages where chat_id = $1),
+                       array(select 'word' from messages where chat_id = $1))"""
+
+
+async def fills_with_life(sql: asyncpg.Connection) -> None:
+    """Let five users do what there is to do: in a group (1) and in a personal chat (2)."""
+    ann, ben, cem, dan, eva = await crowd(sql, 5)
+    group = await sql.fetchval("select chat_id from create_group($1, 'all', $2)", ann,
+                               [ben, cem, dan, eva])
+    pair = await sql.fetchval("select chat_id from open_personal_chat($1, $2)", ann, ben)
+    for chat in (group, pair):
+        ids = [uuid.uuid4() for _ in range(8)]
+        for number, each in enumerate(ids):
+            reply = ids[0] if number == 5 else None
+            await sql.execute(POST, chat, (ann, ben)[number % 2], each, "text", reply, new_mark())
+        for number, text in ((1, "once"), (1, "twice"), (2, "once"), (3, None)):
+            await sql.execute(CHANGE, chat, (ann, ben)[number % 2], ids[number], text, new_mark())
+        for number in (2, 6):
+            await sql.execute(READ, chat, ben, ids[number])
+        await sql.execute(INDEX, chat)
+    await sql.execute("insert into sessions (user_id) select id from users")
+    await sql.execute("select remove_participant($1, $2, $3)", group, ann, cem)
+    await sql.execute("select delete_user($1)", dan)
+    while await sql.fetchrow("select * from leave_next_chat($1)", dan):
+        pass

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import msgspec
 from aiohttp import web
 from prometheus_client.mmap_dict import MmapedDict
 
@@ -31,6 +32,13 @@ SETTINGS = messenger.Settings(
     registrations_per_address=ENOUGH, login_failures_per_address=ENOUGH)
 START_SECONDS = 40  # generous deadlines: what they bound takes a second or two
 STOP_SECONDS = 15
+
+
+def settings_for(url: str, folder: Path) -> messenger.Settings:
+    """Make the settings of a server on a database, or on the embedded one in a folder."""
+    return msgspec.structs.replace(
+        SETTINGS, database_url=url, secret_key=SECRET_KEY if url else "", data_dir=str(folder))
+
 
 # ---- A server of its own process
 

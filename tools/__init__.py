@@ -1,0 +1,1 @@
+"""What is done by hand, beside the server; and what is made of its source."""
