@@ -61,16 +61,18 @@ plain rows and put together here (messages_of, chats_of); who read messages that
 asked once they are known, and only where anybody got so far (SELECT_READERS). What needs a lock and
 then a fresh snapshot, or pinned plans, is a function in sql/functions.sql.
 
-To add an endpoint: its shapes, its statement at the head of its section, a handler whose signature
-says what it takes and answers and whose docstring's first line is its summary, and its line in
-ENDPOINTS. Then, in tools/documents.py, an example of each new shape and, for a new path, its tag,
-and `./run documents`. Then its rows in tests/api/access_table.py, how they are aimed in
+To add an endpoint: its shapes, with a line `name: …` in the docstring for each field that its type
+does not describe, its statement at the head of its section, a handler whose signature says what it
+takes and answers and whose docstring's first line is its summary, and its line in ENDPOINTS. Then,
+in tools/documents.py, an example of each new shape and, for a new path, its tag, and
+`./run documents`. Then its rows in tests/api/access_table.py, how they are aimed in
 access_cast.py, a valid body in tests/support/valid_calls.py, each of its answers in a `try_...` of
 tests/api/test_openapi.py, the arguments of a new statement in tests/invariants/test_plans.py, and
 its tests beside those of its section.
 
-To add a column: a new file in sql/ that may run twice; at the end of its view, in its shape and in
-the shape's example; in tests/support/model.py, which knows every field.
+To add a column: a new file in sql/ that may run twice; at the end of its view; in its shape, with
+a line in the docstring, and in the shape's example; in tests/support/model.py, which knows every
+field.
 
 To add a frame of the server: the shape of its data, its struct among ServerFrames, and the call
 that sends it (Socket.send to one socket; Rooms.publish of a FrameHint to a chat in every process,
@@ -250,6 +252,9 @@ QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame
+TEXT_CHARS_MAX = 4096
+UNREAD_MAX = 100  # counted, as the statements do
+USER_AGENT_CHARS_MAX = 200
 
 TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
@@ -293,19 +298,22 @@ RETRY_SECONDS = 0.2  # before who catches up asks the database again
 
 ChatId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a chat.")]
 UserId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a user.")]
-Number = Annotated[int, Meta(ge=0, le=INT8_MAX, description="A number of the chat's own count.")]
+Number = Annotated[int, Meta(ge=0, le=INT8_MAX)]
+AfterId = Annotated[int, Meta(ge=0, le=INT8_MAX, description="Only larger ids than this one.")]
 MessageId = Annotated[UUID, Meta(description="Id of a message, unique in its chat.")]
 SessionId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a session.")]
 Position = Annotated[
     str, Meta(max_length=64, pattern=r"^[0-9]{1,19}(\.[A-Za-z0-9_-]+)?$(?!\n)",
-              description="A number of a chat and its mark: it vouches for all changes up to it.")]
-Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
-Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
+              description="A number of the chat with its mark, like `41.k3J9xQabcde`: it stands "
+                          "for every change up to that number. Before the first change it is `0`.")]
+Version = Annotated[int, Meta(ge=1, le=INT8_MAX)]
+Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="How many to answer at most.")]
+Text = Annotated[str, Meta(min_length=1, max_length=TEXT_CHARS_MAX, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
 # Counted in its composed form (composed_text); it may be longer as sent.
 Query = Annotated[str, Meta(
     pattern=NO_NUL,
-    description="Words; up to 200 characters, counted in NFC.",
+    description="Words to search for; up to 200 characters, counted in NFC.",
     extra_json_schema={"maxLength": QUERY_CHARS_MAX})]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
@@ -316,25 +324,41 @@ class Body(Struct, forbid_unknown_fields=True):
 
 
 class NewUser(Body):
-    """A registration."""
+    """A registration.
+
+    email: To log in with; no other user sees it. Unique in any case.
+    """
     email: Email
     username: Username
     password: Password
 
 
 class Login(Body):
-    """An email and a password to log in with."""
+    """An email and a password to log in with.
+
+    email: The email of the account, in any case.
+    password: The password of the account.
+    """
     email: str
     password: str
 
 
 class RefreshRequest(Body):
-    """A refresh token, for clients that do not send it as Bearer."""
+    """A refresh token, for clients that do not send it as Bearer.
+
+    refresh_token: The refresh token of the last login or refresh.
+    """
     refresh_token: str | None = None
 
 
 class ChangedUser(Body):
-    """What to change; a new email or password needs the current password."""
+    """What to change; what is left out stays as it is.
+
+    email: A new email; needs `current_password`.
+    password: A new password of 8 to 100 characters, counted in NFC; needs `current_password`.
+    is_active: `false` signs the account out everywhere, until its next login.
+    current_password: The password until now: needed with a new email or password.
+    """
     email: Email | UnsetType = UNSET
     username: Username | UnsetType = UNSET
     password: Password | UnsetType = UNSET
@@ -343,121 +367,203 @@ class ChangedUser(Body):
 
 
 class NewChat(Body):
-    """A chat to create: a group with a name, or a personal chat with one other user."""
+    """A chat to create: a group with a name, or a personal chat with one other user.
+
+    is_group: `true`: a group of 2 to 1,000 participants. `false`: the personal chat with one user.
+    participant_ids: Ids of the others. Repeats and the creator's own id count once.
+    name: Needed for a group. A personal chat has none.
+    """
     is_group: bool
-    participant_ids: Annotated[list[UserId], Meta(max_length=10_000)]
+    participant_ids: Annotated[
+        list[UserId], Meta(max_length=10_000, extra_json_schema={"minItems": 1})]
     name: GroupName | None = None
 
 
 class ChangedChat(Body):
-    """A group's new name."""
+    """A group's new name.
+
+    name: The new name.
+    """
     name: GroupName
 
 
 class NewParticipant(Body):
-    """Which user is put into a group, and in which role."""
+    """Which user is put into a group, and in which role.
+
+    role: Only the owner gives one. `owner` hands the group on; its owner becomes an admin.
+    """
     user_id: UserId
     role: Role | None = None
 
 
 class GivenRole(Body):
-    """The role in which a user is put into a group."""
+    """The role in which a user is put into a group.
+
+    role: Only the owner gives one. `owner` hands the group on; its owner becomes an admin.
+    """
     role: Role | None = None
 
 
 class NewMessage(Body):
-    """A message to post; `id` makes sending it again harmless."""
+    """A message to post.
+
+    text: 1 to 4,096 characters, kept as they are sent.
+    id: An id of your own choice: with it, sending the message again does not post it twice.
+    reply_to: The message that this one answers, of the same chat.
+    """
     text: Text
     id: MessageId | None = None
     reply_to: MessageId | None = None
 
 
 class ChangedMessage(Body):
-    """A message's new text."""
+    """A message's new text.
+
+    text: 1 to 4,096 characters, kept as they are sent.
+    """
     text: Text
 
 
 class ReadUpTo(Body):
-    """The message up to which everything is read."""
+    """How far the user has read.
+
+    message_id: This message and all before it are read.
+    """
     message_id: MessageId
 
 
 class User(Struct):
-    """A user; `email` is seen by the user alone."""
+    """A user.
+
+    is_active: `false` after the user signed the account out everywhere, until the next login.
+    created_at: When the account was made.
+    email: Only in answers about one's own account.
+    """
     id: UserId
-    username: str
+    username: Username
     is_active: bool
     created_at: datetime
-    email: str | UnsetType = UNSET
+    email: Email | UnsetType = UNSET
 
 
 class Tokens(Struct):
-    """A pair of tokens; `expires_in` is the access token's life in seconds."""
+    """A pair of tokens.
+
+    access_token: Sent with every call, as `Authorization: Bearer …`.
+    refresh_token: Good for one refresh, which answers the next pair.
+    expires_in: Seconds until the access token expires.
+    token_type: How the access token is sent.
+    """
     access_token: str
     refresh_token: str
-    expires_in: int
+    expires_in: Annotated[int, Meta(ge=1)]
     token_type: Literal["bearer"] = "bearer"  # noqa: S105
 
 
 class Session(Struct):
-    """A login that has not ended; `current` is the one that asks, `expires_at` is of its tokens."""
+    """A login that has not ended.
+
+    created_at: When the user logged in.
+    last_used_at: When it last logged in, renewed its tokens, or first used them.
+    user_agent: The `User-Agent` of the login, its first 200 characters.
+    current: Whether this session's token asked.
+    expires_at: When the session ends unless its tokens are renewed.
+    """
     id: SessionId
     created_at: datetime
     last_used_at: datetime
-    user_agent: str
+    user_agent: Annotated[str, Meta(max_length=USER_AGENT_CHARS_MAX)]
     current: bool
     expires_at: datetime
 
 
 class Participant(Struct):
-    """A user in a chat."""
+    """A user in a chat.
+
+    role: In a personal chat both are members.
+    last_read_seq: The `seq` up to which the user has read; 0: nothing.
+    """
     user_id: UserId
-    username: str
+    username: Username
     role: Role
     last_read_seq: Number
 
 
 class Reader(Struct):
-    """Who read a message, and when they first passed it."""
+    """Who read a message.
+
+    read_at: When the user first read this message or a later one.
+    """
     user_id: UserId
-    username: str
+    username: Username
     read_at: datetime
 
 
 class Message(Struct):
-    """A message as it is now: `seq` never changes, `rev` rises with every change."""
+    """A message as it is now.
+
+    seq: The number of the chat under which it was posted; it never changes.
+    rev: The number of its last change, `seq` if there was none. The copy with the larger one wins.
+    sender_id: Null once the sender's account is deleted.
+    text: Up to 4,096 characters; empty once the message is deleted.
+    reply_to: The message that this one answers, of the same chat.
+    created_at: When it was posted.
+    edited_at: When it was last edited.
+    deleted_at: When it was deleted: what is left of it is a tombstone.
+    position: The position of its last change: the number is `rev`.
+    read_by: Participants who read it, without its sender; empty in chats of more than 100.
+    read_count: How many participants read it, without its sender.
+    """
     id: MessageId
     chat_id: ChatId
     seq: Number
     rev: Number
     sender_id: UserId | None
-    text: str
+    text: Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
     reply_to: MessageId | None
     created_at: datetime
     edited_at: datetime | None = None
     deleted_at: datetime | None = None
     position: Position = "0"
-    read_by: list[Reader] = []
-    read_count: int = 0
+    read_by: Annotated[list[Reader], Meta(max_length=NAMED_IN_CHAT_MAX)] = []
+    read_count: Annotated[int, Meta(ge=0, le=GROUP_PARTICIPANTS_MAX)] = 0
 
 
 class Chat(Struct):
-    """A chat as one of its participants sees it; the first 100 participants, oldest first."""
+    """A chat as one of its participants sees it.
+
+    name: Null in a personal chat.
+    is_group: `false` in a personal chat.
+    created_at: When the chat was created.
+    participants: The first 100, those who joined first in front.
+    participant_count: How many there are in all.
+    last_message: The newest message, deleted or not.
+    last_rev: The number of the chat's last change; 0: nothing was posted yet.
+    position: The position of the chat's last change: the number is `last_rev`.
+    version: Rises with each change of the name or the participants.
+    unread_count: Others' messages above one's `last_read_seq`, counted up to 100; no deleted ones.
+    """
     id: ChatId
-    name: str | None
+    name: GroupName | None
     is_group: bool
     created_at: datetime
-    participants: list[Participant]
-    participant_count: int
+    participants: Annotated[list[Participant], Meta(max_length=NAMED_IN_CHAT_MAX)]
+    participant_count: Annotated[int, Meta(ge=1, le=GROUP_PARTICIPANTS_MAX)]
     last_message: Message | None
     last_rev: Number
     position: Position
-    version: int
-    unread_count: int
+    version: Version
+    unread_count: Annotated[int, Meta(ge=0, le=UNREAD_MAX)]
 
 
 class Read(Struct):
-    """Where a reader stands in a chat."""
+    """How far somebody has read in a chat.
+
+    message_id: The last message that is read.
+    seq: The `seq` of that message.
+    reader_id: Who read it.
+    read_at: When they read that far.
+    """
     chat_id: ChatId
     message_id: MessageId
     seq: Number
@@ -466,25 +572,40 @@ class Read(Struct):
 
 
 class Health(Struct):
-    """Whether the server is there, or can serve."""
+    """Whether the server is there, or can serve.
+
+    status: `alive`: it runs. `ready`: it can serve. `error`: it cannot.
+    """
     status: Literal["alive", "ready", "error"]
 
 
 class FrameIn(Body, tag_field="type", kw_only=True):
-    """What a client sends over a socket; on one for all chats it names the chat."""
+    """What a client sends over a socket.
+
+    ref: Anything of the client's own; it comes back in the frame that answers.
+    chat_id: The chat that it is about. Needed on `/ws`; on `/ws/{chat_id}` it may be left out.
+    """
     ref: Ref | None = None
     chat_id: ChatId | None = None
 
 
 class MessageIn(FrameIn, tag="message"):
-    """Post a message; with `ref` it is acknowledged."""
+    """Post a message; with `ref` it is acknowledged.
+
+    text: 1 to 4,096 characters, kept as they are sent.
+    id: An id of your own choice: with it, sending the message again does not post it twice.
+    reply_to: The message that this one answers, of the same chat.
+    """
     text: Text
     id: MessageId | None = None
     reply_to: MessageId | None = None
 
 
 class ReadIn(FrameIn, tag="read"):
-    """Everything up to this message is read."""
+    """Mark everything up to a message as read.
+
+    message_id: This message and all before it are read.
+    """
     message_id: MessageId
 
 
@@ -493,19 +614,31 @@ class TypingIn(FrameIn, tag="typing"):
 
 
 class SyncIn(FrameIn, tag="sync"):
-    """Replay every change after a position or a number, of one chat or of several by their ids."""
+    """Replay every change after a position or a number, of one chat or of several.
+
+    chat_id: The chat of `after`. Needed with it on `/ws`; on `/ws/{chat_id}` it may be left out.
+    after: The position, or the bare number, to replay one chat from.
+    chats: By the id of each chat, the position or the number to replay it from.
+    """
     after: Number | Position | None = None
     chats: Annotated[dict[ChatId, Number | Position], Meta(max_length=SYNC_CHATS_MAX)] | None = None
 
 
 class AuthIn(Body, tag_field="type", tag="auth"):
-    """A fresh access token of the same user."""
+    """Give the socket a fresh access token, so that it outlives the old one.
+
+    token: An access token of the same user.
+    ref: Anything of the client's own; it comes back in the frame that answers.
+    """
     token: str
     ref: Ref | None = None
 
 
 class PingIn(Body, tag_field="type", tag="ping"):
-    """Ask whether the server still answers."""
+    """Ask whether the server still answers.
+
+    ref: Anything of the client's own; it comes back in the frame that answers.
+    """
     ref: Ref | None = None
 
 
@@ -513,7 +646,11 @@ ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn | PingIn
 
 
 class Ack(Struct):
-    """The number and time under which a message is durable."""
+    """A message is durable.
+
+    seq: The number under which it was posted.
+    created_at: When it was posted.
+    """
     id: MessageId
     chat_id: ChatId
     seq: Number
@@ -521,7 +658,7 @@ class Ack(Struct):
 
 
 class Taken(Struct):
-    """In which chat a `read` or `typing` was taken."""
+    """A `read` or a `typing` was taken."""
     chat_id: ChatId
 
 
@@ -530,48 +667,71 @@ class Pong(Struct):
 
 
 class Hello(Struct):
-    """Who the socket belongs to; `expires_at` is the token's end.
+    """Whose socket it is, and what a client needs to know of the server.
 
-    The server pings after `ping_seconds` of silence (RFC 6455).
+    expires_at: When the token expires: send a fresh one before.
+    server_time: The server's time.
+    ping_seconds: The server pings (RFC 6455) after so many seconds of silence.
+    version: The server's version.
     """
     user_id: UserId
     session_id: SessionId
     expires_at: datetime
     server_time: datetime
-    ping_seconds: int
+    ping_seconds: Annotated[int, Meta(ge=1)]
     version: str
 
 
 class ChatPositions(Struct):
-    """Where each chat of the user stands: its position and its version; `more` frames follow."""
-    chats: dict[ChatId, tuple[Position, int]]
+    """Where the chats of the user stand.
+
+    chats: By the id of each chat, its position and its version.
+    more: Whether another such frame follows with more chats.
+    """
+    chats: Annotated[dict[ChatId, tuple[Position, Version]], Meta(max_length=SYNC_CHATS_MAX)]
     more: bool
 
 
 class ReplayStart(Struct):
-    """From where the changes of a chat are replayed."""
+    """From where the changes of a chat are replayed.
+
+    position: The replay begins with the first change after this.
+    """
     chat_id: ChatId
     position: Position
 
 
 class Ready(Struct):
-    """From which number on a chat is live."""
+    """From where on a chat is live.
+
+    rev: The number of the last change that was sent or is held already; what is live comes after.
+    position: The position of that change.
+    """
     chat_id: ChatId
     rev: Number
     position: Position
 
 
 class ChatUpdate(Struct):
-    """What changed in a chat since the version before: who came in or got a role, who left."""
+    """What changed in a chat since the version before.
+
+    version: The larger one wins.
+    name: The name as it is now; null in a personal chat.
+    participants: Those who joined or have another role, as they are now.
+    left: Ids of those who left.
+    """
     chat_id: ChatId
-    version: int
-    name: str | None
-    participants: list[Participant]
+    version: Version
+    name: GroupName | None
+    participants: Annotated[list[Participant], Meta(max_length=GROUP_PARTICIPANTS_MAX)]
     left: list[UserId]
 
 
 class Typing(Struct):
-    """Who is writing, and where."""
+    """Who is writing, and where.
+
+    user_id: Who is writing.
+    """
     chat_id: ChatId
     user_id: UserId
 
@@ -582,14 +742,21 @@ class ChatRemoved(Struct):
 
 
 class Expiry(Struct):
-    """When a token expires."""
+    """How long the new token is good.
+
+    expires_at: When it expires.
+    """
     expires_at: datetime
 
 
 class ServerFrame(Struct, tag_field="type", omit_defaults=True, kw_only=True):
-    """What the server sends over a socket."""
+    """What the server sends over a socket.
+
+    data: What the frame tells.
+    ref: As in the client's frame that this answers.
+    """
     data: Any
-    ref: Ref | None = None  # as in the client's frame that this answers
+    ref: Ref | None = None
 
 
 class HelloOut(ServerFrame, tag="hello"):
@@ -598,7 +765,7 @@ class HelloOut(ServerFrame, tag="hello"):
 
 
 class ChatsOut(ServerFrame, tag="chats"):
-    """On a socket for all chats, after `hello`: where each stands, up to 1,000 a frame."""
+    """On `/ws`, after `hello`: where each chat of the user stands, up to 1,000 a frame."""
     data: ChatPositions
 
 
@@ -618,32 +785,32 @@ class MessageUpdatedOut(ServerFrame, tag="message_updated"):
 
 
 class ReadOut(ServerFrame, tag="read"):
-    """Somebody read up to a message."""
+    """Somebody read up to a message; in chats of more than 100 told only to them and its sender."""
     data: Read
 
 
 class TypingOut(ServerFrame, tag="typing"):
-    """Somebody is writing."""
+    """Somebody else is writing; not told in chats of more than 100."""
     data: Typing
 
 
 class ChatOut(ServerFrame, tag="chat"):
-    """On a socket for all chats: the user came into this one."""
+    """On `/ws`: the user came into this chat; `ready` and its messages follow."""
     data: Chat
 
 
 class ChatUpdatedOut(ServerFrame, tag="chat_updated"):
-    """Name or participants changed; the larger version wins."""
+    """The name or the participants of a chat changed."""
     data: ChatUpdate
 
 
 class ChatRemovedOut(ServerFrame, tag="chat_removed"):
-    """On a socket for all chats: the user is no longer in this one."""
+    """On `/ws`: the user is no longer in this chat."""
     data: ChatRemoved
 
 
 class AckOut(ServerFrame, tag="ack"):
-    """A frame that carried `ref` was taken: a message is durable."""
+    """A frame with a `ref` was taken; of a `message`: it is durable."""
     data: Ack | Taken
 
 
@@ -658,14 +825,17 @@ class PongOut(ServerFrame, tag="pong"):
 
 
 class ReadyOut(ServerFrame, tag="ready"):
-    """The chat is live on this socket, from this number on."""
+    """The chat is live on this socket, from this position on."""
     data: Ready
 
 
 class ErrorOut(ServerFrame, tag="error"):
-    """A frame was refused; the socket stays open."""
+    """A frame was refused; the socket stays open.
+
+    chat_id: As in the client's frame, or the chat of a `sync` that was refused.
+    """
     data: ProblemDetails
-    chat_id: int | None = None  # as in the client's frame
+    chat_id: int | None = None
 
 
 ServerFrames = (
@@ -2370,7 +2540,7 @@ async def login(request: web.Request, body: Login) -> Tokens:
     await count_attempt(request, address_key, settings.login_failures_per_address)
     if email_key:  # else all who mistype theirs would share one allowance
         await count_attempt(request, account_key, settings.login_failures_per_account)
-    agent = request.headers.get("User-Agent", "").encode(errors="replace").decode()[:200]
+    agent = request.headers.get("User-Agent", "").encode(errors="replace").decode()
     while True:
         user = await database.row(SELECT_LOGIN, email_key)
         hashed = user["password_hash"] if user else passwords.nobodys
@@ -2379,8 +2549,8 @@ async def login(request: web.Request, body: Login) -> Tokens:
             raise InvalidCredentials
         anew = await passwords.renewed(form, hashed, address)
         session = await database.row(
-            START_SESSION, user["id"], hashed, anew, agent, account_key, address_key,
-            secrets.token_urlsafe(SESSION_SECRET_BYTES))
+            START_SESSION, user["id"], hashed, anew, agent[:USER_AGENT_CHARS_MAX], account_key,
+            address_key, secrets.token_urlsafe(SESSION_SECRET_BYTES))
         if session:
             break
         # The hash is another by now: the password was changed, or another login hashed it anew.
@@ -2411,7 +2581,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
 
 
 async def list_sessions(
-    request: web.Request, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
+    request: web.Request, *, limit: Limit = PAGE_DEFAULT, after: AfterId = 0
 ) -> Answer[list[Session]]:
     """List one's sessions by id: the logins that have not ended."""
     me, current = request[ME], request[ASKER].session_id
@@ -2531,7 +2701,7 @@ async def list_users(
     request: web.Request,
     *,
     limit: Limit = PAGE_DEFAULT,
-    after: Number = 0,
+    after: AfterId = 0,
     q: NameStart = "",
 ) -> Answer[list[User]]:
     """List users by id, all or those whose username starts with `q`. Raises InvalidInput."""
@@ -2642,7 +2812,7 @@ async def change_chat(request: web.Request, chat_id: ChatId, body: ChangedChat) 
 
 
 async def list_participants(
-    request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
+    request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: AfterId = 0
 ) -> Answer[list[Participant]]:
     """List the participants of a chat by user id. Raises ChatNotFound."""
     me, database = request[ME], request.app[DATABASE]
@@ -2825,6 +2995,10 @@ async def list_messages(
     Oldest first within the page; `next` goes to older messages, `prev` to newer ones. With `q`
     only messages that hold all of its words, whole and in any case, newest first; no tombstones.
     Of scripts that put no spaces between words, such as Chinese, they hold each run as it stands.
+
+    before: Only messages with a smaller `seq` than this.
+    after: Only messages with a larger `seq` than this; not together with `before` or `q`.
+
     Raises ChatNotFound, InvalidInput.
     """
     me, database = request[ME], request.app[DATABASE]
@@ -2899,7 +3073,11 @@ async def list_changes(
 ) -> Answer[list[Message]]:
     """List what was posted, edited or deleted after a position, or a number, by `rev`.
 
-    Each message is told once, as it is now. Raises ChatNotFound, HistoryRewritten, InvalidInput.
+    Each message is told once, as it is now.
+
+    after: The position to go on from, or a bare number, which is taken on trust.
+
+    Raises ChatNotFound, HistoryRewritten, InvalidInput.
     """
     database = request.app[DATABASE]
     number, mark = read_position("$.after", after)
@@ -2933,6 +3111,8 @@ async def follow_chat(
     request: web.Request, chat_id: ChatId, *, after: Position | None = None
 ) -> web.WebSocketResponse:
     """Follow one chat over a websocket, live or from a position or a number on.
+
+    after: The position, or the bare number, to replay from; without it the socket is live at once.
 
     Raises ChatNotFound, UpgradeRequired, TooManySockets, TooManyHandshakes, InvalidInput.
     """
