@@ -129,7 +129,9 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
     m.Expiry(AT))
 # By handler and status: an answer that differs from the example of its shape.
+MEMBERS = [m.Participant(1, "ann", "member", 0), m.Participant(2, "ben", "member", 0)]
 SHOWN: dict[tuple[Any, int], Any] = {
+    (m.create_chat, 200): m.Chat(8, None, False, AT, MEMBERS, 2, None, 0, "0", 1, 0),
     (m.get_liveness, 200): {"status": "alive"}, (m.get_readiness, 503): {"status": "error"},
     (m.get_user, 200): {"id": 2, "username": "ben", "is_active": True, "created_at": AT},
     (m.get_openapi, 200): {"openapi": "3.1.0"}, (m.get_asyncapi, 200): {"asyncapi": "3.0.0"},
