@@ -572,7 +572,7 @@ class Read(Struct):
 
 
 class Health(Struct):
-    """Whether the server is there, or can serve.
+    """Whether the server runs, or can serve.
 
     status: `alive`: it runs. `ready`: it can serve. `error`: it cannot.
     """
@@ -2560,11 +2560,11 @@ async def login(request: web.Request, body: Login) -> Tokens:
 
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
-    """Get new tokens for a refresh token, given as Bearer or in the body; the old one ends.
+    """Renew the tokens of a session, by its refresh token, as Bearer or in the body.
 
-    Only a client that lost the answer may repeat it: within 30 s as long as nobody refreshed with
-    the new one, later as long as neither new token was used. Any other use of an old refresh token
-    ends the session. Raises InvalidToken.
+    A refresh token is good once. Only a client that lost the answer may send it again: within 30 s
+    while nobody has refreshed with the new one, later while neither new token was used. Any other
+    use of an old refresh token ends the session. Raises InvalidToken.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
@@ -2583,7 +2583,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
 async def list_sessions(
     request: web.Request, *, limit: Limit = PAGE_DEFAULT, after: AfterId = 0
 ) -> Answer[list[Session]]:
-    """List one's sessions by id: the logins that have not ended."""
+    """List your sessions by id: the logins that have not ended."""
     me, current = request[ME], request[ASKER].session_id
     life = request.app[SETTINGS].refresh_token_expire_days * 86_400
     rows = await request.app[DATABASE].rows(SELECT_SESSIONS, me, life, after, limit + 1)
@@ -2592,13 +2592,13 @@ async def list_sessions(
 
 
 async def delete_session(request: web.Request, session_id: SessionId) -> None:
-    """End one of one's sessions: its tokens and its sockets. Raises SessionNotFound."""
+    """End one of your sessions, with its tokens and sockets. Raises SessionNotFound."""
     if not await end_session(request, session_id, request[ME]):
         raise SessionNotFound
 
 
 async def logout(request: web.Request) -> None:
-    """End this session: its tokens and its sockets."""
+    """Log out: end this session, with its tokens and sockets."""
     await end_session(request, request[ASKER].session_id, request[ME])
 
 
@@ -2615,12 +2615,12 @@ async def end_session(
 
 
 async def get_me(request: web.Request) -> User:
-    """Get one's own account, with the email. Raises UserNotFound."""
+    """Get your own account, with its email. Raises UserNotFound."""
     return await get_user(request, request[ME])
 
 
 async def get_user(request: web.Request, user_id: UserId) -> User:
-    """Get a user; oneself with the email. Raises UserNotFound."""
+    """Get a user; the email is only in your own. Raises UserNotFound."""
     row = await request.app[DATABASE].row(SELECT_USER, user_id)
     if row is None:
         raise UserNotFound
@@ -2631,10 +2631,10 @@ async def get_user(request: web.Request, user_id: UserId) -> User:
 
 
 async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) -> User:
-    """Change one's email, name, password, or whether the account is active.
+    """Change your email, username or password, or sign out everywhere.
 
-    A new email or password needs `current_password`. A new password ends every other session;
-    an inactive account is signed out everywhere, and active again after the next login.
+    A new email or password needs `current_password`. A new password ends every other session.
+    `is_active: false` ends all sessions; the next login makes the account active again.
     Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts.
     """
     app, me = request.app, request[ASKER]
@@ -2683,9 +2683,10 @@ async def check_self(request: web.Request, user_id: int) -> None:
 
 
 async def delete_user(request: web.Request, user_id: UserId) -> None:
-    """Delete one's account: its messages stay and are nobody's, its sessions and sockets end.
+    """Delete your account.
 
-    Groups that it owned pass to the longest-standing admin, else member.
+    Its messages stay, without a sender; its sessions and sockets end. A group that it owned passes
+    to the admin who has been in it the longest, or to such a member where there is no admin.
     Raises UserNotFound, NotAllowed.
     """
     await check_self(request, user_id)
@@ -2704,7 +2705,7 @@ async def list_users(
     after: AfterId = 0,
     q: NameStart = "",
 ) -> Answer[list[User]]:
-    """List users by id, all or those whose username starts with `q`. Raises InvalidInput."""
+    """List users by id: all, or those whose username starts with `q`. Raises InvalidInput."""
     key = name_start_key(q)
     bounds = key, key + "\U0010ffff"
     rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
@@ -2753,9 +2754,10 @@ TURNS = web.AppKey("turns", WeakValueDictionary[int, asyncio.Lock])
 
 
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
-    """Create a group, or open the personal chat with another user, which is always the same one.
+    """Create a group, or open the personal chat with another user.
 
-    A personal chat that was there before answers 200. Raises InvalidInput.
+    Two users have one personal chat: if it is there already, this answers 200 with it.
+    Raises InvalidInput.
     """
     me = request[ME]
     others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
@@ -2794,9 +2796,9 @@ async def list_chats(
     request: web.Request,
     *,
     limit: Limit = PAGE_DEFAULT,
-    cursor: Annotated[str, Meta(description="From the `Link` of the page before.")] = "",
+    cursor: Annotated[str, Meta(description="Comes with the `Link` of the page before.")] = "",
 ) -> Answer[list[Chat]]:
-    """List one's chats, the most recently active first. Raises InvalidInput."""
+    """List your chats, the most recently active first. Raises InvalidInput."""
     place = read_cursor(cursor, PLACE_MAX, INT8_MAX)
     rows = await request.app[DATABASE].rows(
         SELECT_CHATS, request[ME], 1, INT8_MAX, *place, limit + 1)
@@ -2826,9 +2828,10 @@ async def list_participants(
 async def add_participant(
     request: web.Request, chat_id: ChatId, body: NewParticipant
 ) -> Answer[Participant]:
-    """Put a user into a group; as its owner also give a role, or hand ownership on.
+    """Put a user into a group, or give a role to one who is in it.
 
-    Who was in before answers 200, with the role given now.
+    Every participant may put users in; only the owner gives roles, and with `owner` hands the group
+    on. For a user who is in it already this answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
     """
     row = await alter_chat(
@@ -2843,9 +2846,9 @@ async def add_participant(
 async def add_participant_by_id(
     request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
 ) -> Answer[Participant]:
-    """Put a user into a group, named by the path.
+    """Put a user, named by the path, into a group, or give them a role.
 
-    Who was in before answers 200, with the role given now.
+    For a user who is in it already this answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays.
     """
     role = body.role if body else None
@@ -2855,6 +2858,7 @@ async def add_participant_by_id(
 async def remove_participant(request: web.Request, chat_id: ChatId, user_id: UserId) -> None:
     """Leave a group, or take a user out of it.
 
+    The owner may take out everybody, an admin may take out members.
     Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat.
     """
     await alter_chat(request, REMOVE_PARTICIPANT, chat_id, user_id)
@@ -2939,9 +2943,9 @@ SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
 
 
 async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) -> Answer[Message]:
-    """Post a message; it is durable once this is answered.
+    """Post a message; it is on disk once this is answered.
 
-    The same id again answers 200 with the message as it is now.
+    Where the same id was posted before, this answers 200 with the message as it is now.
     Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput, TooManyMessages.
     """
     charge(request.app, TooManyMessages, request[ME])
@@ -2967,15 +2971,17 @@ async def get_message(request: web.Request, chat_id: ChatId, message_id: Message
 async def change_message(
     request: web.Request, chat_id: ChatId, message_id: MessageId, body: ChangedMessage
 ) -> Message:
-    """Edit one's message. Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages."""
+    """Edit your message. Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages."""
     charge(request.app, TooManyMessages, request[ME])
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, body.text))
     return await get_message(request, chat_id, message_id)
 
 
 async def delete_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> None:
-    """Delete a message: its sender may, in a group owner and admins too; a tombstone stays.
+    """Delete a message.
 
+    Its sender may do so, in a group also the owner and the admins. A tombstone stays: the message
+    with an empty text.
     Raises ChatNotFound, MessageNotFound, SenderOnly.
     """
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, None))
@@ -2990,11 +2996,12 @@ async def list_messages(
     after: Number | None = None,
     q: Query | None = None,
 ) -> Answer[list[Message]]:
-    """Read the history: the newest page, or the one before or after a `seq` (exclusive).
+    """Read the history of a chat, or search it.
 
-    Oldest first within the page; `next` goes to older messages, `prev` to newer ones. With `q`
-    only messages that hold all of its words, whole and in any case, newest first; no tombstones.
-    Of scripts that put no spaces between words, such as Chinese, they hold each run as it stands.
+    Without `before` and `after` this is the newest page. A page is in the order of `seq`; its link
+    `next` leads to older messages, `prev` to newer ones. With `q` it holds only messages that have
+    every word of `q`, whole and in any case, newest first, without tombstones. In scripts that put
+    no spaces between words, such as Chinese, a message must have each run of `q` as it stands.
 
     before: Only messages with a smaller `seq` than this.
     after: Only messages with a larger `seq` than this; not together with `before` or `q`.
@@ -3071,9 +3078,9 @@ async def holding(messages: list[Message], runs: list[str]) -> list[Message]:
 async def list_changes(
     request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Position = "0"
 ) -> Answer[list[Message]]:
-    """List what was posted, edited or deleted after a position, or a number, by `rev`.
+    """List what was posted, edited or deleted after a position.
 
-    Each message is told once, as it is now.
+    It is in the order of `rev`, and has each message once, as it is now.
 
     after: The position to go on from, or a bare number, which is taken on trust.
 
@@ -3093,8 +3100,9 @@ async def list_changes(
 
 
 async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) -> Read:
-    """Mark everything up to a message as read; answers where the reader stands.
+    """Mark everything up to a message as read.
 
+    The answer tells how far you have read; going back changes nothing.
     Raises ChatNotFound, MessageNotFound.
     """
     return await request.app[READS].submit(NewRead(chat_id, request[ME], body.message_id))
@@ -3110,7 +3118,7 @@ CLIENT_FRAME = msgspec.json.Decoder(ClientFrame)
 async def follow_chat(
     request: web.Request, chat_id: ChatId, *, after: Position | None = None
 ) -> web.WebSocketResponse:
-    """Follow one chat over a websocket, live or from a position or a number on.
+    """Follow one chat over a websocket.
 
     after: The position, or the bare number, to replay from; without it the socket is live at once.
 
@@ -3120,7 +3128,7 @@ async def follow_chat(
 
 
 async def follow_chats(request: web.Request) -> web.WebSocketResponse:
-    """Follow every chat of the user over a websocket, those joined later too.
+    """Follow every chat of yours over a websocket, also those that you join later.
 
     Raises UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
@@ -3364,7 +3372,7 @@ async def get_web_client(request: web.Request) -> web.StreamResponse:
 
 
 async def get_docs(request: web.Request) -> web.StreamResponse:
-    """Get a page that shows the two documents."""
+    """Get the page that shows both documents and sends calls."""
     return web.FileResponse(WEB / "docs.html", headers=guard.page_headers(WEB / "docs.html"))
 
 
@@ -3379,14 +3387,14 @@ async def get_asyncapi(request: web.Request) -> web.StreamResponse:
 
 
 async def get_liveness(request: web.Request) -> Health:
-    """Tell that the server is there."""
+    """Tell that the server runs."""
     return Health("alive")
 
 
 async def get_readiness(request: web.Request) -> Answer[Health]:
     """Tell whether the server can serve.
 
-    While the database cannot be reached or is read-only this answers 503, with the status `error`.
+    While the database cannot be reached or is read-only, this answers 503, with status `error`.
     """
     try:
         await request.app[DATABASE].rows(CHECK_WRITABLE)

@@ -70,8 +70,8 @@ TAGS = {  # by the start of a path: the first that fits
 GENERAL = (
     endpoints.NotFound, endpoints.MethodNotAllowed, endpoints.ExpectationFailed,
     endpoints.InternalError)
-SUCCESSES = {
-    101: "The socket is open.", 200: "What was asked for.", 201: "What was created.", 204: "Done."}
+SUCCESSES = {  # by status; in braces goes what is answered
+    101: "The socket is open.", 200: "The {}.", 201: "The new {}.", 204: "Done."}
 FRAME_TYPE = "Which frame this is."
 # By name: the statuses that always have it, what it says.
 HEADERS: dict[str, tuple[Container[int], str]] = {
@@ -250,11 +250,24 @@ class Described:
 
     def answers(self) -> dict[int, str]:
         """Tell by status when it does not refuse."""
-        found = {self.endpoint.status: SUCCESSES[self.endpoint.status]}
+        usual = SUCCESSES[self.endpoint.status].format(self.answered())
+        found = {self.endpoint.status: usual}
         for sentence in re.split(r"(?<=\.)\s+", self.description):
             if status := re.search(r"\banswers (\d{3})\b", sentence):
                 found[int(status[1])] = sentence
         return found
+
+    def kind(self) -> Any:
+        """Answer the type of what it answers."""
+        kind: Any = self.hints["return"]
+        return typing.get_args(kind)[0] if typing.get_origin(kind) is endpoints.Answer else kind
+
+    def answered(self) -> str:
+        """Name what it answers."""
+        kind = self.kind()
+        if typing.get_origin(kind) is list:
+            return f"page of `{typing.get_args(kind)[0].__name__}`"
+        return f"`{kind.__name__}`" if issubclass(kind, msgspec.Struct) else "file"
 
     def problems(self) -> dict[int, list[type[endpoints.Problem]]]:
         """Tell by status how it refuses: by its docstring, and by the pipeline before it."""
@@ -291,8 +304,7 @@ class Described:
 
     def content(self, status: int, schemas: Schemas) -> tuple[Json, list[str]]:
         """Describe what it answers with a status, and the headers beside those of the status."""
-        kind: Any = self.hints["return"]
-        [kind] = typing.get_args(kind) if typing.get_origin(kind) is endpoints.Answer else [kind]
+        kind = self.kind()
         if kind is type(None) or self.is_socket:
             return {}, []
         shown = msgspec.to_builtins(SHOWN.get((self.handler, status)))
