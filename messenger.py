@@ -326,7 +326,7 @@ class Body(Struct, forbid_unknown_fields=True):
 class NewUser(Body):
     """A registration.
 
-    email: To log in with; no other user sees it. Unique in any case.
+    email: To log in with; other users do not see it. No other account may have it, in any case.
     """
     email: Email
     username: Username
@@ -390,7 +390,8 @@ class ChangedChat(Body):
 class NewParticipant(Body):
     """Which user is put into a group, and in which role.
 
-    role: Only the owner gives one. `owner` hands the group on; its owner becomes an admin.
+    role: Only the owner may give one. With `owner` the group has a new owner, and the old one
+        becomes an admin. Without a role, who joins is a member.
     """
     user_id: UserId
     role: Role | None = None
@@ -399,7 +400,8 @@ class NewParticipant(Body):
 class GivenRole(Body):
     """The role in which a user is put into a group.
 
-    role: Only the owner gives one. `owner` hands the group on; its owner becomes an admin.
+    role: Only the owner may give one. With `owner` the group has a new owner, and the old one
+        becomes an admin. Without a role, who joins is a member.
     """
     role: Role | None = None
 
@@ -408,8 +410,8 @@ class NewMessage(Body):
     """A message to post.
 
     text: 1 to 4,096 characters, kept as they are sent.
-    id: An id of your own choice: with it, sending the message again does not post it twice.
-    reply_to: The message that this one answers, of the same chat.
+    id: A UUID of your own: with it, a message that is sent again is not posted twice.
+    reply_to: The message of the same chat that this one answers.
     """
     text: Text
     id: MessageId | None = None
@@ -435,9 +437,9 @@ class ReadUpTo(Body):
 class User(Struct):
     """A user.
 
-    is_active: `false` after the user signed the account out everywhere, until the next login.
+    is_active: `false` after the user signed out everywhere, until their next login.
     created_at: When the account was made.
-    email: Only in answers about one's own account.
+    email: Only in your own account.
     """
     id: UserId
     username: Username
@@ -464,10 +466,10 @@ class Session(Struct):
     """A login that has not ended.
 
     created_at: When the user logged in.
-    last_used_at: When it last logged in, renewed its tokens, or first used them.
-    user_agent: The `User-Agent` of the login, its first 200 characters.
-    current: Whether this session's token asked.
-    expires_at: When the session ends unless its tokens are renewed.
+    last_used_at: When its tokens were last renewed, or first used after that.
+    user_agent: The first 200 characters of the `User-Agent` that logged in.
+    current: Whether it is the session that asks.
+    expires_at: When it ends, unless its tokens are renewed before.
     """
     id: SessionId
     created_at: datetime
@@ -502,16 +504,17 @@ class Reader(Struct):
 class Message(Struct):
     """A message as it is now.
 
-    seq: The number of the chat under which it was posted; it never changes.
-    rev: The number of its last change, `seq` if there was none. The copy with the larger one wins.
-    sender_id: Null once the sender's account is deleted.
+    seq: The chat's number under which it was posted; it never changes.
+    rev: The chat's number of its last change, equal to `seq` before the first. Of two copies of a
+        message the one with the larger `rev` is true.
+    sender_id: Who sent it; null once their account is deleted.
     text: Up to 4,096 characters; empty once the message is deleted.
-    reply_to: The message that this one answers, of the same chat.
+    reply_to: The message of the same chat that this one answers.
     created_at: When it was posted.
-    edited_at: When it was last edited.
-    deleted_at: When it was deleted: what is left of it is a tombstone.
-    position: The position of its last change: the number is `rev`.
-    read_by: Participants who read it, without its sender; empty in chats of more than 100.
+    edited_at: When it was last edited; null if it never was.
+    deleted_at: When it was deleted; null if it is not. What is left of it is a tombstone.
+    position: The position of its last change.
+    read_by: Who has read it, without its sender; empty in chats of more than 100 participants.
     read_count: How many participants read it, without its sender.
     """
     id: MessageId
@@ -532,16 +535,17 @@ class Message(Struct):
 class Chat(Struct):
     """A chat as one of its participants sees it.
 
-    name: Null in a personal chat.
+    name: The group's name; null in a personal chat.
     is_group: `false` in a personal chat.
     created_at: When the chat was created.
-    participants: The first 100, those who joined first in front.
-    participant_count: How many there are in all.
+    participants: The first 100 participants, in the order in which they joined.
+    participant_count: How many participants there are in all.
     last_message: The newest message, deleted or not.
-    last_rev: The number of the chat's last change; 0: nothing was posted yet.
-    position: The position of the chat's last change: the number is `last_rev`.
-    version: Rises with each change of the name or the participants.
-    unread_count: Others' messages above one's `last_read_seq`, counted up to 100; no deleted ones.
+    last_rev: The number of the chat's last change; 0 before the first message.
+    position: The position of that change.
+    version: Grows with each change of the name or the participants.
+    unread_count: How many messages of others came after `last_read_seq`, without deleted ones;
+        counted up to 100.
     """
     id: ChatId
     name: GroupName | None
@@ -582,8 +586,8 @@ class Health(Struct):
 class FrameIn(Body, tag_field="type", kw_only=True):
     """What a client sends over a socket.
 
-    ref: Anything of the client's own; it comes back in the frame that answers.
-    chat_id: The chat that it is about. Needed on `/ws`; on `/ws/{chat_id}` it may be left out.
+    ref: A string or a number of your own; it comes back in the frame that answers.
+    chat_id: The chat that the frame is about. Required on `/ws`, optional on `/ws/{chat_id}`.
     """
     ref: Ref | None = None
     chat_id: ChatId | None = None
@@ -593,8 +597,8 @@ class MessageIn(FrameIn, tag="message"):
     """Post a message; with `ref` it is acknowledged.
 
     text: 1 to 4,096 characters, kept as they are sent.
-    id: An id of your own choice: with it, sending the message again does not post it twice.
-    reply_to: The message that this one answers, of the same chat.
+    id: A UUID of your own: with it, a message that is sent again is not posted twice.
+    reply_to: The message of the same chat that this one answers.
     """
     text: Text
     id: MessageId | None = None
@@ -616,9 +620,9 @@ class TypingIn(FrameIn, tag="typing"):
 class SyncIn(FrameIn, tag="sync"):
     """Replay every change after a position or a number, of one chat or of several.
 
-    chat_id: The chat of `after`. Needed with it on `/ws`; on `/ws/{chat_id}` it may be left out.
-    after: The position, or the bare number, to replay one chat from.
-    chats: By the id of each chat, the position or the number to replay it from.
+    chat_id: The chat of `after`. Required with it on `/ws`, optional on `/ws/{chat_id}`.
+    after: Of one chat: the position, or the bare number, after which to replay.
+    chats: Of several chats, by their ids: the position or the number after which to replay.
     """
     after: Number | Position | None = None
     chats: Annotated[dict[ChatId, Number | Position], Meta(max_length=SYNC_CHATS_MAX)] | None = None
@@ -628,7 +632,7 @@ class AuthIn(Body, tag_field="type", tag="auth"):
     """Give the socket a fresh access token, so that it outlives the old one.
 
     token: An access token of the same user.
-    ref: Anything of the client's own; it comes back in the frame that answers.
+    ref: A string or a number of your own; it comes back in the frame that answers.
     """
     token: str
     ref: Ref | None = None
@@ -637,7 +641,7 @@ class AuthIn(Body, tag_field="type", tag="auth"):
 class PingIn(Body, tag_field="type", tag="ping"):
     """Ask whether the server still answers.
 
-    ref: Anything of the client's own; it comes back in the frame that answers.
+    ref: A string or a number of your own; it comes back in the frame that answers.
     """
     ref: Ref | None = None
 
@@ -704,8 +708,8 @@ class ReplayStart(Struct):
 class Ready(Struct):
     """From where on a chat is live.
 
-    rev: The number of the last change that was sent or is held already; what is live comes after.
-    position: The position of that change.
+    rev: The number from which on the chat is live: later changes are sent as they happen.
+    position: The position of that number.
     """
     chat_id: ChatId
     rev: Number
@@ -715,7 +719,7 @@ class Ready(Struct):
 class ChatUpdate(Struct):
     """What changed in a chat since the version before.
 
-    version: The larger one wins.
+    version: The chat's version after the change; of two, the larger one is true.
     name: The name as it is now; null in a personal chat.
     participants: Those who joined or have another role, as they are now.
     left: Ids of those who left.
@@ -753,7 +757,7 @@ class ServerFrame(Struct, tag_field="type", omit_defaults=True, kw_only=True):
     """What the server sends over a socket.
 
     data: What the frame tells.
-    ref: As in the client's frame that this answers.
+    ref: The `ref` of the client's frame that this answers.
     """
     data: Any
     ref: Ref | None = None
@@ -785,7 +789,7 @@ class MessageUpdatedOut(ServerFrame, tag="message_updated"):
 
 
 class ReadOut(ServerFrame, tag="read"):
-    """Somebody read up to a message; in chats of more than 100 told only to them and its sender."""
+    """Somebody read up to a message; in chats of more than 100 only they and its sender hear it."""
     data: Read
 
 
@@ -832,7 +836,7 @@ class ReadyOut(ServerFrame, tag="ready"):
 class ErrorOut(ServerFrame, tag="error"):
     """A frame was refused; the socket stays open.
 
-    chat_id: As in the client's frame, or the chat of a `sync` that was refused.
+    chat_id: The `chat_id` of the client's frame, or the chat whose `sync` was refused.
     """
     data: ProblemDetails
     chat_id: int | None = None
@@ -851,7 +855,7 @@ CLOSE_CODES = {
     TOKEN_ENDED: "the token expired or was revoked",
     NOT_IN_CHAT: "the user is no longer in this chat",
     STALLED: "the client took no byte for 30 s",
-    FLOODING: "went on after `too-many-messages`, `too-many-frames` or `too-much-typing`",
+    FLOODING: "kept sending after `too-many-messages`, `too-many-frames` or `too-much-typing`",
 }
 
 SEQ = attrgetter("seq")

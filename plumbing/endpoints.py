@@ -50,8 +50,8 @@ log = logging.getLogger("messenger.endpoints")
 class FieldError(Struct):
     """What is wrong with one field of a body or one parameter.
 
-    loc: Which one, like `$.text`.
-    msg: What is wrong with it, a sentence for people.
+    loc: The field or the parameter, like `$.text`.
+    msg: What is wrong with it, for people.
     """
     loc: str
     msg: str
@@ -60,13 +60,13 @@ class FieldError(Struct):
 class ProblemDetails(Struct, omit_defaults=True):
     """A refusal (RFC 9457).
 
-    type: What went wrong: a name that never changes.
-    title: The same for people; always the same for one type.
-    status: The status of HTTP, over a socket too.
+    type: What went wrong, as a name that never changes.
+    title: What went wrong, for people; it is the same for each problem of the type.
+    status: The HTTP status, also over a socket.
     detail: What went wrong this time, for people.
-    request_id: The `X-Request-Id` of the answer; over a socket that of its handshake.
-    errors: With `invalid-input`, and where one field is to blame: what is wrong with which.
-    retry_after: With 429 and 503: seconds after which to try again.
+    request_id: The `X-Request-Id` of the answer; over a socket, that of its handshake.
+    errors: Which fields or parameters are wrong, and how.
+    retry_after: With 429 and 503: after how many seconds to try again.
     """
     type: str
     title: str

@@ -83,7 +83,7 @@ HEADERS: dict[str, tuple[Container[int], str]] = {
     "Upgrade": ((426,), "What to upgrade to."),
     "WWW-Authenticate": ((401,), "How to sign in."),
     "X-Request-Id": (
-        range(600), "The request's own if it is 1 to 64 of `A-Za-z0-9._-`, else one made here."),
+        range(600), "The request's own, if it is 1 to 64 of `A-Za-z0-9._-`; else a new one."),
 }
 BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
 ACCESS = {
@@ -330,7 +330,7 @@ def problem_schema(kind: type[endpoints.Problem], example: Json) -> Json:
     own = {
         "type": {"type": "string", "enum": [kind.slug], "description": f"{kind.title}."},
         # An enum, not a const: so generators of clients keep that it is an integer.
-        "status": {"type": "integer", "enum": [kind.status], "description": "The status of HTTP."}}
+        "status": {"type": "integer", "enum": [kind.status], "description": "The HTTP status."}}
     of_all = {"$ref": "#/components/schemas/ProblemDetails"}
     return {"allOf": [of_all, {"properties": own, "required": [*own]}], "examples": [example]}
 

@@ -850,6 +850,19 @@ async def test_docs_send_any_call(docs: Page, server: TestServer, bob: Person) -
     assert [each for each in docs.complaints if "404" not in each and "401" not in each] == []
 
 
+async def test_docs_show_json_as_it_came(docs: Page) -> None:
+    """An answer is laid out, and no id in it loses a digit; what is no JSON is shown as it is."""
+    for text, laid_out in (
+        ('{"id":9223372036854775807,"a":[],"b":[{},"x: {\\"y\\","]}',
+         '{\n  "id": 9223372036854775807,\n  "a": [],\n  "b": [\n    {},\n'
+         '    "x: {\\"y\\","\n  ]\n}'),
+        ("[1.50,true]", "[\n  1.50,\n  true\n]"),
+        ("<p>{x:1}</p>", "<p>{x:1}</p>"),
+        ('"x"', '"x"'),
+    ):
+        assert await docs.finds(f"pretty({json.dumps(text)})") == laid_out
+
+
 async def test_docs_copy_a_call_as_curl(docs: Page, alice: Person, bob: Person) -> None:
     """A call copied as curl does the same in a shell."""
     chat = await bob.founds(alice)
@@ -889,7 +902,7 @@ async def test_docs_are_used_with_keys_alone(docs: Page) -> None:
     await docs.finds("document.activeElement.blur()")
     await docs.presses("/", text="/")
     await docs.waits("document.activeElement.id === 'filter'")
-    await docs.commands("Input.insertText", text="one's own account")
+    await docs.commands("Input.insertText", text="your own account")
     await docs.waits(f"!{one('#create_chat')}.checkVisibility()")
     await docs.finds(f"{one('#get_me details:last-of-type summary')}.focus()")
     await docs.presses("Enter", text="\r", windowsVirtualKeyCode=13)
