@@ -1,10 +1,17 @@
-"""The web client and the docs page in a real browser, Chromium."""
+"""The web client and the docs page in a real browser: Chromium, driven by the DevTools protocol."""
 
 import asyncio
+import contextlib
+import itertools
 import json
+import os
 import random
+import shutil
+import signal
 import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -14,28 +21,251 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import messenger
-from support.browser import CHROMIUM, TEXTS, Browser, Page, browser_at, chromium, one
 from support.people import NOBODYS, PASSWORD, Person
 from support.resuming import Held, number_of
 from support.servers import SECRET_KEY, SETTINGS
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
 
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-port=0",
+    # A mouse: headless it has none, and the page spares touch screens the keyboard.
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2",
+)
+START_SECONDS = 50
+SEE_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
+LOOK_SECONDS = 0.05
 UP_TO_DATE = "isConnected() && failures === 0 && !replaying.size && $('connection').hidden"
+TEXTS = "[...document.querySelectorAll('{}')].map(one => one.innerText)"
+
+
+# ==== The browser =================================================================================
 
 
 @pytest.fixture(scope="module")
 def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The DevTools address of a browser, which every test of this file uses."""
-    with chromium(tmp_path_factory.mktemp("chromium")) as address:
-        yield address
+    folder = tmp_path_factory.mktemp("chromium")
+    process = subprocess.Popen(
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder}", "about:blank"],
+        cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )
+    try:
+        yield devtools_address(folder)
+    finally:
+        process.terminate()  # it ends its own processes
+        try:
+            process.wait(START_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def devtools_address(folder: Path) -> str:
+    """Wait until the browser has said where it listens."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, ValueError):
+            port, path = (folder / "DevToolsActivePort").read_text().splitlines()
+            return f"ws://127.0.0.1:{port}{path}"
+        time.sleep(LOOK_SECONDS)
+    raise AssertionError("chromium does not start")
+
+
+class Browser:
+    """A connection to the browser: commands go out with a number, answers and events come in."""
+
+    def __init__(self, ws: aiohttp.ClientWebSocketResponse) -> None:
+        self.ws = ws
+        self.numbers = itertools.count(1)
+        self.asked: dict[int, asyncio.Future[Any]] = {}
+        self.pages: dict[str, Page] = {}  # by DevTools session
+
+    async def listen(self) -> None:
+        """Take what the browser tells, until it hangs up."""
+        async for heard in self.ws:
+            told = heard.json()
+            if "id" in told:
+                self.asked.pop(told["id"]).set_result(told)
+            elif told.get("sessionId") in self.pages:
+                self.pages[told["sessionId"]].hears(told["method"], told["params"])
+
+    async def commands(self, method: str, session: str = "", **params: Any) -> Any:
+        """Give a command, answer its result."""
+        number = next(self.numbers)
+        command = {"id": number, "method": method, "params": params}
+        self.asked[number] = asyncio.get_running_loop().create_future()
+        await self.ws.send_json(command | ({"sessionId": session} if session else {}))
+        async with asyncio.timeout(START_SECONDS):
+            answer = await self.asked[number]
+        assert "error" not in answer, f"{method}: {answer}"
+        return answer["result"]
+
+    async def opens(self, url: str, beside: "Page | None" = None) -> "Page":
+        """Open a page: as if in a browser of its own, or as another tab beside one."""
+        context = beside.context if beside else await self.commands(
+            "Target.createBrowserContext", disposeOnDetach=True
+        )
+        target = await self.commands("Target.createTarget", url="about:blank", **context)
+        attached = await self.commands("Target.attachToTarget", flatten=True, **target)
+        page = self.pages[attached["sessionId"]] = Page(self, attached["sessionId"], context)
+        for domain in ("Page", "Runtime", "Log"):
+            await page.commands(f"{domain}.enable")
+        await page.commands("Page.navigate", url=url)
+        return page
+
+
+class Page:
+    """A page, used as a person would: by what is seen on it, with keys and clicks."""
+
+    def __init__(self, browser: Browser, session: str, context: dict[str, str]) -> None:
+        self.browser = browser
+        self.session = session
+        self.context = context  # whose storage it has
+        self.complaints: list[str] = []  # what its console was told: errors, violations of policy
+        self.asked: list[str] = []  # what it was asked to confirm
+        self.requested: list[str] = []  # the URLs, from when its network is watched
+
+    def hears(self, method: str, params: Any) -> None:
+        """Note what the page complains of."""
+        if method == "Runtime.exceptionThrown":
+            self.complaints.append(json.dumps(params["exceptionDetails"]))
+        elif method == "Runtime.consoleAPICalled":
+            self.complaints.append(json.dumps(params["args"]))
+        elif method == "Log.entryAdded":
+            self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url')}")
+        elif method == "Network.requestWillBeSent":
+            self.requested.append(params["request"]["url"])
+        elif method == "Page.javascriptDialogOpening":
+            self.asked.append(params["message"])
+
+    async def commands(self, method: str, **params: Any) -> Any:
+        """Give a command to this page."""
+        return await self.browser.commands(method, self.session, **params)
+
+    async def finds(self, script: str) -> Any:
+        """Answer what an expression is in the page."""
+        answer = await self.commands(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    async def waits(self, script: str, seconds: float = SEE_SECONDS) -> Any:
+        """Wait until an expression is true."""
+        deadline = time.monotonic() + seconds
+        while not (found := await self.finds(script)):
+            if time.monotonic() > deadline:
+                seen = await self.finds("document.body.innerText")
+                raise AssertionError(f"never: {script}\nseen: {seen}\n{self.complaints}")
+            await asyncio.sleep(LOOK_SECONDS)
+        return found
+
+    async def sees(self, text: str, where: str = "body") -> None:
+        """Wait until a text is shown."""
+        await self.waits(f"{one(where)}?.innerText.includes({json.dumps(text)})")
+
+    async def sees_no_more(self, text: str, where: str = "body") -> None:
+        """Wait until a text is not shown."""
+        await self.waits(f"!{one(where)}?.innerText.includes({json.dumps(text)})")
+
+    async def clicks(self, selector: str, text: str = "") -> None:
+        """Click on what is shown: the first of a selector that has the text."""
+        await self.clicks_on(shown(selector, text))
+
+    async def clicks_on(self, element: str) -> None:
+        """Click on an element once it is there; what it opens may have to be answered."""
+        await self.waits(f"(found => found && setTimeout(() => found.click()))({element})")
+
+    async def types(self, selector: str, text: str) -> None:
+        """Type into a field, in place of what was in it."""
+        await self.waits(f"{one(selector)}?.checkVisibility()")
+        await self.finds(f"{one(selector)}.focus(), {one(selector)}.select()")
+        await self.commands("Input.insertText", text=text)
+
+    async def presses(self, key: str, **key_event: Any) -> None:
+        """Press a key."""
+        for kind in ("keyDown", "keyUp"):
+            await self.commands("Input.dispatchKeyEvent", type=kind, key=key, **key_event)
+
+    async def confirms(self, text: str = "") -> str:
+        """Say yes to what the page asks, or what it asks for; answer the question."""
+        async with asyncio.timeout(SEE_SECONDS):
+            while not self.asked:
+                await asyncio.sleep(LOOK_SECONDS)
+        question = self.asked.pop()
+        await self.commands("Page.handleJavaScriptDialog", accept=True, promptText=text)
+        return question
+
+    # ---- The client
+    async def registers(self, name: str) -> None:
+        """Make an account and come in."""
+        await self.types("[name=username]", name)
+        await self.enters(name, "Make an account")
+
+    async def enters(self, name: str, button: str = "Log in") -> None:
+        """Fill in the form and come in."""
+        await self.types("[name=email]", f"{name}@example.com")
+        await self.types("[name=password]", PASSWORD)
+        await self.clicks("#enter button", button)
+        await self.sees(name, "#my-name")
+
+    async def opens_chat_with(self, name: str) -> None:
+        """Look somebody up and open the chat with them."""
+        await self.clicks("#new-chat")
+        await self.types("#query", name)
+        await self.clicks("#found li button", "Choose")
+        await self.sees(name, "#title")
+
+    async def says(self, text: str) -> None:
+        """Write a message and send it."""
+        await self.types("#text", text)
+        await self.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+
+    async def sees_message(self, text: str) -> None:
+        """Wait until a message is shown, answered by the server."""
+        await self.sees(text, "#messages")
+        await self.sees_no_more("sending", "#messages")
+
+    async def does(self, action: str, text: str) -> None:
+        """Use a button of a message."""
+        await self.clicks_on(f"{shown('.message', text)}?.querySelector('[data-do={action}]')")
+
+    async def texts(self) -> list[str]:
+        """Answer the texts of the messages that are shown, in order."""
+        return [str(text) for text in await self.finds(TEXTS.format(".message .text"))]
+
+
+def one(selector: str) -> str:
+    """Answer the expression for the first element of a selector."""
+    return f"document.querySelector({json.dumps(selector)})"
+
+
+def shown(selector: str, text: str) -> str:
+    """Answer the expression for the first visible element of a selector that has a text."""
+    return (
+        f"[...document.querySelectorAll({json.dumps(selector)})]"
+        f".find(one => one.checkVisibility() && one.innerText.includes({json.dumps(text)}))"
+    )
 
 
 @pytest.fixture
 async def browser(devtools: str) -> AsyncIterator[Browser]:
     """The browser; the pages of a test go with it, before their server."""
-    async with browser_at(devtools) as made:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.ws_connect(devtools, max_msg_size=0) as ws,
+    ):
+        made = Browser(ws)
+        listening = asyncio.create_task(made.listen())
         yield made
+        for context in {page.context["browserContextId"] for page in made.pages.values()}:
+            await made.commands("Target.disposeBrowserContext", browserContextId=context)
+        await ws.close()
+        await listening
 
 
 # ==== The client ==================================================================================
@@ -794,134 +1024,17 @@ async def test_docs_are_shown_whatever_the_link_names(
     assert page.complaints == []
 
 
-@pytest.fixture
-async def docs(server: TestServer, browser: Browser, alice: Person) -> Page:
-    """The docs page, on which Alice has signed in."""
-    page = await browser.opens(str(server.make_url("/docs")))
-    await page.commands("Network.enable")
-    await page.waits("document.querySelector('main')?.ariaBusy === 'false'")
-    await page.types("#login [name=email]", alice.email)
-    await page.types("#login [name=password]", PASSWORD)
-    await page.clicks("#login button")
-    await page.sees(f"Signed in as {alice.name}", "#who")
-    return page
-
-
-async def fills_in(page: Page, call: str, **values: str) -> None:
-    """Open a call's form on the docs page and fill it in."""
-    await page.finds(f"{one(f'#{call} form.call')}.closest('details').open = true")
-    for name, value in values.items():
-        await page.types(f"#{call} form [name={name}]", value)
-
-
-async def sends(page: Page, call: str, **values: str) -> str:
-    """Send a call from the docs page; answer what it shows."""
-    await fills_in(page, call, **values)
-    await page.clicks(f"#{call} form .main")
-    return str(await page.waits(f"{one(f'#{call} .output .good, #{call} .output .bad')} && "
-                                f"{one(f'#{call} .output')}.innerText"))
-
-
-async def test_docs_send_any_call(docs: Page, server: TestServer, bob: Person) -> None:
-    """Who signed in once sends calls from the page, its own id filled in; a refusal is shown like
-    an answer, and nothing is asked of another host."""
-    assert "201 in" in await sends(
-        docs, "create_chat", body=json.dumps({"is_group": False, "participant_ids": [bob.id]}))
-    [chat] = await bob.gets("/chats")
-    assert "201 in" in await sends(
-        docs, "send_message", chat_id=str(chat["id"]), body='{"text": "it\'s \\"I\\" & co"}')
-    shown = await sends(docs, "list_messages")
-    assert "200 in" in shown, "the chat's id is filled in where it is needed"
-    assert f'  "chat_id": {chat["id"]},' in shown
-    assert "it's" in shown
-    refused = await sends(docs, "get_chat", chat_id="9223372036854775807")
-    assert "404 in" in refused
-    assert '"type": "chat-not-found"' in refused
-    assert "X-Request-Id" in refused
-    assert "200 in" in await sends(docs, "get_user"), "one's own id is filled in"
-    await docs.finds("location.reload()")
-    await docs.sees("Signed in as alice", "#who")
-    await docs.clicks("#signed-in button")
-    await docs.waits(f"{one('#login')}.checkVisibility()")
-    assert "401 in" in await sends(docs, "get_me")
-    origin = str(server.make_url("/"))
-    assert len(docs.requested) > 8
-    assert [url for url in docs.requested if not url.startswith((origin, "data:"))] == []
-    assert [each for each in docs.complaints if "404" not in each and "401" not in each] == []
-
-
-async def test_docs_show_json_as_it_came(docs: Page) -> None:
-    """An answer is laid out, and no id in it loses a digit; what is no JSON is shown as it is."""
-    for text, laid_out in (
-        ('{"id":9223372036854775807,"a":[]}', '{\n  "id": 9223372036854775807,\n  "a": []\n}'),
-        (r'[{},"x: {\"y\\"]', r'[|  {},|  "x: {\"y\\"|]'.replace("|", "\n")),
-        ("[1.50,true]", "[\n  1.50,\n  true\n]"),
-        ("<p>{x:1}</p>", "<p>{x:1}</p>"),
-        ('"x"', '"x"'),
-    ):
-        assert await docs.finds(f"pretty({json.dumps(text)})") == laid_out
-
-
-async def test_docs_copy_a_call_as_curl(docs: Page, alice: Person, bob: Person) -> None:
-    """A call copied as curl does the same in a shell."""
-    chat = await bob.founds(alice)
-    await fills_in(docs, "send_message", chat_id=str(chat), body='{"text": "it\'s $HOME"}')
-    await docs.clicks("#send_message button", "Copy as curl")
-    command = await docs.waits(f"{one('#send_message .output pre')}?.innerText")
-    done = await asyncio.to_thread(
-        subprocess.run, ["sh", "-c", command], capture_output=True, text=True, timeout=50)
-    assert json.loads(done.stdout)["text"] == "it's $HOME", done
-
-
-async def test_docs_show_the_frames_of_a_socket(
-    docs: Page, alice: Person, bob: Person
-) -> None:
-    """The console opens a socket, shows what comes, sends what is written, and tells why it was
-    closed."""
-    chat = await bob.founds(alice)
-    await docs.clicks("#connect .main")
-    await docs.sees("Connected to /ws.", "#socket-state")
-    await docs.sees("chats", "#log")
-    await bob.says(chat, "Hello from Bob")
-    await docs.sees("Hello from Bob", "#log")
-    await docs.types("#send textarea", '{"type": "ping", "ref": "mine"}')
-    await docs.clicks("#send-frame")
-    await docs.sees('"pong","data":{},"ref":"mine"', "#log")
-    await docs.types("#connect [name=chat_id]", str(chat))
-    await docs.types("#connect [name=after]", "0")
-    await docs.clicks("#connect .main")
-    await docs.sees(f"Connected to /ws/{chat}?after=0", "#socket-state")
-    await bob.expects(204, "DELETE", f"/chats/{chat}/participants/{alice.id}")
-    await docs.sees("4403, the user is no longer in this chat", "#socket-state")
-    assert docs.complaints == []
-
-
-async def test_docs_are_used_with_keys_alone(docs: Page) -> None:
-    """A slash leads to the search; what is sent is reached and sent by keys."""
-    await docs.finds("document.activeElement.blur()")
-    await docs.presses("/", text="/")
-    await docs.waits("document.activeElement.id === 'filter'")
-    await docs.commands("Input.insertText", text="your own account")
-    await docs.waits(f"!{one('#create_chat')}.checkVisibility()")
-    await docs.finds(f"{one('#get_me details:last-of-type summary')}.focus()")
-    await docs.presses("Enter", text="\r", windowsVirtualKeyCode=13)
-    await docs.presses("Tab", windowsVirtualKeyCode=9)
-    await docs.presses("Enter", text="\r", windowsVirtualKeyCode=13)
-    await docs.sees("200 in", "#get_me .output")
-
-
-@pytest.mark.parametrize("width", [390, 320, 768, 1400])
-async def test_docs_fit_every_screen(
+@pytest.mark.parametrize("width", [390, 320, 768])
+async def test_docs_fit_a_narrow_screen(
     server: TestServer, browser: Browser, width: int
 ) -> None:
-    """On a phone as on a desk the page is read by scrolling down alone, with all of it open."""
+    """On a phone the page is read by scrolling down alone."""
     page = await browser.opens(str(server.make_url("/docs")))
     await page.commands(
         "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1,
         mobile=False)
     await page.sees("entries", "#count")
     assert await page.finds("innerWidth") == width
-    await page.finds("for (const one of document.querySelectorAll('details')) one.open = true")
     right = "one.getBoundingClientRect().right"
     wide = f"[...document.querySelectorAll('body *')].filter(one => {right} > innerWidth)"
     assert await page.finds(f"{wide}.slice(0, 9).map(one => one.outerHTML)") == []
