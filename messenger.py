@@ -61,16 +61,18 @@ plain rows and put together here (messages_of, chats_of); who read messages that
 asked once they are known, and only where anybody got so far (SELECT_READERS). What needs a lock and
 then a fresh snapshot, or pinned plans, is a function in sql/functions.sql.
 
-To add an endpoint: its shapes, its statement at the head of its section, a handler whose signature
-says what it takes and answers and whose docstring's first line is its summary, and its line in
-ENDPOINTS. Then, in tools/documents.py, an example of each new shape and, for a new path, its tag,
-and `./run documents`. Then its rows in tests/api/access_table.py, how they are aimed in
+To add an endpoint: its shapes, with a line `name: …` in the docstring for each field that its type
+does not describe, its statement at the head of its section, a handler whose signature says what it
+takes and answers and whose docstring's first line is its summary, and its line in ENDPOINTS. Then,
+in tools/documents.py, an example of each new shape and, for a new path, its tag, and
+`./run documents`. Then its rows in tests/api/access_table.py, how they are aimed in
 access_cast.py, a valid body in tests/support/valid_calls.py, each of its answers in a `try_...` of
 tests/api/test_openapi.py, the arguments of a new statement in tests/invariants/test_plans.py, and
 its tests beside those of its section.
 
-To add a column: a new file in sql/ that may run twice; at the end of its view, in its shape and in
-the shape's example; in tests/support/model.py, which knows every field.
+To add a column: a new file in sql/ that may run twice; at the end of its view; in its shape, with
+a line in the docstring, and in the shape's example; in tests/support/model.py, which knows every
+field.
 
 To add a frame of the server: the shape of its data, its struct among ServerFrames, and the call
 that sends it (Socket.send to one socket; Rooms.publish of a FrameHint to a chat in every process,
@@ -264,6 +266,9 @@ QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame
+TEXT_CHARS_MAX = 4096
+UNREAD_MAX = 100  # counted, as the statements do
+USER_AGENT_CHARS_MAX = 200
 
 TOKEN_LEEWAY_SECONDS = 10
 REFRESH_GRACE_SECONDS = 30  # a client that lost the answer may refresh again
@@ -308,19 +313,22 @@ RETRY_SECONDS = 0.2  # before who catches up asks the database again
 
 ChatId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a chat.")]
 UserId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a user.")]
-Number = Annotated[int, Meta(ge=0, le=INT8_MAX, description="A number of the chat's own count.")]
+Number = Annotated[int, Meta(ge=0, le=INT8_MAX)]
+AfterId = Annotated[int, Meta(ge=0, le=INT8_MAX, description="Only larger ids than this one.")]
 MessageId = Annotated[UUID, Meta(description="Id of a message, unique in its chat.")]
 SessionId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a session.")]
 Position = Annotated[
     str, Meta(max_length=64, pattern=r"^[0-9]{1,19}(\.[A-Za-z0-9_-]+)?$(?!\n)",
-              description="A number of a chat and its mark: it vouches for all changes up to it.")]
-Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="At most so many.")]
-Text = Annotated[str, Meta(min_length=1, max_length=4096, pattern=NO_NUL)]
+              description="A number of the chat with its mark, like `41.k3J9xQabcde`: it stands "
+                          "for every change up to that number. Before the first change it is `0`.")]
+Version = Annotated[int, Meta(ge=1, le=INT8_MAX)]
+Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="How many to answer at most.")]
+Text = Annotated[str, Meta(min_length=1, max_length=TEXT_CHARS_MAX, pattern=NO_NUL)]
 GroupName = Annotated[str, Meta(min_length=1, max_length=100, pattern=NO_NUL)]
 # Counted in its composed form (composed_text); it may be longer as sent.
 Query = Annotated[str, Meta(
     pattern=NO_NUL,
-    description="Words; up to 200 characters, counted in NFC.",
+    description="Words to search for; up to 200 characters, counted in NFC.",
     extra_json_schema={"maxLength": QUERY_CHARS_MAX})]
 Role = Literal["owner", "admin", "member"]
 Ref = str | int | float
@@ -331,25 +339,41 @@ class Body(Struct, forbid_unknown_fields=True):
 
 
 class NewUser(Body):
-    """A registration."""
+    """A registration.
+
+    email: To log in with; other users do not see it. No other account may have it, in any case.
+    """
     email: Email
     username: Username
     password: Password
 
 
 class Login(Body):
-    """An email and a password to log in with."""
+    """An email and a password to log in with.
+
+    email: The email of the account, in any case.
+    password: The password of the account.
+    """
     email: str
     password: str
 
 
 class RefreshRequest(Body):
-    """A refresh token, for clients that do not send it as Bearer."""
+    """A refresh token, for clients that do not send it as Bearer.
+
+    refresh_token: The refresh token of the last login or refresh.
+    """
     refresh_token: str | None = None
 
 
 class ChangedUser(Body):
-    """What to change; a new email or password needs the current password."""
+    """What to change; what is left out stays as it is.
+
+    email: A new email; needs `current_password`.
+    password: A new password of 8 to 100 characters, counted in NFC; needs `current_password`.
+    is_active: `false` signs the account out everywhere, until its next login.
+    current_password: The password until now: needed with a new email or password.
+    """
     email: Email | UnsetType = UNSET
     username: Username | UnsetType = UNSET
     password: Password | UnsetType = UNSET
@@ -358,121 +382,207 @@ class ChangedUser(Body):
 
 
 class NewChat(Body):
-    """A chat to create: a group with a name, or a personal chat with one other user."""
+    """A chat to create: a group with a name, or a personal chat with one other user.
+
+    is_group: `true`: a group of 2 to 1,000 participants. `false`: the personal chat with one user.
+    participant_ids: Ids of the others. Repeats and the creator's own id count once.
+    name: Needed for a group. A personal chat has none.
+    """
     is_group: bool
-    participant_ids: Annotated[list[UserId], Meta(max_length=10_000)]
+    participant_ids: Annotated[
+        list[UserId], Meta(max_length=10_000, extra_json_schema={"minItems": 1})]
     name: GroupName | None = None
 
 
 class ChangedChat(Body):
-    """A group's new name."""
+    """A group's new name.
+
+    name: The new name.
+    """
     name: GroupName
 
 
 class NewParticipant(Body):
-    """Which user is put into a group, and in which role."""
+    """Which user is put into a group, and in which role.
+
+    role: Only the owner may give one. With `owner` the group has a new owner, and the old one
+        becomes an admin. Without a role, who joins is a member.
+    """
     user_id: UserId
     role: Role | None = None
 
 
 class GivenRole(Body):
-    """The role in which a user is put into a group."""
+    """The role in which a user is put into a group.
+
+    role: Only the owner may give one. With `owner` the group has a new owner, and the old one
+        becomes an admin. Without a role, who joins is a member.
+    """
     role: Role | None = None
 
 
 class NewMessage(Body):
-    """A message to post; `id` makes sending it again harmless."""
+    """A message to post.
+
+    text: 1 to 4,096 characters, kept as they are sent.
+    id: A UUID of your own: with it, a message that is sent again is not posted twice.
+    reply_to: The message of the same chat that this one answers.
+    """
     text: Text
     id: MessageId | None = None
     reply_to: MessageId | None = None
 
 
 class ChangedMessage(Body):
-    """A message's new text."""
+    """A message's new text.
+
+    text: 1 to 4,096 characters, kept as they are sent.
+    """
     text: Text
 
 
 class ReadUpTo(Body):
-    """The message up to which everything is read."""
+    """How far the user has read.
+
+    message_id: This message and all before it are read.
+    """
     message_id: MessageId
 
 
 class User(Struct):
-    """A user; `email` is seen by the user alone."""
+    """A user.
+
+    is_active: `false` after the user signed out everywhere, until their next login.
+    created_at: When the account was made.
+    email: Only in your own account.
+    """
     id: UserId
-    username: str
+    username: Username
     is_active: bool
     created_at: datetime
-    email: str | UnsetType = UNSET
+    email: Email | UnsetType = UNSET
 
 
 class Tokens(Struct):
-    """A pair of tokens; `expires_in` is the access token's life in seconds."""
+    """A pair of tokens.
+
+    access_token: Sent with every call, as `Authorization: Bearer …`.
+    refresh_token: Good for one refresh, which answers the next pair.
+    expires_in: Seconds until the access token expires.
+    token_type: How the access token is sent.
+    """
     access_token: str
     refresh_token: str
-    expires_in: int
+    expires_in: Annotated[int, Meta(ge=1)]
     token_type: Literal["bearer"] = "bearer"  # noqa: S105
 
 
 class Session(Struct):
-    """A login that has not ended; `current` is the one that asks, `expires_at` is of its tokens."""
+    """A login that has not ended.
+
+    created_at: When the user logged in.
+    last_used_at: When its tokens were last renewed, or first used after that.
+    user_agent: The first 200 characters of the `User-Agent` that logged in.
+    current: Whether it is the session that asks.
+    expires_at: When it ends, unless its tokens are renewed before.
+    """
     id: SessionId
     created_at: datetime
     last_used_at: datetime
-    user_agent: str
+    user_agent: Annotated[str, Meta(max_length=USER_AGENT_CHARS_MAX)]
     current: bool
     expires_at: datetime
 
 
 class Participant(Struct):
-    """A user in a chat."""
+    """A user in a chat.
+
+    role: In a personal chat both are members.
+    last_read_seq: The `seq` up to which the user has read; 0: nothing.
+    """
     user_id: UserId
-    username: str
+    username: Username
     role: Role
     last_read_seq: Number
 
 
 class Reader(Struct):
-    """Who read a message, and when they first passed it."""
+    """Who read a message.
+
+    read_at: When the user first read this message or a later one.
+    """
     user_id: UserId
-    username: str
+    username: Username
     read_at: datetime
 
 
 class Message(Struct):
-    """A message as it is now: `seq` never changes, `rev` rises with every change."""
+    """A message as it is now.
+
+    seq: The chat's number under which it was posted; it never changes.
+    rev: The chat's number of its last change, equal to `seq` before the first. Of two copies of a
+        message the one with the larger `rev` is true.
+    sender_id: Who sent it; null once their account is deleted.
+    text: Up to 4,096 characters; empty once the message is deleted.
+    reply_to: The message of the same chat that this one answers.
+    created_at: When it was posted.
+    edited_at: When it was last edited; null if it never was.
+    deleted_at: When it was deleted; null if it is not. What is left of it is a tombstone.
+    position: The position of its last change.
+    read_by: Who has read it, without its sender; empty in chats of more than 100 participants.
+    read_count: How many participants read it, without its sender.
+    """
     id: MessageId
     chat_id: ChatId
     seq: Number
     rev: Number
     sender_id: UserId | None
-    text: str
+    text: Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
     reply_to: MessageId | None
     created_at: datetime
     edited_at: datetime | None = None
     deleted_at: datetime | None = None
     position: Position = "0"
-    read_by: list[Reader] = []
-    read_count: int = 0
+    read_by: Annotated[list[Reader], Meta(max_length=NAMED_IN_CHAT_MAX)] = []
+    read_count: Annotated[int, Meta(ge=0, le=GROUP_PARTICIPANTS_MAX)] = 0
 
 
 class Chat(Struct):
-    """A chat as one of its participants sees it; the first 100 participants, oldest first."""
+    """A chat as one of its participants sees it.
+
+    name: The group's name; null in a personal chat.
+    is_group: `false` in a personal chat.
+    created_at: When the chat was created.
+    participants: The first 100 participants, in the order in which they joined.
+    participant_count: How many participants there are in all.
+    last_message: The newest message, deleted or not.
+    last_rev: The number of the chat's last change; 0 before the first message.
+    position: The position of that change.
+    version: Grows with each change of the name or the participants.
+    unread_count: How many messages of others came after `last_read_seq`, without deleted ones;
+        counted up to 100.
+    """
     id: ChatId
-    name: str | None
+    name: GroupName | None
     is_group: bool
     created_at: datetime
-    participants: list[Participant]
-    participant_count: int
+    participants: Annotated[list[Participant], Meta(max_length=NAMED_IN_CHAT_MAX)]
+    participant_count: Annotated[int, Meta(ge=1, le=GROUP_PARTICIPANTS_MAX)]
     last_message: Message | None
     last_rev: Number
     position: Position
-    version: int
-    unread_count: int
+    version: Version
+    unread_count: Annotated[int, Meta(ge=0, le=UNREAD_MAX)]
 
 
 class Read(Struct):
-    """Where a reader stands in a chat."""
+    """How far somebody has read in a chat.
+
+    message_id: The last message that is read.
+    seq: The `seq` of that message.
+    reader_id: Who read it.
+    read_at: When they read that far.
+    """
     chat_id: ChatId
     message_id: MessageId
     seq: Number
@@ -481,25 +591,40 @@ class Read(Struct):
 
 
 class Health(Struct):
-    """Whether the server is there, or can serve."""
+    """Whether the server runs, or can serve.
+
+    status: `alive`: it runs. `ready`: it can serve. `error`: it cannot.
+    """
     status: Literal["alive", "ready", "error"]
 
 
 class FrameIn(Body, tag_field="type", kw_only=True):
-    """What a client sends over a socket; on one for all chats it names the chat."""
+    """What a client sends over a socket.
+
+    ref: A string or a number of your own; it comes back in the frame that answers.
+    chat_id: The chat that the frame is about. Required on `/ws`, optional on `/ws/{chat_id}`.
+    """
     ref: Ref | None = None
     chat_id: ChatId | None = None
 
 
 class MessageIn(FrameIn, tag="message"):
-    """Post a message; with `ref` it is acknowledged."""
+    """Post a message; with `ref` it is acknowledged.
+
+    text: 1 to 4,096 characters, kept as they are sent.
+    id: A UUID of your own: with it, a message that is sent again is not posted twice.
+    reply_to: The message of the same chat that this one answers.
+    """
     text: Text
     id: MessageId | None = None
     reply_to: MessageId | None = None
 
 
 class ReadIn(FrameIn, tag="read"):
-    """Everything up to this message is read."""
+    """Mark everything up to a message as read.
+
+    message_id: This message and all before it are read.
+    """
     message_id: MessageId
 
 
@@ -508,19 +633,31 @@ class TypingIn(FrameIn, tag="typing"):
 
 
 class SyncIn(FrameIn, tag="sync"):
-    """Replay every change after a position or a number, of one chat or of several by their ids."""
+    """Replay every change after a position or a number, of one chat or of several.
+
+    chat_id: The chat of `after`. Required with it on `/ws`, optional on `/ws/{chat_id}`.
+    after: Of one chat: the position, or the bare number, after which to replay.
+    chats: Of several chats, by their ids: the position or the number after which to replay.
+    """
     after: Number | Position | None = None
     chats: Annotated[dict[ChatId, Number | Position], Meta(max_length=SYNC_CHATS_MAX)] | None = None
 
 
 class AuthIn(Body, tag_field="type", tag="auth"):
-    """A fresh access token of the same user."""
+    """Give the socket a fresh access token, so that it outlives the old one.
+
+    token: An access token of the same user.
+    ref: A string or a number of your own; it comes back in the frame that answers.
+    """
     token: str
     ref: Ref | None = None
 
 
 class PingIn(Body, tag_field="type", tag="ping"):
-    """Ask whether the server still answers."""
+    """Ask whether the server still answers.
+
+    ref: A string or a number of your own; it comes back in the frame that answers.
+    """
     ref: Ref | None = None
 
 
@@ -528,7 +665,11 @@ ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn | PingIn
 
 
 class Ack(Struct):
-    """The number and time under which a message is durable."""
+    """A message is durable.
+
+    seq: The number under which it was posted.
+    created_at: When it was posted.
+    """
     id: MessageId
     chat_id: ChatId
     seq: Number
@@ -536,7 +677,7 @@ class Ack(Struct):
 
 
 class Taken(Struct):
-    """In which chat a `read` or `typing` was taken."""
+    """A `read` or a `typing` was taken."""
     chat_id: ChatId
 
 
@@ -545,48 +686,71 @@ class Pong(Struct):
 
 
 class Hello(Struct):
-    """Who the socket belongs to; `expires_at` is the token's end.
+    """Whose socket it is, and what a client needs to know of the server.
 
-    The server pings after `ping_seconds` of silence (RFC 6455).
+    expires_at: When the token expires: send a fresh one before.
+    server_time: The server's time.
+    ping_seconds: The server pings (RFC 6455) after so many seconds of silence.
+    version: The server's version.
     """
     user_id: UserId
     session_id: SessionId
     expires_at: datetime
     server_time: datetime
-    ping_seconds: int
+    ping_seconds: Annotated[int, Meta(ge=1)]
     version: str
 
 
 class ChatPositions(Struct):
-    """Where each chat of the user stands: its position and its version; `more` frames follow."""
-    chats: dict[ChatId, tuple[Position, int]]
+    """Where the chats of the user stand.
+
+    chats: By the id of each chat, its position and its version.
+    more: Whether another such frame follows with more chats.
+    """
+    chats: Annotated[dict[ChatId, tuple[Position, Version]], Meta(max_length=SYNC_CHATS_MAX)]
     more: bool
 
 
 class ReplayStart(Struct):
-    """From where the changes of a chat are replayed."""
+    """From where the changes of a chat are replayed.
+
+    position: The replay begins with the first change after this.
+    """
     chat_id: ChatId
     position: Position
 
 
 class Ready(Struct):
-    """From which number on a chat is live."""
+    """From where on a chat is live.
+
+    rev: The number from which on the chat is live: later changes are sent as they happen.
+    position: The position of that number.
+    """
     chat_id: ChatId
     rev: Number
     position: Position
 
 
 class ChatUpdate(Struct):
-    """What changed in a chat since the version before: who came in or got a role, who left."""
+    """What changed in a chat since the version before.
+
+    version: The chat's version after the change; of two, the larger one is true.
+    name: The name as it is now; null in a personal chat.
+    participants: Those who joined or have another role, as they are now.
+    left: Ids of those who left.
+    """
     chat_id: ChatId
-    version: int
-    name: str | None
-    participants: list[Participant]
+    version: Version
+    name: GroupName | None
+    participants: Annotated[list[Participant], Meta(max_length=GROUP_PARTICIPANTS_MAX)]
     left: list[UserId]
 
 
 class Typing(Struct):
-    """Who is writing, and where."""
+    """Who is writing, and where.
+
+    user_id: Who is writing.
+    """
     chat_id: ChatId
     user_id: UserId
 
@@ -597,14 +761,21 @@ class ChatRemoved(Struct):
 
 
 class Expiry(Struct):
-    """When a token expires."""
+    """How long the new token is good.
+
+    expires_at: When it expires.
+    """
     expires_at: datetime
 
 
 class ServerFrame(Struct, tag_field="type", omit_defaults=True, kw_only=True):
-    """What the server sends over a socket."""
+    """What the server sends over a socket.
+
+    data: What the frame tells.
+    ref: The `ref` of the client's frame that this answers.
+    """
     data: Any
-    ref: Ref | None = None  # as in the client's frame that this answers
+    ref: Ref | None = None
 
 
 class HelloOut(ServerFrame, tag="hello"):
@@ -613,7 +784,7 @@ class HelloOut(ServerFrame, tag="hello"):
 
 
 class ChatsOut(ServerFrame, tag="chats"):
-    """On a socket for all chats, after `hello`: where each stands, up to 1,000 a frame."""
+    """On `/ws`, after `hello`: where each chat of the user stands, up to 1,000 a frame."""
     data: ChatPositions
 
 
@@ -633,32 +804,32 @@ class MessageUpdatedOut(ServerFrame, tag="message_updated"):
 
 
 class ReadOut(ServerFrame, tag="read"):
-    """Somebody read up to a message."""
+    """Somebody read up to a message; in chats of more than 100 only they and its sender hear it."""
     data: Read
 
 
 class TypingOut(ServerFrame, tag="typing"):
-    """Somebody is writing."""
+    """Somebody else is writing; not told in chats of more than 100."""
     data: Typing
 
 
 class ChatOut(ServerFrame, tag="chat"):
-    """On a socket for all chats: the user came into this one."""
+    """On `/ws`: the user came into this chat; `ready` and its messages follow."""
     data: Chat
 
 
 class ChatUpdatedOut(ServerFrame, tag="chat_updated"):
-    """Name or participants changed; the larger version wins."""
+    """The name or the participants of a chat changed."""
     data: ChatUpdate
 
 
 class ChatRemovedOut(ServerFrame, tag="chat_removed"):
-    """On a socket for all chats: the user is no longer in this one."""
+    """On `/ws`: the user is no longer in this chat."""
     data: ChatRemoved
 
 
 class AckOut(ServerFrame, tag="ack"):
-    """A frame that carried `ref` was taken: a message is durable."""
+    """A frame with a `ref` was taken; of a `message`: it is durable."""
     data: Ack | Taken
 
 
@@ -673,14 +844,17 @@ class PongOut(ServerFrame, tag="pong"):
 
 
 class ReadyOut(ServerFrame, tag="ready"):
-    """The chat is live on this socket, from this number on."""
+    """The chat is live on this socket, from this position on."""
     data: Ready
 
 
 class ErrorOut(ServerFrame, tag="error"):
-    """A frame was refused; the socket stays open."""
+    """A frame was refused; the socket stays open.
+
+    chat_id: The `chat_id` of the client's frame, or the chat whose `sync` was refused.
+    """
     data: ProblemDetails
-    chat_id: int | None = None  # as in the client's frame
+    chat_id: int | None = None
 
 
 ServerFrames = (
@@ -696,7 +870,7 @@ CLOSE_CODES = {
     TOKEN_ENDED: "the token expired or was revoked",
     NOT_IN_CHAT: "the user is no longer in this chat",
     STALLED: "the client took no byte for 30 s",
-    FLOODING: "went on after `too-many-frames`, `too-much-typing` or another 429",
+    FLOODING: "kept sending after `too-many-frames`, `too-much-typing` or another 429",
 }
 
 SEQ = attrgetter("seq")
@@ -2399,7 +2573,7 @@ async def login(request: web.Request, body: Login) -> Tokens:
     await count_attempt(request, address_key, settings.login_failures_per_address)
     if email_key:  # else all who mistype theirs would share one allowance
         await count_attempt(request, account_key, settings.login_failures_per_account)
-    agent = request.headers.get("User-Agent", "").encode(errors="replace").decode()[:200]
+    agent = request.headers.get("User-Agent", "").encode(errors="replace").decode()
     while True:
         user = await database.row(SELECT_LOGIN, email_key)
         hashed = user["password_hash"] if user else passwords.nobodys
@@ -2408,8 +2582,8 @@ async def login(request: web.Request, body: Login) -> Tokens:
             raise InvalidCredentials
         anew = await passwords.renewed(form, hashed, address)
         session = await database.row(
-            START_SESSION, user["id"], hashed, anew, agent, account_key, address_key,
-            secrets.token_urlsafe(SESSION_SECRET_BYTES))
+            START_SESSION, user["id"], hashed, anew, agent[:USER_AGENT_CHARS_MAX], account_key,
+            address_key, secrets.token_urlsafe(SESSION_SECRET_BYTES))
         if session:
             break
         # The hash is another by now: the password was changed, or another login hashed it anew.
@@ -2425,11 +2599,11 @@ async def end_oldest_sessions(app: web.Application, user_id: int) -> None:
 
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
-    """Get new tokens for a refresh token, given as Bearer or in the body; the old one ends.
+    """Renew the tokens of a session, by its refresh token, as Bearer or in the body.
 
-    Only a client that lost the answer may repeat it: within 30 s as long as nobody refreshed with
-    the new one, later as long as neither new token was used. Any other use of an old refresh token
-    ends the session. Raises InvalidToken, TooManyChanges.
+    A refresh token is good once. Only a client that lost the answer may send it again: within 30 s
+    while nobody has refreshed with the new one, later while neither new token was used. Any other
+    use of an old refresh token ends the session. Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
@@ -2448,9 +2622,9 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
 
 
 async def list_sessions(
-    request: web.Request, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
+    request: web.Request, *, limit: Limit = PAGE_DEFAULT, after: AfterId = 0
 ) -> Answer[list[Session]]:
-    """List one's sessions by id: the logins that have not ended."""
+    """List your sessions by id: the logins that have not ended."""
     me, current = request[ME], request[ASKER].session_id
     life = request.app[SETTINGS].refresh_token_expire_days * 86_400
     rows = await request.app[DATABASE].rows(SELECT_SESSIONS, me, life, after, limit + 1)
@@ -2459,13 +2633,13 @@ async def list_sessions(
 
 
 async def delete_session(request: web.Request, session_id: SessionId) -> None:
-    """End one of one's sessions: its tokens and its sockets. Raises SessionNotFound."""
+    """End one of your sessions, with its tokens and sockets. Raises SessionNotFound."""
     if not await end_session(request, session_id, request[ME]):
         raise SessionNotFound
 
 
 async def logout(request: web.Request) -> None:
-    """End this session: its tokens and its sockets."""
+    """Log out: end this session, with its tokens and sockets."""
     await end_session(request, request[ASKER].session_id, request[ME])
 
 
@@ -2482,12 +2656,12 @@ async def end_session(
 
 
 async def get_me(request: web.Request) -> User:
-    """Get one's own account, with the email. Raises UserNotFound."""
+    """Get your own account, with its email. Raises UserNotFound."""
     return await get_user(request, request[ME])
 
 
 async def get_user(request: web.Request, user_id: UserId) -> User:
-    """Get a user; oneself with the email. Raises UserNotFound."""
+    """Get a user; the email is only in your own. Raises UserNotFound."""
     row = await request.app[DATABASE].row(SELECT_USER, user_id)
     if row is None:
         raise UserNotFound
@@ -2498,10 +2672,10 @@ async def get_user(request: web.Request, user_id: UserId) -> User:
 
 
 async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) -> User:
-    """Change one's email, name, password, or whether the account is active.
+    """Change your email, username or password, or sign out everywhere.
 
-    A new email or password needs `current_password`. A new password ends every other session;
-    an inactive account is signed out everywhere, and active again after the next login.
+    A new email or password needs `current_password`. A new password ends every other session.
+    `is_active: false` ends all sessions; the next login makes the account active again.
     Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts,
     TooManyChanges.
     """
@@ -2552,9 +2726,10 @@ async def check_self(request: web.Request, user_id: int) -> None:
 
 
 async def delete_user(request: web.Request, user_id: UserId) -> None:
-    """Delete one's account: its messages stay and are nobody's, its sessions and sockets end.
+    """Delete your account.
 
-    Groups that it owned pass to the longest-standing admin, else member.
+    Its messages stay, without a sender; its sessions and sockets end. A group that it owned passes
+    to the admin who has been in it the longest, or to such a member where there is no admin.
     Raises UserNotFound, NotAllowed.
     """
     await check_self(request, user_id)
@@ -2570,10 +2745,10 @@ async def list_users(
     request: web.Request,
     *,
     limit: Limit = PAGE_DEFAULT,
-    after: Number = 0,
+    after: AfterId = 0,
     q: NameStart = "",
 ) -> Answer[list[User]]:
-    """List users by id, all or those whose username starts with `q`. Raises InvalidInput."""
+    """List users by id: all, or those whose username starts with `q`. Raises InvalidInput."""
     key = name_start_key(q)
     bounds = key, key + "\U0010ffff"
     rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
@@ -2622,9 +2797,10 @@ TURNS = web.AppKey("turns", WeakValueDictionary[int, asyncio.Lock])
 
 
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
-    """Create a group, or open the personal chat with another user, which is always the same one.
+    """Create a group, or open the personal chat with another user.
 
-    A personal chat that was there before answers 200. Raises InvalidInput, TooManyChanges.
+    Two users have one personal chat: if it is there already, this answers 200 with it.
+    Raises InvalidInput, TooManyChanges.
     """
     me = request[ME]
     charge(request.app, TooManyChanges, (me, CREATE_GROUP))
@@ -2664,9 +2840,9 @@ async def list_chats(
     request: web.Request,
     *,
     limit: Limit = PAGE_DEFAULT,
-    cursor: Annotated[str, Meta(description="From the `Link` of the page before.")] = "",
+    cursor: Annotated[str, Meta(description="Comes with the `Link` of the page before.")] = "",
 ) -> Answer[list[Chat]]:
-    """List one's chats, the most recently active first. Raises InvalidInput."""
+    """List your chats, the most recently active first. Raises InvalidInput."""
     place = read_cursor(cursor, PLACE_MAX, INT8_MAX)
     rows = await request.app[DATABASE].rows(
         SELECT_CHATS, request[ME], 1, INT8_MAX, *place, limit + 1)
@@ -2682,7 +2858,7 @@ async def change_chat(request: web.Request, chat_id: ChatId, body: ChangedChat) 
 
 
 async def list_participants(
-    request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Number = 0
+    request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: AfterId = 0
 ) -> Answer[list[Participant]]:
     """List the participants of a chat by user id. Raises ChatNotFound."""
     me, database = request[ME], request.app[DATABASE]
@@ -2696,9 +2872,10 @@ async def list_participants(
 async def add_participant(
     request: web.Request, chat_id: ChatId, body: NewParticipant
 ) -> Answer[Participant]:
-    """Put a user into a group; as its owner also give a role, or hand ownership on.
+    """Put a user into a group, or give a role to one who is in it.
 
-    Who was in before answers 200, with the role given now.
+    Every participant may put users in; only the owner gives roles, and with `owner` hands the group
+    on. For a user who is in it already this answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
     TooManyChanges.
     """
@@ -2714,9 +2891,9 @@ async def add_participant(
 async def add_participant_by_id(
     request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
 ) -> Answer[Participant]:
-    """Put a user into a group, named by the path.
+    """Put a user, named by the path, into a group, or give them a role.
 
-    Who was in before answers 200, with the role given now.
+    For a user who is in it already this answers 200, with the role given now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
     TooManyChanges.
     """
@@ -2727,6 +2904,7 @@ async def add_participant_by_id(
 async def remove_participant(request: web.Request, chat_id: ChatId, user_id: UserId) -> None:
     """Leave a group, or take a user out of it.
 
+    The owner may take out everybody, an admin may take out members.
     Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat, TooManyChanges.
     """
     await alter_chat(request, REMOVE_PARTICIPANT, chat_id, user_id)
@@ -2812,9 +2990,9 @@ SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
 
 
 async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) -> Answer[Message]:
-    """Post a message; it is durable once this is answered.
+    """Post a message; it is on disk once this is answered.
 
-    The same id again answers 200 with the message as it is now.
+    Where the same id was posted before, this answers 200 with the message as it is now.
     Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput, TooManyMessages.
     """
     charge(request.app, TooManyMessages, request[ME])
@@ -2840,15 +3018,17 @@ async def get_message(request: web.Request, chat_id: ChatId, message_id: Message
 async def change_message(
     request: web.Request, chat_id: ChatId, message_id: MessageId, body: ChangedMessage
 ) -> Message:
-    """Edit one's message. Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages."""
+    """Edit your message. Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages."""
     charge(request.app, TooManyMessages, request[ME])
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, body.text))
     return await get_message(request, chat_id, message_id)
 
 
 async def delete_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> None:
-    """Delete a message: its sender may, in a group owner and admins too; a tombstone stays.
+    """Delete a message.
 
+    Its sender may do so, in a group also the owner and the admins. A tombstone stays: the message
+    with an empty text.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     charge(request.app, TooManyMessages, (request[ME], "deleted"))
@@ -2864,11 +3044,16 @@ async def list_messages(
     after: Number | None = None,
     q: Query | None = None,
 ) -> Answer[list[Message]]:
-    """Read the history: the newest page, or the one before or after a `seq` (exclusive).
+    """Read the history of a chat, or search it.
 
-    Oldest first within the page; `next` goes to older messages, `prev` to newer ones. With `q`
-    only messages that hold all of its words, whole and in any case, newest first; no tombstones.
-    Of scripts that put no spaces between words, such as Chinese, they hold each run as it stands.
+    Without `before` and `after` this is the newest page. A page is in the order of `seq`; its link
+    `next` leads to older messages, `prev` to newer ones. With `q` it holds only messages that have
+    every word of `q`, whole and in any case, newest first, without tombstones. In scripts that put
+    no spaces between words, such as Chinese, a message must have each run of `q` as it stands.
+
+    before: Only messages with a smaller `seq` than this.
+    after: Only messages with a larger `seq` than this; not together with `before` or `q`.
+
     Raises ChatNotFound, InvalidInput.
     """
     me, database = request[ME], request.app[DATABASE]
@@ -2941,9 +3126,13 @@ async def holding(messages: list[Message], runs: list[str]) -> list[Message]:
 async def list_changes(
     request: web.Request, chat_id: ChatId, *, limit: Limit = PAGE_DEFAULT, after: Position = "0"
 ) -> Answer[list[Message]]:
-    """List what was posted, edited or deleted after a position, or a number, by `rev`.
+    """List what was posted, edited or deleted after a position.
 
-    Each message is told once, as it is now. Raises ChatNotFound, HistoryRewritten, InvalidInput.
+    It is in the order of `rev`, and has each message once, as it is now.
+
+    after: The position to go on from, or a bare number, which is taken on trust.
+
+    Raises ChatNotFound, HistoryRewritten, InvalidInput.
     """
     database = request.app[DATABASE]
     number, mark = read_position("$.after", after)
@@ -2959,8 +3148,9 @@ async def list_changes(
 
 
 async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) -> Read:
-    """Mark everything up to a message as read; answers where the reader stands.
+    """Mark everything up to a message as read.
 
+    The answer tells how far you have read; going back changes nothing.
     Raises ChatNotFound, MessageNotFound, TooMuchReading.
     """
     charge(request.app, TooMuchReading, request[ME])
@@ -2978,7 +3168,9 @@ ENDS = (WSMsgType.CLOSE, WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 async def follow_chat(
     request: web.Request, chat_id: ChatId, *, after: Position | None = None
 ) -> web.WebSocketResponse:
-    """Follow one chat over a websocket, live or from a position or a number on.
+    """Follow one chat over a websocket.
+
+    after: The position, or the bare number, to replay from; without it the socket is live at once.
 
     Raises ChatNotFound, UpgradeRequired, TooManySockets, TooManyHandshakes, InvalidInput.
     """
@@ -2986,7 +3178,7 @@ async def follow_chat(
 
 
 async def follow_chats(request: web.Request) -> web.WebSocketResponse:
-    """Follow every chat of the user over a websocket, those joined later too.
+    """Follow every chat of yours over a websocket, also those that you join later.
 
     Raises UpgradeRequired, TooManySockets, TooManyHandshakes.
     """
@@ -3229,7 +3421,7 @@ async def get_web_client(request: web.Request) -> web.StreamResponse:
 
 
 async def get_docs(request: web.Request) -> web.StreamResponse:
-    """Get a page that shows the two documents."""
+    """Get the page that shows both documents and sends calls."""
     return web.FileResponse(WEB / "docs.html", headers=guard.page_headers(WEB / "docs.html"))
 
 
@@ -3244,14 +3436,14 @@ async def get_asyncapi(request: web.Request) -> web.StreamResponse:
 
 
 async def get_liveness(request: web.Request) -> Health:
-    """Tell that the server is there."""
+    """Tell that the server runs."""
     return Health("alive")
 
 
 async def get_readiness(request: web.Request) -> Answer[Health]:
     """Tell whether the server can serve.
 
-    While the database cannot be reached or is read-only this answers 503, with the status `error`.
+    While the database cannot be reached or is read-only, this answers 503, with status `error`.
     """
     try:
         await request.app[DATABASE].rows(CHECK_WRITABLE)

@@ -16,14 +16,15 @@ USERNAME_CHARS_MAX = 50
 USERNAME_MARKS_MAX = 3  # on one letter
 PASSWORD_CHARS_MAX = 100
 
-Email = Annotated[str, Meta(min_length=3, max_length=EMAIL_CHARS_MAX)]
+Email = Annotated[str, Meta(
+    min_length=3, max_length=EMAIL_CHARS_MAX, description="An email address.")]
 # Three that are counted in their composed form (composed_text), and may be longer as sent.
 Username = Annotated[str, Meta(
-    description="3 to 50 letters of any script, digits and `_`, counted in NFC.",
+    description="The user's name: 3 to 50 letters of any script, digits and `_`, counted in NFC.",
     extra_json_schema={"minLength": 3, "maxLength": USERNAME_CHARS_MAX})]
 NameStart = Annotated[str, Meta(
     pattern=NO_NUL,
-    description="Start of the name; up to 50 characters, counted in NFC.",
+    description="How the name starts, in any case; up to 50 characters, counted in NFC.",
     extra_json_schema={"maxLength": USERNAME_CHARS_MAX})]
 Password = Annotated[str, Meta(
     description="8 to 100 characters of any kind, counted in NFC.",

@@ -16,14 +16,14 @@ import types
 import typing
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
 
 import asyncpg
 import msgspec
 from aiohttp import web
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import Unavailable
 from plumbing.deadline import RequestDeadline, uncounted
@@ -50,20 +50,33 @@ log = logging.getLogger("messenger.endpoints")
 
 
 class FieldError(Struct):
-    """What is wrong with one field of a body or one parameter."""
+    """What is wrong with one field of a body or one parameter.
+
+    loc: The field or the parameter, like `$.text`.
+    msg: What is wrong with it, for people.
+    """
     loc: str
     msg: str
 
 
 class ProblemDetails(Struct, omit_defaults=True):
-    """A refusal (RFC 9457); `type` is a stable slug, `retry_after` is in seconds."""
+    """A refusal (RFC 9457).
+
+    type: What went wrong, as a name that never changes.
+    title: What went wrong, for people; it is the same for each problem of the type.
+    status: The HTTP status, also over a socket.
+    detail: What went wrong this time, for people.
+    request_id: The `X-Request-Id` of the answer; over a socket, that of its handshake.
+    errors: Which fields or parameters are wrong, and how.
+    retry_after: With 429 and 503: after how many seconds to try again.
+    """
     type: str
     title: str
     status: int
     detail: str
-    request_id: str  # of a socket's frame: its handshake's
+    request_id: str
     errors: list[FieldError] = []
-    retry_after: int | UnsetType = UNSET  # with 429 and 503
+    retry_after: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
 
 
 class Problem(Exception):

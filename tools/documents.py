@@ -6,7 +6,9 @@ Started as it is, this writes both; with `--check` it writes nothing, and fails 
 Addresses come from the table of endpoints; parameters, bodies and answers from the signatures of
 the handlers; words from their docstrings: the first line is the summary, the last names the
 problems, and a sentence with "answers 200" tells of a status beside the usual one. Schemas come
-from the shapes. What messenger.py declares nowhere stands in the tables below.
+from the shapes. A field or a parameter is described by a line `name: …` in the docstring of its
+shape or handler, else by the description of its type. What messenger.py declares nowhere stands
+in the tables below.
 """
 
 import inspect
@@ -36,10 +38,10 @@ Json = dict[str, Any]
 ABOUT = """\
 Accounts, personal and group chats, messages and their read status, live over websockets.
 
-Bodies and answers are JSON in UTF-8, times are RFC 3339 in UTC, lists are pages whose `Link` header
-leads to their neighbours. A refusal is a problem (RFC 9457): `type` is stable, `detail` and the
-`msg` of `errors` are for people. Every answer has an `X-Request-Id`; a problem and the server's log
-tell it, too. Any address may also answer:
+Bodies and answers are JSON in UTF-8, a body of up to 64 KiB. Times are RFC 3339 in UTC. Lists are
+pages, whose `Link` header leads to their neighbours. A refusal is a problem (RFC 9457): `type` is
+stable, `detail` and the `msg` of `errors` are for people. Every answer has an `X-Request-Id`; a
+problem and the server's log tell it, too. Any address may also answer:
 """
 ABOUT_SOCKETS = """\
 What goes over `/ws/{chat_id}` (one chat) and `/ws` (every chat of the user). Frames are JSON text.
@@ -47,12 +49,13 @@ What goes over `/ws/{chat_id}` (one chat) and `/ws` (every chat of the user). Fr
 The access token comes as `Authorization: Bearer …`, as the pair of subprotocols
 `messenger.v1, <token>` (browsers), or as `?token=`. A refused handshake is an HTTP answer.
 
-On `/ws` each frame of the client but `auth`, `ping`, and `sync` of several `chats`, has a
-`chat_id`. A `ref`, any string or number, comes back in the frame that answers.
+On `/ws` each frame of the client has a `chat_id`, except `auth`, `ping`, and a `sync` of several
+`chats`. A `ref`, any string or number, comes back in the frame that answers.
 
 Both `message` and `message_updated` mean: store this message by its id; the larger `rev` wins.
-A client that comes back with the `rev` of its last frame, by `?after=` or by `sync`, gets every
-change since, in order, then `ready`, then what is new.
+A client that comes back with its position of a chat, by `?after=` or by `sync`, gets every change
+since, in order, then `ready`, then what is new. The rule for which position to store stands in
+docs/protocol.md of the repository.
 
 The server closes with one of these codes:
 """
@@ -67,8 +70,9 @@ TAGS = {  # by the start of a path: the first that fits
 GENERAL = (
     endpoints.NotFound, endpoints.MethodNotAllowed, endpoints.ExpectationFailed,
     endpoints.InternalError)
-SUCCESSES = {
-    101: "The socket is open.", 200: "What was asked for.", 201: "What was created.", 204: "Done."}
+SUCCESSES = {  # by status; in braces goes what is answered
+    101: "The socket is open.", 200: "The {}.", 201: "The new {}.", 204: "Done."}
+FRAME_TYPE = "Which frame this is."
 # By name: the statuses that always have it, what it says.
 HEADERS: dict[str, tuple[Container[int], str]] = {
     "Allow": ((405,), "The methods that are allowed here."),
@@ -79,7 +83,7 @@ HEADERS: dict[str, tuple[Container[int], str]] = {
     "Upgrade": ((426,), "What to upgrade to."),
     "WWW-Authenticate": ((401,), "How to sign in."),
     "X-Request-Id": (
-        range(600), "The request's own if it is 1 to 64 of `A-Za-z0-9._-`, else one made here."),
+        range(600), "The request's own, if it is 1 to 64 of `A-Za-z0-9._-`; else a new one."),
 }
 BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
 ACCESS = {
@@ -93,6 +97,7 @@ ACCESS = {
 }
 REFRESH = {"refresh_token": BEARER | {"description": "The refresh token of a login."}}
 SECURITY: dict[Any, list[Json]] = {m.refresh: [{"refresh_token": []}, {}]}  # {}: in the body
+SOCKETS_ONLY = (m.TooManyFrames, m.TooMuchTyping)
 EVERY_CHAT_ONLY = ("chats", "chat", "chat_removed")
 # Frames of the server that have a `ref`.
 ANSWERS = ("ack", "auth", "error", "pong", "ready", "replay")
@@ -108,7 +113,7 @@ MESSAGE = m.Message(
 EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.NewUser("ann@example.com", "ann", "correct horse"),
     m.Login("ann@example.com", "correct horse"), m.RefreshRequest("eyJhbGciOi…"),
-    m.ChangedUser(username="anna"), m.NewChat(True, [2, 3], "Friends"),
+    m.ChangedUser(username="anna"), m.NewChat(True, [2, 3], "Friends"), m.NewChat(False, [2]),
     m.ChangedChat("Old friends"), m.NewParticipant(2), m.GivenRole("admin"),
     m.NewMessage("Hello, Ben!", ID), m.ChangedMessage("Hello, Ben and Cy!"), m.ReadUpTo(ID),
     m.User(1, "ann", True, AT, "ann@example.com"), m.Tokens("eyJhbGciOi…", "eyJhbGciOi…", 1800),
@@ -117,17 +122,43 @@ EXAMPLES: tuple[msgspec.Struct, ...] = (
     m.Read(7, ID, 41, 2, AT),
     m.Health("ready"), endpoints.FieldError("$.text", "is missing"),
     m.ChatNotFound().details(REQUEST), m.MessageIn("Hello, Ben!", ID, ref="first"), m.ReadIn(ID),
-    m.TypingIn(chat_id=7), m.SyncIn(POSITION), m.SyncIn(chats={7: POSITION, 8: 12}),
+    m.TypingIn(), m.SyncIn(POSITION), m.SyncIn(chats={7: POSITION, 8: 12}),
     m.AuthIn("eyJhbGciOi…"), m.PingIn("alive?"), m.Ack(ID, 7, 41, AT), m.Taken(7), m.Pong(),
     m.Hello(1, 3, AT, AT, 25, m.VERSION), m.ChatPositions({7: (POSITION, 2)}, False),
     m.ReplayStart(7, "12.Zq0pLm4tYw8"), m.Ready(7, 41, POSITION),
     m.ChatUpdate(7, 2, "Friends", [BEN], [3]), m.Typing(7, 2), m.ChatRemoved(7),
     m.Expiry(AT))
+# By handler and status: an answer that differs from the example of its shape.
+MEMBERS = [m.Participant(1, "ann", "member", 0), m.Participant(2, "ben", "member", 0)]
+SHOWN: dict[tuple[Any, int], Any] = {
+    (m.create_chat, 200): m.Chat(8, None, False, AT, MEMBERS, 2, None, 0, "0", 1, 0),
+    (m.get_liveness, 200): {"status": "alive"}, (m.get_readiness, 503): {"status": "error"},
+    (m.get_user, 200): {"id": 2, "username": "ben", "is_active": True, "created_at": AT},
+    (m.get_openapi, 200): {"openapi": "3.1.0"}, (m.get_asyncapi, 200): {"asyncapi": "3.0.0"},
+    (m.get_web_client, 200): "<!doctype html>…", (m.get_docs, 200): "<!doctype html>…"}
+
+
+FIELD = re.compile(r"^(\w+): (.+(?:\n +.+)*)\n*", re.MULTILINE)
 
 
 def filled(made: Json) -> Json:
     """Leave out what is empty."""
     return {name: value for name, value in made.items() if value not in ("", None, [], {})}
+
+
+def read_docstring(documented: Any) -> tuple[str, dict[str, str]]:
+    """Part a docstring: what it says of the whole, and by its lines `name: …` of each name."""
+    text = inspect.cleandoc(documented.__doc__ or "")
+    told = {name: " ".join(line.split()) for name, line in FIELD.findall(text)}
+    return FIELD.sub("", text).strip(), told
+
+
+def describe(schema: Json, told: str | None) -> None:
+    """Say in a schema what it is; what its type says, or one of several types, gives way."""
+    parts = [schema, *schema.get("anyOf", [])]
+    found = [part.pop("description") for part in parts if "description" in part]
+    if told or found:
+        schema["description"] = told or found[0]
 
 
 # ==== Schemas =====================================================================================
@@ -144,28 +175,52 @@ class Schemas(dict[str, Json]):
             self[name] = exact(getattr(m, name), shape)
         return schema
 
+    def named(self, name: str, schema: Json) -> Json:
+        """Keep a schema, and answer a reference to it."""
+        self[name] = schema
+        return {"$ref": f"#/components/schemas/{name}"}
 
-def examples(shape: type[msgspec.Struct]) -> list[Json]:
-    """Answer the examples of a shape as they go over the wire."""
+
+def examples(shape: Any) -> list[Any]:
+    """Answer the examples of a type as they go over the wire."""
+    if typing.get_origin(shape) is list:
+        return [[examples(one)[0]] for one in typing.get_args(shape)]
     found = [msgspec.to_builtins(each, str_keys=True) for each in EXAMPLES if type(each) is shape]
     return [filled(each) for each in found] if issubclass(shape, m.Body) else found
 
 
 def exact(shape: type[msgspec.Struct], schema: Json) -> Json:
-    """Say of a shape what msgspec does not: times are times, and answers hold all their fields."""
+    """Say of a shape what msgspec does not: times are times, answers hold all their fields, and
+    what each field is.
+    """
     fields, is_answer = msgspec.structs.fields(shape), not issubclass(shape, m.Body)
+    about, _ = read_docstring(shape)
+    told = told_of_fields(shape)
     for field in fields:
         value = schema["properties"][field.encode_name]
         if datetime in (field.type, *typing.get_args(field.type)):
             value.get("anyOf", [value])[0]["format"] = "date-time"
         if is_answer or field.default is None:  # null in a body: as if it were not given
             value.pop("default", None)
+        describe(value, told.get(field.name))
+    if tag := shape.__struct_config__.tag_field:
+        schema["properties"][tag] |= {"description": FRAME_TYPE}
     if is_answer:
         omits = shape.__struct_config__.omit_defaults
         schema["required"] = [
             field.encode_name for field in fields
             if field.required or not (omits or field.default is msgspec.UNSET)]
-    return filled(schema | {"examples": examples(shape)})
+    return filled(schema | {"description": about, "examples": examples(shape)})
+
+
+def told_of_fields(shape: type[msgspec.Struct]) -> dict[str, str]:
+    """Tell by name what the docstrings of a shape, and of those that it is made from, say."""
+    made_from = [each for each in reversed(shape.__mro__) if issubclass(each, msgspec.Struct)]
+    told: dict[str, str] = {}
+    for each in made_from[1:]:
+        told |= read_docstring(each)[1]
+    assert told.keys() <= {*shape.__struct_fields__}, f"{shape.__name__} has no such fields"
+    return told
 
 
 def query_schemas(query: type[msgspec.Struct]) -> Json:
@@ -186,7 +241,7 @@ class Described:
         self.is_socket = endpoint.status == 101
         self.signature = endpoints.Signature.of(endpoint)
         self.hints = typing.get_type_hints(self.handler, include_extras=True)
-        text = inspect.getdoc(self.handler) or ""
+        text, self.told = read_docstring(self.handler)
         raised = re.search(r"\s*Raises ([\w,\s]+)\.$", text)
         self.raised = [getattr(m, name) for name in re.findall(r"\w+", raised[1] if raised else "")]
         summary, _, rest = text[: raised.start() if raised else None].partition("\n")
@@ -195,11 +250,24 @@ class Described:
 
     def answers(self) -> dict[int, str]:
         """Tell by status when it does not refuse."""
-        found = {self.endpoint.status: SUCCESSES[self.endpoint.status]}
+        usual = SUCCESSES[self.endpoint.status].format(self.answered())
+        found = {self.endpoint.status: usual}
         for sentence in re.split(r"(?<=\.)\s+", self.description):
             if status := re.search(r"\banswers (\d{3})\b", sentence):
                 found[int(status[1])] = sentence
         return found
+
+    def kind(self) -> Any:
+        """Answer the type of what it answers."""
+        kind: Any = self.hints["return"]
+        return typing.get_args(kind)[0] if typing.get_origin(kind) is endpoints.Answer else kind
+
+    def answered(self) -> str:
+        """Name what it answers."""
+        kind = self.kind()
+        if typing.get_origin(kind) is list:
+            return f"page of `{typing.get_args(kind)[0].__name__}`"
+        return f"`{kind.__name__}`" if issubclass(kind, msgspec.Struct) else "file"
 
     def problems(self) -> dict[int, list[type[endpoints.Problem]]]:
         """Tell by status how it refuses: by its docstring, and by the pipeline before it."""
@@ -223,19 +291,33 @@ class Described:
                 by_status.setdefault(problem.status, []).append(problem)
         return by_status
 
-    def content(self, schemas: Schemas) -> tuple[Json, list[str]]:
-        """Describe what it answers, and the headers beside those of its status."""
-        kind: Any = self.hints["return"]
-        [kind] = typing.get_args(kind) if typing.get_origin(kind) is endpoints.Answer else [kind]
+    def parameters(self, schemas: Schemas) -> list[Json]:
+        """Describe what it takes in its path and its query."""
+        found = {name: schemas.of(self.hints[name]) for name in self.signature.path}
+        found |= query_schemas(self.signature.query)
+        assert self.told.keys() <= found.keys(), f"{self.handler.__name__} does not take them"
+        for name, schema in found.items():
+            describe(schema, self.told.get(name))
+        return [
+            {"name": name, "in": "path" if name in self.signature.path else "query",
+             "description": schema.pop("description"), "required": name in self.signature.path,
+             "schema": schema}
+            for name, schema in found.items()]
+
+    def content(self, status: int, schemas: Schemas) -> tuple[Json, list[str]]:
+        """Describe what it answers with a status, and the headers beside those of the status."""
+        kind = self.kind()
         if kind is type(None) or self.is_socket:
             return {}, []
+        shown = msgspec.to_builtins(SHOWN.get((self.handler, status)))
         if inspect.isclass(kind) and issubclass(kind, web.StreamResponse):  # a file as it is
             is_json = self.endpoint.path.endswith(".json")
             content_type, json_type = (
                 ("application/json", "object") if is_json else ("text/html", "string"))
-            return {content_type: {"schema": {"type": json_type}}}, []
+            return {content_type: {"schema": {"type": json_type}, "example": shown}}, []
         headers = ["Link"] if typing.get_origin(kind) is list else []
-        return {"application/json": {"schema": schemas.of(kind)}}, headers
+        example = shown or examples(kind)[0]
+        return {"application/json": {"schema": schemas.of(kind), "example": example}}, headers
 
 
 def response(status: int, description: str, content: Json, headers: Iterable[str] = ()) -> Json:
@@ -245,12 +327,22 @@ def response(status: int, description: str, content: Json, headers: Iterable[str
     return filled({"description": description, "headers": shown, "content": content})
 
 
+def problem_schema(kind: type[endpoints.Problem], example: Json) -> Json:
+    """Describe one type of problem."""
+    own = {
+        "type": {"type": "string", "enum": [kind.slug], "description": f"{kind.title}."},
+        # An enum, not a const: so generators of clients keep that it is an integer.
+        "status": {"type": "integer", "enum": [kind.status], "description": "The HTTP status."}}
+    of_all = {"$ref": "#/components/schemas/ProblemDetails"}
+    return {"allOf": [of_all, {"properties": own, "required": [*own]}], "examples": [example]}
+
+
 def refusal(status: int, kinds: Iterable[type[endpoints.Problem]]) -> tuple[str, Json]:
     """Describe the answer of the problems of one status, and give it a name."""
+    schemas = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in kinds]
     slugs = [kind.slug for kind in kinds]
-    named = {"properties": {"type": {"enum": slugs}, "status": {"const": status}}}
     content = {"application/problem+json": {
-        "schema": {"allOf": [{"$ref": "#/components/schemas/ProblemDetails"}, named]},
+        "schema": {"oneOf": schemas} if schemas[1:] else schemas[0],
         "examples": {slug: {"$ref": f"#/components/examples/{slug}"} for slug in slugs}}}
     name = "Or".join(kind.__name__ for kind in kinds)
     return name, response(status, " ".join(f"{kind.title}." for kind in kinds), content)
@@ -258,30 +350,26 @@ def refusal(status: int, kinds: Iterable[type[endpoints.Problem]]) -> tuple[str,
 
 def operation(of: Described, schemas: Schemas, refusals: Json) -> Json:
     """Describe an endpoint."""
-    content, headers = of.content(schemas)
-    responses = {status: response(status, when, content, headers)
+    responses = {status: response(status, when, *of.content(status, schemas))
                  for status, when in of.answers().items()}
     for status, kinds in of.problems().items():
         name, refusals[name] = refusal(status, kinds)
         responses[status] = {"$ref": f"#/components/responses/{name}"}
-    parameters = {name: schemas.of(of.hints[name]) for name in of.signature.path}
-    parameters |= query_schemas(of.signature.query)
     tags = [tag for start, (tag, _) in TAGS.items() if re.match(start, of.endpoint.path)]
     made = filled({
         "operationId": of.handler.__name__,
         "summary": of.summary,
         "description": of.description,
         "tags": tags[:1],
-        "parameters": [
-            {"name": name, "in": "path" if name in of.signature.path else "query",
-             "description": schema.pop("description", ""),
-             "required": name in of.signature.path, "schema": schema}
-            for name, schema in parameters.items()],
+        "parameters": of.parameters(schemas),
     })
     if of.signature.body is not None:
-        body = {"schema": schemas.of(of.hints["body"])}
+        hint = of.hints["body"]
+        [shape, *_] = typing.get_args(hint) or [hint]
+        shown = {str(number): {"value": each} for number, each in enumerate(examples(shape), 1)}
         made["requestBody"] = {
-            "required": of.signature.body_required, "content": {"application/json": body}}
+            "required": of.signature.body_required,
+            "content": {"application/json": {"schema": schemas.of(hint), "examples": shown}}}
     made["responses"] = {str(status): responses[status] for status in sorted(responses)}
     if of.is_socket:
         made["security"] = [{name: []} for name in ACCESS]
@@ -290,19 +378,29 @@ def operation(of: Described, schemas: Schemas, refusals: Json) -> Json:
     return made
 
 
+def problem_examples() -> dict[str, Json]:
+    """Show each type of problem, by its name."""
+    found = {}
+    for slug in sorted(endpoints.Problem.named):
+        problem = m.refused(slug) or endpoints.InternalError()
+        if slug == endpoints.InvalidInput.slug:
+            problem = endpoints.invalid("$.text", "is missing")
+        found[slug] = msgspec.to_builtins(problem.details(REQUEST))
+    return found
+
+
 def openapi() -> Json:
     """Describe the endpoints (OpenAPI 3.1)."""
-    schemas, paths = Schemas(), dict[str, Json]()
+    schemas, paths, shown = Schemas(), dict[str, Json](), problem_examples()
     refusals = dict(refusal(kind.status, [kind]) for kind in GENERAL)
     schemas.of(endpoints.ProblemDetails)
     for endpoint in m.ENDPOINTS:
         made = operation(Described(endpoint), schemas, refusals)
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = made
+    for slug, kind in endpoints.Problem.named.items():
+        if kind not in SOCKETS_ONLY:
+            schemas[kind.__name__] = problem_schema(kind, shown[slug])
     general = "".join(f"\n- {kind.status} `{kind.slug}`: {kind.title}." for kind in GENERAL)
-    kinds = sorted(endpoints.Problem.named)
-    problems = {slug: m.refused(slug) or endpoints.InternalError() for slug in kinds}
-    problems["invalid-input"] = endpoints.invalid("$.text", "is missing")
-    shown = {slug: problem.details(REQUEST) for slug, problem in problems.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "messenger", "version": m.VERSION, "description": ABOUT + general,
@@ -314,8 +412,7 @@ def openapi() -> Json:
         "components": {
             "schemas": dict(sorted(schemas.items())),
             "responses": dict(sorted(refusals.items())),
-            "examples": {
-                slug: {"value": msgspec.to_builtins(each)} for slug, each in shown.items()},
+            "examples": {slug: {"value": each} for slug, each in shown.items()},
             "headers": {
                 name: {"description": what, "required": always != (), "schema": {"type": "string"}}
                 for name, (always, what) in HEADERS.items()},
@@ -327,14 +424,49 @@ def openapi() -> Json:
 # ==== AsyncAPI ====================================================================================
 
 
+# What the name of an example says of the sockets that it is for.
+SOCKETS = {"both": "On both kinds of socket.", "one": "On `/ws/{chat_id}`.", "every": "On `/ws`."}
+
+
+def shown_on(socket: str, payload: Json) -> Json:
+    """Make the example of a frame on one kind of socket, or on both."""
+    return {"name": socket, "summary": SOCKETS[socket], "payload": payload}
+
+
+def client_examples(shape: type[msgspec.Struct]) -> list[Json]:
+    """Show a frame of a client; where it names its chat, on each kind of socket."""
+    found = []
+    for each in examples(shape):
+        frame = {"type": shape.__struct_config__.tag} | each
+        if not issubclass(shape, m.FrameIn):
+            found.append(shown_on("both", frame))
+        elif "chats" in each:
+            found.append(shown_on("every", frame))
+        else:
+            found.append(shown_on("one", frame))
+            found.append(shown_on("every", {"type": frame["type"], "chat_id": 7} | each))
+    return found
+
+
 def client_messages(schemas: Schemas) -> Json:
     """Describe the frames that clients send."""
     return {
         f"client_{tag}": {
-            "name": tag, "title": f"{tag}, from the client", "summary": inspect.getdoc(shape),
-            "payload": schemas.of(shape),
-            "examples": [{"payload": {"type": tag} | each} for each in examples(shape)]}
+            "name": tag, "title": f"{tag}, from the client",
+            "summary": read_docstring(shape)[0],
+            "payload": schemas.of(shape), "examples": client_examples(shape)}
         for shape in typing.get_args(m.ClientFrame) for tag in [shape.__struct_config__.tag]}
+
+
+def server_examples(frame: type[m.ServerFrame]) -> list[Json]:
+    """Show a frame of the server, on each kind of socket where they differ."""
+    name, data = frame.__struct_config__.tag, frame.__annotations__["data"]
+    shown = [{"type": name, "data": examples(kind)[0]} for kind in typing.get_args(data) or (data,)]
+    if name in ANSWERS:
+        shown = [each | {"ref": "first"} for each in shown]
+    if "chat_id" in frame.__annotations__:
+        return [shown_on("one", shown[0]), shown_on("every", shown[0] | {"chat_id": 7})]
+    return [shown_on("every" if name in EVERY_CHAT_ONLY else "both", each) for each in shown]
 
 
 def server_messages(schemas: Schemas) -> Json:
@@ -342,39 +474,46 @@ def server_messages(schemas: Schemas) -> Json:
     found = {}
     for frame in typing.get_args(m.ServerFrames):
         name, data = frame.__struct_config__.tag, frame.__annotations__["data"]
-        kinds = typing.get_args(data) or (data,)
-        described = [schemas.of(kind) for kind in kinds]
+        (about, _), told = read_docstring(frame), told_of_fields(frame)
+        described = [schemas.of(kind) for kind in typing.get_args(data) or (data,)]
         properties = {
-            "type": {"const": name},
+            "type": {"type": "string", "enum": [name], "description": FRAME_TYPE},
             "data": {"anyOf": described} if described[1:] else described[0]}
-        shown = [{"type": name, "data": each} for kind in kinds for each in examples(kind)[:1]]
         if name in ANSWERS:
-            properties["ref"] = schemas.of(m.Ref) | {"description": "As in the client's frame."}
-            shown = [each | {"ref": "first"} for each in shown]
+            properties["ref"] = schemas.of(m.Ref)
         if "chat_id" in frame.__annotations__:
-            properties["chat_id"] = {"type": "integer", "description": "As in the client's frame."}
+            properties["chat_id"] = {"type": "integer"}
+        for field in properties.keys() - {"type"}:
+            describe(properties[field], told[field])
         required = ["type", "data", "ref"] if name == "ack" else ["type", "data"]
+        shown = server_examples(frame)
+        payload = {
+            "title": frame.__name__, "description": about, "type": "object",
+            "properties": properties, "required": required,
+            "examples": [each["payload"] for each in shown]}
         found[f"server_{name}"] = {
-            "name": name, "title": f"{name}, from the server", "summary": inspect.getdoc(frame),
-            "payload": {"type": "object", "properties": properties, "required": required},
-            "examples": [{"payload": each} for each in shown]}
+            "name": name, "title": f"{name}, from the server", "summary": about,
+            "payload": schemas.named(frame.__name__, payload), "examples": shown}
     return found
 
 
 def channel(of: Described, messages: Iterable[str], schemas: Schemas) -> Json:
     """Describe the address of a socket."""
+    parameters = of.parameters(schemas)
+    query = {one["name"]: one["schema"] | {"description": one["description"]}
+             for one in parameters if one["in"] == "query"}
     token = {"type": "string", "description": ACCESS["query_token"]["description"]}
-    query = query_schemas(of.signature.query) | {"token": token}
     return filled({
         "address": of.endpoint.path,
         "summary": of.summary,
         "description": of.description,
         "servers": [{"$ref": "#/servers/local"}],
-        "parameters": {name: {"description": schemas.of(of.hints[name])["description"]}
-                       for name in of.signature.path},
+        "parameters": {one["name"]: {"description": one["description"]}
+                       for one in parameters if one["in"] == "path"},
         "messages": {name: {"$ref": f"#/components/messages/{name}"} for name in messages},
-        "bindings": {"ws": {"method": "GET", "query": {"type": "object", "properties": query},
-                            "bindingVersion": "0.1.0"}},
+        "bindings": {"ws": {
+            "method": "GET", "query": {"type": "object", "properties": query | {"token": token}},
+            "bindingVersion": "0.1.0"}},
     })
 
 

@@ -30,6 +30,8 @@ from support.servers import ROOT, SECRET_KEY, SETTINGS
 
 OPENAPI, ASYNCAPI = documents()
 NOBODYS = new_id()
+both_documents = pytest.mark.parametrize(
+    "document", [OPENAPI, ASYNCAPI], ids=["openapi", "asyncapi"])
 
 # ---- The documents by themselves
 
@@ -98,8 +100,9 @@ WEBSOCKET = one_of_these(
     "", "method query bindingVersion", method={"const": "GET"}, query=one_of_these(
         "type properties", type={"const": "object"}, properties=map_of(SCHEMA)))
 MESSAGE = one_of_these(
-    "name payload examples", "title summary", payload=SCHEMA,
-    examples={"type": "array", "items": one_of_these("payload", payload=SCHEMA)})
+    "name payload examples", "title summary", payload=REFERENCE,
+    examples={"type": "array", "minItems": 1, "items": one_of_these(
+        "name payload", "summary", payload=SCHEMA, name={"enum": ["both", "one", "every"]})})
 # The parts of AsyncAPI 3.0 that are used here.
 ASYNCAPI_3 = one_of_these(
     "asyncapi info servers channels operations components", "defaultContentType",
@@ -152,7 +155,7 @@ def references(value: Any) -> Iterator[str]:
             yield from references(each)
 
 
-@pytest.mark.parametrize("document", [OPENAPI, ASYNCAPI], ids=["openapi", "asyncapi"])
+@both_documents
 def test_every_reference_leads_somewhere_and_every_shape_is_used(document: Document) -> None:
     """References stay inside the document and lead somewhere, and every shape is referred to."""
     found = set(references(document.content))
@@ -164,7 +167,7 @@ def test_every_reference_leads_somewhere_and_every_shape_is_used(document: Docum
     assert shapes - found == set()
 
 
-@pytest.mark.parametrize("document", [OPENAPI, ASYNCAPI], ids=["openapi", "asyncapi"])
+@both_documents
 def test_every_example_fits_its_schema(document: Document) -> None:
     """Every shape has an example, and each one is as its schema says."""
     components = document.content["components"]
@@ -173,10 +176,129 @@ def test_every_example_fits_its_schema(document: Document) -> None:
         for example in schema["examples"]:
             assert document.faults(pointer("components", "schemas", name), example) == [], name
     for name, message in components["messages"].items() if document is ASYNCAPI else ():
-        assert message["examples"], name
         for example in message["examples"]:
             at = pointer("components", "messages", name, "payload")
             assert document.faults(at, example["payload"]) == [], name
+
+
+def contents() -> Iterator[tuple[str, Json]]:
+    """Find the content of every body and every answer: a pointer to its schema, and what it is."""
+    for path, method, operation in operations():
+        here = ["paths", path, method.lower()]
+        parts = [(operation.get("requestBody", {}), [*here, "requestBody"])]
+        parts += [(one, [*here, "responses", status])
+                  for status, one in operation["responses"].items()]
+        for part, steps in parts:
+            if "$ref" in part:
+                part, steps = OPENAPI.at(part["$ref"]), part["$ref"].split("/")[1:]
+            for kind, content in part.get("content", {}).items():
+                yield pointer(*steps, "content", kind, "schema"), content
+
+
+def test_every_body_and_answer_has_an_example() -> None:
+    """What is sent to an endpoint and what it answers is shown by an example that fits."""
+    found = list(contents())
+    assert len(found) > 150
+    for at, content in found:
+        named = [OPENAPI.at(each["$ref"])["value"] if "$ref" in each else each["value"]
+                 for each in content.get("examples", {}).values()]
+        for example in named or [content["example"]]:
+            assert OPENAPI.faults(at, example) == [], at
+
+
+def test_every_frame_has_an_example_for_each_kind_of_socket() -> None:
+    """Of each frame there is an example for a socket of one chat and one for a socket of every
+    chat, unless it is the same on both; on the latter the client's frames name their chat."""
+    for name, message in ASYNCAPI.content["components"]["messages"].items():
+        shown = {one["name"] for one in message["examples"]}
+        is_every_only = message["name"] in ("chats", "chat", "chat_removed")
+        assert shown in ([{"every"}] if is_every_only else [{"both"}, {"one", "every"}]), name
+        for example in message["examples"]:
+            if name.startswith("client_") and message["name"] not in ("auth", "ping"):
+                names_its_chat = {"chat_id", "chats"} & example["payload"].keys() != set()
+                assert names_its_chat == (example["name"] == "every"), name
+
+
+def properties(value: Any, path: str = "") -> Iterator[tuple[str, Json]]:
+    """Find every property of every schema in a part of a document, each with where it is."""
+    if isinstance(value, dict):
+        for name, one in value.get("properties", {}).items():
+            yield f"{path}.{name}", one
+        for name, each in value.items():
+            if name not in ("example", "examples"):
+                yield from properties(each, f"{path}/{name}")
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from properties(each, f"{path}/{number}")
+
+
+@both_documents
+def test_every_property_is_described(document: Document) -> None:
+    """Each property of each schema is described in a sentence, and so is each parameter."""
+    found = dict(properties(document.content))
+    assert len(found) > 100
+    for where, one in found.items():
+        assert re.search(r"^[A-Z`1-9].*\.$", one.get("description", "")), where
+    for path, method, operation in operations():
+        for parameter in operation.get("parameters", []):
+            assert parameter["description"].endswith("."), (path, method, parameter["name"])
+
+
+# Of a schema's property: the limits that the contract has for it.
+LIMITS: dict[str, Json] = {
+    "Chat.unread_count": {"minimum": 0, "maximum": 100},
+    "Chat.participant_count": {"minimum": 1, "maximum": 1000},
+    "Chat.participants": {"maxItems": 100},
+    "Chat.last_rev": {"minimum": 0, "maximum": 2**63 - 1},
+    "Chat.version": {"minimum": 1},
+    "ChangedChat.name": {"minLength": 1, "maxLength": 100},
+    "Message.text": {"maxLength": 4096},
+    "Message.read_by": {"maxItems": 100},
+    "Message.read_count": {"minimum": 0, "maximum": 1000},
+    "Message.id": {"format": "uuid"},
+    "Message.created_at": {"format": "date-time"},
+    "Message.position": {"maxLength": 64},
+    "NewChat.participant_ids": {"minItems": 1},
+    "NewMessage.text": {"minLength": 1, "maxLength": 4096},
+    "NewUser.email": {"minLength": 3, "maxLength": 254},
+    "NewUser.username": {"minLength": 3, "maxLength": 50},
+    "NewUser.password": {"minLength": 8, "maxLength": 100},
+    "Participant.username": {"minLength": 3, "maxLength": 50},
+    "ProblemDetails.retry_after": {"minimum": 1},
+    "ReadUpTo.message_id": {"format": "uuid"},
+    "Session.user_agent": {"maxLength": 200},
+    "Tokens.expires_in": {"minimum": 1},
+    "User.id": {"minimum": 1, "maximum": 2**63 - 1},
+    "ChatPositions.chats": {"maxProperties": 1000},
+    "ChatUpdate.participants": {"maxItems": 1000},
+    "Hello.ping_seconds": {"minimum": 1},
+}
+
+
+def test_schemas_have_the_limits_of_the_contract() -> None:
+    """What the contract bounds is bounded in the schemas."""
+    schemas = OPENAPI.content["components"]["schemas"] | ASYNCAPI.content["components"]["schemas"]
+    for name, limits in LIMITS.items():
+        shape, _, field = name.partition(".")
+        assert schemas[shape]["properties"][field].items() >= limits.items(), name
+
+
+def test_every_problem_is_a_schema_of_its_own() -> None:
+    """Each type of problem has a schema that fixes its type and its status, and no other fits."""
+    for slug, kind in Problem.named.items():
+        if kind in (messenger.TooManyFrames, messenger.TooMuchTyping):  # of sockets only
+            continue
+        schema = OPENAPI.content["components"]["schemas"][kind.__name__]
+        base, own = schema["allOf"]
+        assert base == {"$ref": "#/components/schemas/ProblemDetails"}
+        assert own["properties"]["type"] == {
+            "type": "string", "enum": [slug], "description": f"{kind.title}."}
+        assert own["properties"]["status"]["enum"] == [kind.status]
+        assert own["properties"]["status"]["type"] == "integer"
+        others = {"status": 999}, {"type": "other"}
+        [example] = schema["examples"]
+        at = pointer("components", "schemas", kind.__name__)
+        assert all(OPENAPI.faults(at, example | other) for other in others)
 
 
 # ---- That nothing is left out
@@ -296,7 +418,7 @@ def test_recorder_sees_what_does_not_fit() -> None:
     assert "has no content" in hears(200, json_type, b"")
     assert "a newline" in hears(200, json_type, user.rstrip())
     assert "is not one of" in hears(404, problem_type, problem.replace(b"user", b"chat"))
-    assert "was expected" in hears(404, problem_type, problem.replace(b"404", b"400"))
+    assert "is not one of" in hears(404, problem_type, problem.replace(b"404", b"400"))
     post = {"method": "POST", "path": "/users"}
     assert "lacks the header Location" in hears(201, json_type, user, **post)
     assert "additional" in hears(201, json_type, user, sent=b'{"admin":true}', **post).lower()
@@ -435,7 +557,7 @@ async def try_chats(alice: Person, bob: Person, carol: Person, sql: asyncpg.Conn
     assert await alice.opens(bob) == personal
     group = await alice.founds(bob)
     ids = await sql.fetch(
-        "insert into users (username, username_key) select 'u' || n, 'u' || n"
+        "insert into users (username, username_key) select 'user' || n, 'user' || n"
         " from generate_series(1, 998) n returning id")
     members = [bob.id, *(row["id"] for row in ids)]
     everyone = {"is_group": True, "name": "full", "participant_ids": members}

@@ -56,10 +56,11 @@ class Actors:
         return self.spendable[name]
 
     def set(self, case: schemathesis.Case, actor: dict[str, Any], context: Any) -> None:
-        """Sign the call; who is not alice asks about their own account, not hers."""
+        """Sign the call; who may be spent asks about their own account, or else about Bob's."""
         case.headers["Authorization"] = f"Bearer {actor['token']}"
         path = case.path_parameters
-        if "id" in actor and path.get("user_id") == self.population.alice.id:
+        others = {person.id for person in self.population.people} - {self.population.bob.id}
+        if "id" in actor and path.get("user_id") in others:
             path["user_id"] = actor["id"]
         if "id" in actor and path.get("session_id") in self.population.sessions:
             path["session_id"] = actor["session"]

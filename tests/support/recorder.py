@@ -212,7 +212,7 @@ class Recorder:
 def kinds(response: Json) -> list[str]:
     """Answer the types of problem that a response may be; one that is no problem is ''."""
     problem = response.get("content", {}).get("application/problem+json")
-    return problem["schema"]["allOf"][1]["properties"]["type"]["enum"] if problem else [""]
+    return list(problem["examples"]) if problem else [""]
 
 
 @functools.cache
