@@ -3347,9 +3347,12 @@ async def serve(settings: Settings) -> None:
         else:
             await start_sites(settings, stack, listener, make_app(settings, url, secret_key))
         if not is_worker:
-            print(f"messenger {VERSION} serves {process.url_of(listener)}")
+            page, is_open = process.url_of(listener), settings.registration == "open"
+            print(f"messenger {VERSION} serves its page at {page}")
+            print(f"docs      {page}/docs: every call and every frame")
             print(f"data      {where}")
-            print("next      register a user: the README's first block of curl does it", flush=True)
+            print("next      open the page and make an account, or paste README's block of curl"
+                  if is_open else "next      make the first account: ./run user create", flush=True)
         await asyncio.Event().wait()
 
 

@@ -35,11 +35,14 @@ BACK_SECONDS = 15
 
 
 def test_start_tells_where_it_serves_and_warns_of_nothing(template: Server) -> None:
-    """The first start, without a data folder, prints the URL, the folder and the next step, and no
-    warning."""
+    """The first start, without a data folder, prints where the page and the docs are, the folder of
+    the data and the next step, and no warning."""
     assert re.fullmatch(r"http://localhost:[1-9]\d*", template.url)
-    assert str(template.data) in template.said
-    assert len(template.said.splitlines()) == 3
+    page, docs, data, following = template.said.splitlines()
+    assert page.endswith(f" serves its page at {template.url}")
+    assert docs.startswith(f"docs      {template.url}/docs")
+    assert data == f"data      {template.data} (embedded PostgreSQL)"
+    assert following.startswith("next      open the page and make an account")
     assert template.complaints() == ""
 
 

@@ -146,6 +146,15 @@ async def comes_up(process: asyncio.subprocess.Process) -> str:
 # ---- What it takes
 
 
+async def test_first_output_names_the_way_to_an_account(tmp_path: Path, place: Place) -> None:
+    """Where nobody may register, the next step is an administrator's."""
+    server = await Server(tmp_path, DATABASE_URL=place.url(), SECRET_KEY=SECRET_KEY,
+                          REGISTRATION="closed").starts()
+    await server.stops()
+    assert "data      your PostgreSQL (DATABASE_URL)\n" in server.said
+    assert server.said.endswith("next      make the first account: ./run user create\n")
+
+
 @pytest.mark.parametrize("query", [
     "?connect_timeout=10", "?channel_binding=require", "?gssencmode=disable&sslsni=1",
     "?keepalives=1&keepalives_idle=30&tcp_user_timeout=9000", "?options=-c%20geqo%3Doff",
