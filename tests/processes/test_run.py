@@ -349,7 +349,7 @@ def test_help_lists_the_commands(tree):
     done = tree.run("help")
     assert done.returncode == 0
     commands = (
-        "install", "compose-env", "test", "fuzz", "check", "documents", "lock",
+        "install", "compose-env", "test", "fuzz", "check", "deploy-test", "documents", "lock",
         "help")
     assert all(f"./run {command}" in done.stdout for command in commands)
     assert not tree.venv.exists()
