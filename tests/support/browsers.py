@@ -26,6 +26,8 @@ LOOK_SECONDS = 0.05
 class Tab:
     """A page in a browser: what all three can do with one."""
 
+    CLICK_MILLISECONDS = 0  # after which a click is made
+
     def __init__(self) -> None:
         self.complaints: list[str] = []  # what its console was told: errors, violations of policy
         self.asked: list[str] = []  # what it was asked to confirm
@@ -42,6 +44,13 @@ class Tab:
     async def finds(self, script: str) -> Any:
         """Answer what an expression is in the page, once it is settled."""
         raise NotImplementedError
+
+    async def clicks(self, element: str) -> bool:
+        """Click on an element if it is there; tell whether it was. What the click opens may have to
+        be answered, so this does not wait for it, and what is redrawn meanwhile is clicked anew.
+        """
+        return bool(await self.finds(
+            f"({element}) && !!setTimeout(() => ({element})?.click(), {self.CLICK_MILLISECONDS})"))
 
     async def writes(self, text: str) -> None:
         """Write into what has the focus, as keys or an input method do."""
@@ -541,6 +550,7 @@ class WebKit(Driver):
 class WebKitTab(Tab):
     """A page in WebKit."""
 
+    CLICK_MILLISECONDS = 100  # a question that comes while a script runs ends the script
     EVALUATE = """const done = arguments[arguments.length - 1];
 (async () => (%s))().then(value => done([JSON.stringify(value)]), error => done(String(error)))"""
 
@@ -598,6 +608,13 @@ class WebKitTab(Tab):
             "POST", "/execute/async", script=self.EVALUATE % script, args=[])
         assert isinstance(told, list), told
         return json.loads(told[0] or "null")
+
+    async def clicks(self, element: str) -> bool:
+        """Click on an element if it is there; tell whether it was."""
+        found = await super().clicks(element)
+        if found:
+            await asyncio.sleep(0.3)
+        return found
 
     async def _keys(self, *actions: dict[str, str]) -> None:
         await self.does("POST", "/actions", actions=[
