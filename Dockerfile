@@ -24,4 +24,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python", "-c", "\
 import os, urllib.request; \
 urllib.request.urlopen(f'http://127.0.0.1:{os.environ[\"PORT\"]}/api/v1/health/readiness', timeout=4)"]
+ENTRYPOINT ["sh", "deploy/container.sh"]
 CMD ["python", "messenger.py"]

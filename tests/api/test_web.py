@@ -1,17 +1,11 @@
-"""The web client and the docs page in a real browser: Chromium, driven by the DevTools protocol."""
+"""The web client and the docs page in a real browser: Chromium, or the one that BROWSER names."""
 
 import asyncio
-import contextlib
-import itertools
 import json
 import os
 import random
-import shutil
-import signal
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -21,23 +15,17 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import messenger
+from support.browsers import BROWSERS, LOOK_SECONDS, SEE_SECONDS, Driver, Tab
 from support.people import NOBODYS, PASSWORD, Person
 from support.resuming import Held, number_of
 from support.servers import SECRET_KEY, SETTINGS
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+DRIVER = BROWSERS[os.environ.get("BROWSER", "chromium")]
+pytestmark = pytest.mark.skipif(
+    DRIVER.program() is None, reason=f"no browser (apt-get install {DRIVER.PACKAGE})")
+blocking = pytest.mark.skipif(
+    not DRIVER.BLOCKS, reason="this browser's driver keeps no request from leaving")
 
-FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-dev-shm-usage", "--disable-breakpad", "--remote-debugging-port=0",
-    # A mouse: headless it has none, and the page spares touch screens the keyboard.
-    "--blink-settings=primaryHoverType=2,availableHoverTypes=2",
-)
-START_SECONDS = 50
-SEE_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
-LOOK_SECONDS = 0.05
 UP_TO_DATE = "isConnected() && failures === 0 && !replaying.size && $('connection').hidden"
 TEXTS = "[...document.querySelectorAll('{}')].map(one => one.innerText)"
 
@@ -46,113 +34,30 @@ TEXTS = "[...document.querySelectorAll('{}')].map(one => one.innerText)"
 
 
 @pytest.fixture(scope="module")
-def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The DevTools address of a browser, which every test of this file uses."""
-    folder = tmp_path_factory.mktemp("chromium")
-    process = subprocess.Popen(
-        [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder}", "about:blank"],
-        cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )
-    try:
-        yield devtools_address(folder)
-    finally:
-        process.terminate()  # it ends its own processes
-        try:
-            process.wait(START_SECONDS)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def devtools_address(folder: Path) -> str:
-    """Wait until the browser has said where it listens."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError, ValueError):
-            port, path = (folder / "DevToolsActivePort").read_text().splitlines()
-            return f"ws://127.0.0.1:{port}{path}"
-        time.sleep(LOOK_SECONDS)
-    raise AssertionError("chromium does not start")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address at which a browser is driven, which every test of this file uses."""
+    with DRIVER.started(tmp_path_factory.mktemp("browser")) as address:
+        yield address
 
 
 class Browser:
-    """A connection to the browser: commands go out with a number, answers and events come in."""
+    """A browser, in which people open pages."""
 
-    def __init__(self, ws: aiohttp.ClientWebSocketResponse) -> None:
-        self.ws = ws
-        self.numbers = itertools.count(1)
-        self.asked: dict[int, asyncio.Future[Any]] = {}
-        self.pages: dict[str, Page] = {}  # by DevTools session
-
-    async def listen(self) -> None:
-        """Take what the browser tells, until it hangs up."""
-        async for heard in self.ws:
-            told = heard.json()
-            if "id" in told:
-                self.asked.pop(told["id"]).set_result(told)
-            elif told.get("sessionId") in self.pages:
-                self.pages[told["sessionId"]].hears(told["method"], told["params"])
-
-    async def commands(self, method: str, session: str = "", **params: Any) -> Any:
-        """Give a command, answer its result."""
-        number = next(self.numbers)
-        command = {"id": number, "method": method, "params": params}
-        self.asked[number] = asyncio.get_running_loop().create_future()
-        await self.ws.send_json(command | ({"sessionId": session} if session else {}))
-        async with asyncio.timeout(START_SECONDS):
-            answer = await self.asked[number]
-        assert "error" not in answer, f"{method}: {answer}"
-        return answer["result"]
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
 
     async def opens(self, url: str, beside: "Page | None" = None) -> "Page":
         """Open a page: as if in a browser of its own, or as another tab beside one."""
-        context = beside.context if beside else await self.commands(
-            "Target.createBrowserContext", disposeOnDetach=True
-        )
-        target = await self.commands("Target.createTarget", url="about:blank", **context)
-        attached = await self.commands("Target.attachToTarget", flatten=True, **target)
-        page = self.pages[attached["sessionId"]] = Page(self, attached["sessionId"], context)
-        for domain in ("Page", "Runtime", "Log"):
-            await page.commands(f"{domain}.enable")
-        await page.commands("Page.navigate", url=url)
-        return page
+        return Page(await self.driver.opens(url, beside.tab if beside else None))
 
 
 class Page:
     """A page, used as a person would: by what is seen on it, with keys and clicks."""
 
-    def __init__(self, browser: Browser, session: str, context: dict[str, str]) -> None:
-        self.browser = browser
-        self.session = session
-        self.context = context  # whose storage it has
-        self.complaints: list[str] = []  # what its console was told: errors, violations of policy
-        self.asked: list[str] = []  # what it was asked to confirm
-        self.requested: list[str] = []  # the URLs, from when its network is watched
-
-    def hears(self, method: str, params: Any) -> None:
-        """Note what the page complains of."""
-        if method == "Runtime.exceptionThrown":
-            self.complaints.append(json.dumps(params["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled":
-            self.complaints.append(json.dumps(params["args"]))
-        elif method == "Log.entryAdded":
-            self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url')}")
-        elif method == "Network.requestWillBeSent":
-            self.requested.append(params["request"]["url"])
-        elif method == "Page.javascriptDialogOpening":
-            self.asked.append(params["message"])
-
-    async def commands(self, method: str, **params: Any) -> Any:
-        """Give a command to this page."""
-        return await self.browser.commands(method, self.session, **params)
-
-    async def finds(self, script: str) -> Any:
-        """Answer what an expression is in the page."""
-        answer = await self.commands(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-        )
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
+    def __init__(self, tab: Tab) -> None:
+        self.tab = tab
+        self.finds = tab.finds
+        self.complaints = tab.complaints
 
     async def waits(self, script: str, seconds: float = SEE_SECONDS) -> Any:
         """Wait until an expression is true."""
@@ -178,26 +83,20 @@ class Page:
 
     async def clicks_on(self, element: str) -> None:
         """Click on an element once it is there; what it opens may have to be answered."""
-        await self.waits(f"(found => found && setTimeout(() => found.click()))({element})")
+        async with asyncio.timeout(SEE_SECONDS):
+            while not await self.tab.clicks(element):
+                await asyncio.sleep(LOOK_SECONDS)
 
     async def types(self, selector: str, text: str) -> None:
         """Type into a field, in place of what was in it."""
         await self.waits(f"{one(selector)}?.checkVisibility()")
         await self.finds(f"{one(selector)}.focus(), {one(selector)}.select()")
-        await self.commands("Input.insertText", text=text)
-
-    async def presses(self, key: str, **key_event: Any) -> None:
-        """Press a key."""
-        for kind in ("keyDown", "keyUp"):
-            await self.commands("Input.dispatchKeyEvent", type=kind, key=key, **key_event)
+        await self.tab.writes(text)
 
     async def confirms(self, text: str = "") -> str:
         """Say yes to what the page asks, or what it asks for; answer the question."""
-        async with asyncio.timeout(SEE_SECONDS):
-            while not self.asked:
-                await asyncio.sleep(LOOK_SECONDS)
-        question = self.asked.pop()
-        await self.commands("Page.handleJavaScriptDialog", accept=True, promptText=text)
+        question = await self.tab.question()
+        await self.tab.answers(text)
         return question
 
     # ---- The client
@@ -223,7 +122,7 @@ class Page:
     async def says(self, text: str) -> None:
         """Write a message and send it."""
         await self.types("#text", text)
-        await self.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+        await self.tab.presses("Enter")
 
     async def sees_message(self, text: str) -> None:
         """Wait until a message is shown, answered by the server."""
@@ -253,19 +152,10 @@ def shown(selector: str, text: str) -> str:
 
 
 @pytest.fixture
-async def browser(devtools: str) -> AsyncIterator[Browser]:
+async def browser(driven: str) -> AsyncIterator[Browser]:
     """The browser; the pages of a test go with it, before their server."""
-    async with (
-        aiohttp.ClientSession() as session,
-        session.ws_connect(devtools, max_msg_size=0) as ws,
-    ):
-        made = Browser(ws)
-        listening = asyncio.create_task(made.listen())
-        yield made
-        for context in {page.context["browserContextId"] for page in made.pages.values()}:
-            await made.commands("Target.disposeBrowserContext", browserContextId=context)
-        await ws.close()
-        await listening
+    async with DRIVER.connected(driven) as driver:
+        yield Browser(driver)
 
 
 # ==== The client ==================================================================================
@@ -373,11 +263,12 @@ async def test_what_was_written_without_a_server_is_sent_exactly_once(
     assert await page.texts() == expected
     assert await sql.fetchval("select count(*) from messages where text like 'written%'") == 1
     assert lost in ([201], [201, 200])  # the socket may tell of it before it is sent again
-    await page.commands("Page.reload")
+    await page.tab.reloads()
     await page.sees_message("written meanwhile")
     assert await page.texts() == expected
 
 
+@blocking
 async def test_what_was_not_sent_outlives_the_page(
     alice: Person, bob: Person, server: TestServer, browser: Browser
 ) -> None:
@@ -385,12 +276,11 @@ async def test_what_was_not_sent_outlives_the_page(
     chat = await alice.opens(bob)
     page = await browser.opens(f"{server.make_url('/')}#{chat}")
     await page.enters("alice")
-    await page.commands("Network.enable")
-    await page.commands("Network.setBlockedURLs", urls=["*/messages"])
+    await page.tab.blocks("/messages")
     await page.says("Wait for me")
     await page.sees("sending", "#messages")
-    await page.commands("Network.setBlockedURLs", urls=[])
-    await page.commands("Page.reload")
+    await page.tab.blocks()
+    await page.tab.reloads()
     await page.sees_message("Wait for me")
     assert await bob.history(chat) == ["Wait for me"]
 
@@ -418,7 +308,7 @@ async def test_hostile_text_is_shown_as_text(
     await page.sees(HOSTILE[2], ".quote:not([hidden])")
     await page.clicks("#find")
     await page.types("#words", "taken")
-    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    await page.tab.presses("Enter")
     await page.sees(HOSTILE[1], "#messages")
     assert await page.texts() == list(HOSTILE[:2])
     assert await page.finds("document.querySelectorAll('img, b b, script').length") == 1
@@ -446,11 +336,11 @@ async def test_a_session_of_use_leaves_the_console_empty(
         assert await page.finds("$('log').scrollTop > 100")
     assert await page.texts() == [f"line {n}" for n in range(105)]
 
-    await page.commands("Page.reload")
+    await page.tab.reloads()
     await page.sees_message("line 104")
     await page.clicks("#find")
     await page.types("#words", "3 line")
-    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    await page.tab.presses("Enter")
     await page.sees_no_more("line 104", "#messages")
     await page.sees("line 3", "#messages")
     assert await page.texts() == ["line 3"]
@@ -488,6 +378,7 @@ async def test_a_session_of_use_leaves_the_console_empty(
     assert page.complaints == []
 
 
+@blocking
 async def test_only_one_tab_renews_the_tokens(
     alice: Person, server: TestServer, browser: Browser
 ) -> None:
@@ -502,12 +393,12 @@ async def test_only_one_tab_renews_the_tokens(
         await first.finds(f"localStorage.setItem('session', JSON.stringify({worn}))")
         await asyncio.sleep(0.3)  # it reaches other tabs in a while
         if worn != "session":
-            await second.commands("Network.enable")
-            await second.commands("Page.reload")
+            second.tab.requested.clear()
+            await second.tab.reloads()
             await second.waits("document.readyState === 'complete' && !me")
     await first.finds("letGo()")
     await second.waits("socket?.readyState === 1")
-    assert not [url for url in second.requested if url.endswith("/refresh")]
+    assert not [url for url in second.tab.requested if url.endswith("/refresh")]
     assert first.complaints == second.complaints == []
 
 
@@ -680,7 +571,7 @@ async def test_what_a_restored_server_lost_is_offered_again(
     await page.sees("Not sent", "#messages")
     await page.sees("kept", "#messages")
     assert await page.texts() == ["kept", "mine, lost"]
-    await page.commands("Page.reload")
+    await page.tab.reloads()
     await page.sees("Not sent", "#messages")
     await page.sees("kept", "#messages")
     assert await page.texts() == ["kept", "mine, lost"]
@@ -766,7 +657,7 @@ async def test_drafts_outlive_reloads_and_edits(
     await page.sees("carol", "#title")
     assert await page.finds("$('text').value") == ""
     await page.types("#text", "for Carol")
-    await page.commands("Page.reload")
+    await page.tab.reloads()
     await page.waits("document.querySelector('#text')?.value === 'for Carol'")
     await page.finds(f"location.hash = {first}")
     await page.waits("$('text').value === 'for Bob'")
@@ -777,7 +668,7 @@ async def test_drafts_outlive_reloads_and_edits(
     await page.waits("$('text').value === 'for Bob'")
     await page.says("for Bob")
     await page.sees_message("for Bob")
-    await page.commands("Page.reload")
+    await page.tab.reloads()
     await page.sees_message("for Bob")
     assert await page.finds("$('text').value") == ""
     assert page.complaints == []
@@ -793,10 +684,10 @@ async def test_group_is_made_once_and_only_when_asked_for(
     await page.clicks("#new-group")
     await page.types("#group-name", "Friends")
     await page.types("#query", "bob")
-    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    await page.tab.presses("Enter")
     await page.clicks("#found li button", "Choose")
     await page.sees("bob", "#picked")
-    await page.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    await page.tab.presses("Enter")
     assert await page.finds("$('picker').open")
     await page.finds("$('create').click(), $('create').click()")
     await page.sees("Friends", "#title")
@@ -822,7 +713,7 @@ async def test_only_what_somebody_looked_at_is_read(
 
     await page.finds("$('log').scrollTop = 0")
     await page.waits("!following")
-    await page.presses("Shift")
+    await page.tab.presses("Shift")
     await page.waits("current.unread_count && current.unread_count < 30")
     [chat_of_bob] = await bob.gets("/chats")
     assert 0 < chat_of_bob["unread_count"] < 30
@@ -845,13 +736,15 @@ async def test_frame_leaves_the_rows_alone_that_it_does_not_change(
     await page.enters("alice")
     await page.sees_message("line 0")
     await page.waits(UP_TO_DATE)
-    await page.finds(f"""
+    await page.waits("current.people.get(me.id).last_read_seq === 1")  # which draws the row anew
+    await page.finds(f"""(() => {{
         window.line = (n, more) => ({{...{json.dumps(said)}, seq: n + 1, rev: n + 1,
             position: `${{n + 1}}.m`, text: `line ${{n}}`, id: `line-${{n}}`, ...more}});
         for (let n = 1; n < 10_000; n++) store(line(n));
         drawAll();
         window.filled = 0;
-        fillMessage = (fill => (...given) => {{ filled++; fill(...given); }})(fillMessage)""")
+        fillMessage = (fill => (...given) => {{ filled++; fill(...given); }})(fillMessage);
+    }})()""")
     took = await page.finds("""
         [10_000, 10_001, 10_002].map(n => {
             const start = performance.now();
@@ -871,6 +764,7 @@ async def test_frame_leaves_the_rows_alone_that_it_does_not_change(
     assert page.complaints == []
 
 
+@blocking
 async def test_loading_empty_and_failed_are_told_apart(
     alice: Person, bob: Person, server: TestServer, browser: Browser
 ) -> None:
@@ -882,12 +776,11 @@ async def test_loading_empty_and_failed_are_told_apart(
     await page.sees("No messages yet.", "#log")
     await bob.says(chat, "there")
     await page.sees_message("there")
-    await page.commands("Network.enable")
-    await page.commands("Network.setBlockedURLs", urls=["*/messages*"])
-    await page.commands("Page.reload")
+    await page.tab.blocks("/messages")
+    await page.tab.reloads()
     await page.sees("The server cannot be reached.", "#log")
     assert await page.finds("document.body.innerText.split('cannot be reached').length") == 2
-    await page.commands("Network.setBlockedURLs", urls=[])
+    await page.tab.blocks()
     await page.clicks("#again")
     await page.sees_message("there")
     await page.sees_no_more("reached", "#log")
@@ -915,6 +808,7 @@ async def test_refusal_is_told_once_where_it_belongs(
     assert await page.finds("$('create').disabled") is False
 
 
+@blocking
 async def test_page_without_a_network_says_so(
     alice: Person, server: TestServer, browser: Browser
 ) -> None:
@@ -922,12 +816,10 @@ async def test_page_without_a_network_says_so(
     page = await browser.opens(str(server.make_url("/")))
     await page.enters("alice")
     await page.waits(UP_TO_DATE)
-    await page.commands("Network.enable")
-    network = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    await page.commands("Network.emulateNetworkConditions", offline=True, **network)
+    await page.tab.goes_offline(True)
     await page.waits("$('connection').checkVisibility()")
     await page.sees("offline", "#connection")
-    await page.commands("Network.emulateNetworkConditions", offline=False, **network)
+    await page.tab.goes_offline(False)
     await page.waits("!$('connection').checkVisibility()")
     await page.finds("socket.close()")
     await page.sees("No connection", "#connection")
@@ -960,8 +852,7 @@ async def test_everything_fits_on_a_narrow_screen(
     """At 360 pixels nothing is cut off, the buttons of a group's dialog least of all."""
     chat = await alice.founds(bob, name="Friends of long names")
     page = await browser.opens(f"{server.make_url('/')}#{chat}")
-    await page.commands("Emulation.setDeviceMetricsOverride", width=360, height=640,
-                        deviceScaleFactor=1, mobile=False)
+    await page.tab.resizes(360, 640)
     await page.enters("alice")
     await page.clicks("#about")
     await page.sees("2 in it", "#group")
@@ -1030,9 +921,7 @@ async def test_docs_fit_a_narrow_screen(
 ) -> None:
     """On a phone the page is read by scrolling down alone."""
     page = await browser.opens(str(server.make_url("/docs")))
-    await page.commands(
-        "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1,
-        mobile=False)
+    await page.tab.resizes(width, 844)
     await page.sees("entries", "#count")
     assert await page.finds("innerWidth") == width
     right = "one.getBoundingClientRect().right"

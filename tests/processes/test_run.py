@@ -6,6 +6,7 @@ messenger.py only tells how it was started. Nothing here reaches the network.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -347,9 +348,37 @@ def test_help_lists_the_commands(tree):
     """./run help names every command and installs nothing."""
     done = tree.run("help")
     assert done.returncode == 0
-    commands = ("test", "fuzz", "check", "documents", "lock", "help")
+    commands = (
+        "install", "compose-env", "test", "fuzz", "check", "deploy-test", "documents", "lock",
+        "help")
     assert all(f"./run {command}" in done.stdout for command in commands)
     assert not tree.venv.exists()
+
+
+def test_install_starts_nothing(tree):
+    """./run install makes .venv and is done; once more it does nothing."""
+    assert tree.run("install").stderr.startswith("Installing")
+    done = tree.run("install")
+    assert (done.returncode, done.stdout, done.stderr, tree.times_made()) == (0, "", "", 1)
+
+
+def test_secrets_of_compose_are_made_once(tree):
+    """./run compose-env makes .env with two secrets, readable by its owner alone; several at once
+    make one, and none replaces what is there. It needs no Python."""
+    tree.env["PYTHON"] = "/nowhere"
+    with tree.start("compose-env") as first, tree.start("compose-env") as second:
+        said = [process.communicate(timeout=50)[0] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0)
+    env = tree.folder / ".env"
+    assert sorted(text.startswith(f"made {env}:") for text in said) == [False, True]
+    assert env.stat().st_mode & 0o777 == 0o600
+    made = env.read_text()
+    key, password = re.fullmatch(
+        "SECRET_KEY=([0-9a-f]{64})\nPOSTGRES_PASSWORD=([0-9a-f]{64})\n", made).groups()
+    assert key != password
+    tree.run("compose-env")
+    assert env.read_text() == made
+    assert [path.name for path in tree.folder.glob(".env*")] == [".env"]
 
 
 def test_arguments_after_test_reach_pytest(started):
