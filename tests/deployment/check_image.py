@@ -42,7 +42,8 @@ exec postgres -c listen_addresses='*'
 """
 POSTGRES_FILE = """FROM standin
 RUN apt-get update -qq && apt-get install -qq -y --no-install-recommends postgresql-15 >/dev/null \\
-    && install --directory --owner=postgres --mode=1777 /var/lib/postgresql
+    && install --directory --owner=postgres --mode=1777 /var/lib/postgresql \\
+    && install --directory --owner=postgres --mode=3777 /var/run/postgresql
 ENV PATH=/usr/lib/postgresql/15/bin:/usr/bin:/bin PGDATA=/var/lib/postgresql/15/docker
 COPY start.sh /start.sh
 VOLUME /var/lib/postgresql
