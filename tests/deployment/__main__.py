@@ -100,7 +100,7 @@ def run(part: str, environment: dict[str, str]) -> bool:
     """Run a part; tell whether it passed."""
     tell(part)
     environment = environment | ({"BROWSER": part} if part in BROWSERS else {})
-    command = [sys.executable, "-m", "pytest", "-v", "-rsfE", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-vv", "-rsfE", "--tb=short"]
     try:
         status = subprocess.run([*command, *PARTS[part]], env=environment, cwd=ROOT,
                                 timeout=PART_SECONDS).returncode

@@ -42,7 +42,8 @@ exec postgres -c listen_addresses='*'
 """
 POSTGRES_FILE = """FROM standin
 RUN apt-get update -qq && apt-get install -qq -y --no-install-recommends postgresql-15 >/dev/null \\
-    && install --directory --owner=postgres --mode=1777 /var/lib/postgresql
+    && install --directory --owner=postgres --mode=1777 /var/lib/postgresql \\
+    && install --directory --owner=postgres --mode=3777 /var/run/postgresql
 ENV PATH=/usr/lib/postgresql/15/bin:/usr/bin:/bin PGDATA=/var/lib/postgresql/15/docker
 COPY start.sh /start.sh
 VOLUME /var/lib/postgresql
@@ -121,10 +122,11 @@ def build(docker: Docker, base: Debian) -> None:
     base.path("/usr/bin/python").symlink_to("python3")
     for marker in base.root.glob("usr/lib/python3*/EXTERNALLY-MANAGED"):
         marker.unlink()
-    packed = subprocess.Popen(["tar", "-C", base.root, "-c", "."], stdout=subprocess.PIPE)
-    subprocess.run(["docker", "import", "-", "python:3.13-slim"], stdin=packed.stdout,
-                   env=docker.environment, check=True, capture_output=True, timeout=120)
-    assert packed.wait(60) == 0
+    with subprocess.Popen(
+        ["tar", "-C", base.root, "-c", "."], stdout=subprocess.PIPE
+    ) as packed:
+        subprocess.run(["docker", "import", "-", "python:3.13-slim"], stdin=packed.stdout,
+                       env=docker.environment, check=True, capture_output=True, timeout=200)
     docker.does("tag", "python:3.13-slim", "standin")
     docker.does("build", "--network=host", "-t", "messenger", ROOT, seconds=600)
     folder = docker.folder / "postgres"
@@ -180,7 +182,7 @@ def test_image_runs(docker: Docker, database: str, user: str, place: str) -> Non
             assert docker.asks(8080, "/users/login", "-d", login)["access_token"]
             docker.does("restart", "--time=20", name)
         until(lambda: health(docker, name) == "healthy", READY_SECONDS)
-        [owner] = {line.split()[0] for line in docker.does("top", name, "-eo", "user,args")
+        [owner] = {line.split()[1] for line in docker.does("top", name, "-eo", "pid,user,args")
                    .splitlines() if "messenger.py" in line and "docker-init" not in line}
         assert (owner in ("root", "0")) == ((user, place) == ("root", "url"))
         docker.does("stop", "--time=20", name)
@@ -231,7 +233,11 @@ def test_compose_makes_a_server(docker: Docker, composed: Path) -> None:
     assert told.count(password) == 2
     try:
         docker.does("tag", "messenger", f"{composed.name}_messenger")
-        docker.composes(composed, "up", "-d", "--no-build", seconds=200)
+        try:
+            docker.composes(composed, "up", "-d", "--no-build", seconds=200)
+        except Failed as error:
+            state = docker.does("ps", "-a", "--format", "{{.Names}} {{.Status}}")
+            raise Failed(f"{error}\n{state}{docker.composes(composed, 'logs')}") from None
         until(lambda: docker.asks(8080, "/health/readiness"), READY_SECONDS,
               lambda: docker.composes(composed, "logs"))
         docker.asks(8080, "/users", "-d", ANN)

@@ -59,3 +59,14 @@ def test_readme_names_what_there_is() -> None:
         assert place in DEPLOY["install.sh"] or place in DEPLOY["messenger.env"]
     assert "./run compose-env" in section
     assert "LISTEN=0.0.0.0:8080" in section
+
+
+def test_readme_quotes_the_table_of_the_bench() -> None:
+    """The rows of the README's table are those that `./run bench small` prints, in its order."""
+    printed = re.findall(r'(?m)^        \(f?"([^"]+)",', (ROOT / "bench/small.py").read_text())
+    [table] = re.findall(r"(?s)\| on a small machine \| \|\n\|---\|--:\|\n(.*?)\n\n", README)
+    quoted = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()]
+    assert len(quoted) == len(printed)
+    for row, label in zip(quoted, printed, strict=True):
+        pattern = re.sub(r"\\\{.*?\\\}", r"[\\d,]+", re.escape(label))
+        assert re.fullmatch(pattern, row), row
