@@ -140,7 +140,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         self._lanes: dict[Hashable, deque[Entry[Item, Outcome]]] = {}  # by the lock that is held
         self._running: asyncio.Task[None] | None = None
         self._trying: asyncio.Task[None] | None = None  # whether locks are free again
-        kind = type(self).__name__
+        kind = type(self).__name__.removesuffix("Writer").lower()
         self._timer, self._sizes = metrics.COMMITS.labels(kind), metrics.GROUPS.labels(kind)
 
     @abc.abstractmethod
