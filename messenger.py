@@ -521,7 +521,8 @@ class Message(Struct):
 
     seq: The chat's number under which it was posted; it never changes.
     rev: The chat's number of its last change, equal to `seq` before the first. Of two copies of a
-        message the one with the larger `rev` is true.
+        message the one with the larger `rev` is true; `sender_id`, `read_by` and `read_count`
+        change without a new one.
     sender_id: Who sent it; null once their account is deleted.
     text: Up to 4,096 characters; empty once the message is deleted.
     reply_to: The message of the same chat that this one answers.
@@ -558,7 +559,7 @@ class Chat(Struct):
     last_message: The newest message, deleted or not.
     last_rev: The number of the chat's last change; 0 before the first message.
     position: The position of that change.
-    version: Grows with each change of the name or the participants.
+    version: Grows with each change of the chat's name, or of who is in it and in which role.
     unread_count: How many messages of others came after `last_read_seq`, without deleted ones;
         counted up to 100.
     """
@@ -814,7 +815,7 @@ class TypingOut(ServerFrame, tag="typing"):
 
 
 class ChatOut(ServerFrame, tag="chat"):
-    """On `/ws`: the user came into this chat; `ready` and its messages follow."""
+    """On `/ws`: the user came into this chat; `ready` and what is posted from then on follow."""
     data: Chat
 
 
@@ -864,7 +865,7 @@ ServerFrames = (
 
 TOKEN_ENDED, NOT_IN_CHAT, FLOODING = 4401, 4403, 4429
 CLOSE_CODES = {
-    GOING_AWAY: "the server is going away; come back at once",
+    GOING_AWAY: "the server is going away; come back after a random part of a second",
     1007: "a text that is not UTF-8",
     1009: "a frame over 64 KiB",
     TOKEN_ENDED: "the token expired or was revoked",
@@ -2675,7 +2676,8 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
     """Change your email, username or password, or sign out everywhere.
 
     A new email or password needs `current_password`. A new password ends every other session.
-    `is_active: false` ends all sessions; the next login makes the account active again.
+    `is_active: false` ends all sessions; the next login makes the account active again. A new
+    username is not told over sockets.
     Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts,
     TooManyChanges.
     """
@@ -2728,8 +2730,9 @@ async def check_self(request: web.Request, user_id: int) -> None:
 async def delete_user(request: web.Request, user_id: UserId) -> None:
     """Delete your account.
 
-    Its messages stay, without a sender; its sessions and sockets end. A group that it owned passes
-    to the admin who has been in it the longest, or to such a member where there is no admin.
+    Its messages stay, without a sender, under the same `rev`; its sessions and sockets end. A group
+    that it owned passes to the admin who has been in it the longest, or to such a member where
+    there is no admin.
     Raises UserNotFound, NotAllowed.
     """
     await check_self(request, user_id)
@@ -3018,7 +3021,11 @@ async def get_message(request: web.Request, chat_id: ChatId, message_id: Message
 async def change_message(
     request: web.Request, chat_id: ChatId, message_id: MessageId, body: ChangedMessage
 ) -> Message:
-    """Edit your message. Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages."""
+    """Edit your message.
+
+    The same text again changes nothing. A deleted message is not found.
+    Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
+    """
     charge(request.app, TooManyMessages, request[ME])
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, body.text))
     return await get_message(request, chat_id, message_id)
@@ -3028,7 +3035,7 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
     """Delete a message.
 
     Its sender may do so, in a group also the owner and the admins. A tombstone stays: the message
-    with an empty text.
+    with an empty text. Deleting it again changes nothing.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     charge(request.app, TooManyMessages, (request[ME], "deleted"))
