@@ -18,6 +18,7 @@ from support.servers import ROOT
 DASHBOARD = json.loads((ROOT / "deploy/grafana.json").read_text(encoding="utf-8"))
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 EXPRESSIONS = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+SHOWN = re.findall(r"```promql\n(.*?)```", OPERATIONS, re.DOTALL)
 COUNTING = """
 from plumbing import metrics
 metrics.observe_request("login", 200, 0.5)
@@ -94,10 +95,11 @@ def labels_in(expression: str) -> set[str]:
 
 
 def test_dashboard_asks_for_what_is_served(served: list[Sample]) -> None:
-    """Each name in the dashboard is that of a served sample, which has the labels that go with it;
-    and of each metric something is shown."""
+    """Each name in the dashboard, and in the query of docs/operations.md, is that of a served
+    sample, which has the labels that go with it; and of each metric something is shown."""
+    assert SHOWN
     shown = set()
-    for expression in EXPRESSIONS:
+    for expression in [*EXPRESSIONS, *SHOWN]:
         names = set(re.findall(r"messenger_\w+", expression))
         assert names, expression
         for name in names:

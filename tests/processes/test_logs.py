@@ -227,3 +227,6 @@ async def test_log_in_json_is_json_from_start_to_stop(tmp_path: Path) -> None:
     for message in ("migrations were applied: ", "the database is away", "stopping"):
         assert sum(message in each for each in told) >= 1, message
     assert any(each.endswith(" own.id") for each in told)
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    shown = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
+    assert {**shown, "time": ""} in [{**record, "time": ""} for record in log.records]
