@@ -127,6 +127,16 @@ def test_commands_that_are_named_exist() -> None:
     assert named <= listed
 
 
+def test_page_of_the_api_lists_every_call() -> None:
+    """The two tables of docs/api.md have each line of the server's own, and no other."""
+    under, others = PAGES["docs/api.md"].split("These do not:")
+    call = re.compile("`(GET|POST|PUT|PATCH|DELETE) (/[^?`]*)")
+    under = under.split("## Calls")[1]
+    listed = {(method, f"/api/v1{path}") for method, path in call.findall(under)}
+    listed |= set(call.findall(others.split("## Refusals")[0]))
+    assert listed == {(each.method, each.path) for each in messenger.ENDPOINTS}
+
+
 def anchors(page: str) -> set[str]:
     """Make the anchors of a page's headings, as GitHub does."""
     headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?s)```.*?```", "", page))
