@@ -190,7 +190,7 @@ Count = Annotated[int, Meta(ge=1, le=1_000_000)]
 
 
 class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
-    """What is set from outside; README.md tells what each is for."""
+    """What is set from outside; docs/settings.md says what each is for."""
 
     host: str = "127.0.0.1"
     port: Port = 8080

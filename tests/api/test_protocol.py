@@ -48,6 +48,19 @@ def test_close_codes_of_the_page_are_those_of_the_server() -> None:
     assert told == {*in_document, "1006"}
 
 
+def test_page_lists_every_frame() -> None:
+    """The page's two tables have each frame of the document that a client sends or hears."""
+    in_document = {"client": set(), "server": set()}
+    for name in documents()[1].content["components"]["messages"]:
+        side, _, kind = name.partition("_")
+        in_document[side].add(kind)
+    section = PAGE.split("## Every frame")[1].split("\n## ")[0]
+    sent = set(re.findall(r'(?m)^\| `{"type": "(\w+)"', section))
+    heard = {kind for cell in re.findall(r"(?m)^\| (`\w+`(?:, `\w+`)*) \|", section)
+             for kind in re.findall(r"\w+", cell)}
+    assert {"client": sent, "server": heard} == in_document
+
+
 class Client:
     """The page's client, in a process of its own."""
 

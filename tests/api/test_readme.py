@@ -1,6 +1,8 @@
-"""What the README shows is run as it stands there, against a server started as it says."""
+"""README.md and the pages of docs/: their commands and examples are run as they stand there, and
+what they name is there."""
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -8,16 +10,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
+import messenger
 from support.servers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README} | {
+    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+README_LINES_MAX = 250
 
 
-def block(language: str, holding: str) -> str:
+def block(page: str, language: str, holding: str) -> str:
     """Find the code block of a language that holds a text."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
     [found] = [block for block in blocks if holding in block]
     return str(found)
 
@@ -49,16 +56,22 @@ def address(tmp_path: Path) -> Iterator[str]:
         yield address
 
 
-def test_what_the_readme_shows_works(address: str, tmp_path: Path) -> None:
-    """The README's block of curl, pasted in order, and then its client print what they promise."""
+def test_calls_that_are_shown_work(address: str, tmp_path: Path) -> None:
+    """The README's block of curl, pasted in order, then the client of docs/api.md print what they
+    promise; and the refusal that is shown there is that of a message without a text."""
     client = tmp_path / "client.py"
-    client.write_text(block("python", "ws_connect").replace("localhost:8080", address))
-    shell = block("sh", "API=").replace("localhost:8080", address)
+    code = block("docs/api.md", "python", "ws_connect")
+    client.write_text(code.replace("localhost:8080", address))
+    shell = block("README.md", "sh", "API=").replace("localhost:8080", address)
     run_client = f"BEN=$BEN CHAT=$CHAT {sys.executable} {client}"
-    assert "BEN=$BEN CHAT=$CHAT .venv/bin/python client.py" in README
+    assert "BEN=$BEN CHAT=$CHAT .venv/bin/python client.py" in PAGES["docs/api.md"]
+    refusal = json.loads(block("docs/api.md", "json", "invalid-input"))
+    provoke = (
+        "curl -s $API/chats/$CHAT/messages -d '{\"text\": \"\"}' -H \"Authorization: Bearer $BEN\""
+        f" -H 'X-Request-Id: {refusal['request_id']}'")
     done = subprocess.run(
-        ["sh", "-euc", f"{shell}\n{run_client}"], capture_output=True, text=True, timeout=50
-    )
+        ["sh", "-euc", f"{shell}\n{run_client}\n{provoke}"],
+        capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert '"unread_count":1' in done.stdout
@@ -66,15 +79,15 @@ def test_what_the_readme_shows_works(address: str, tmp_path: Path) -> None:
     heard = [line for line in done.stdout.splitlines() if line.startswith("{'type'")]
     for text in ("Hello, Ben!", "Hi, Ann!", "I am back."):
         assert sum(text in line for line in heard) == 1, f"{text} is heard once, in: {heard}"
+    assert json.loads(done.stdout.splitlines()[-1]) == refusal
 
 
-def test_what_the_readme_says_of_backups_works(
-    tmp_path: Path, empty_url: str
-) -> None:
-    """The README's commands that back up and verify, beside the server, that restore, without it,
-    and that move to another PostgreSQL, where the server then is."""
+def test_administration_that_is_shown_works(tmp_path: Path, empty_url: str) -> None:
+    """The commands of docs/administration.md that manage accounts, back up and verify, beside the
+    server, that restore, without it, and that move to another PostgreSQL, where the server then
+    is."""
     def follow(holding: str) -> str:
-        text = block("sh", holding)
+        text = block("docs/administration.md", "sh", holding)
         text = text.replace("postgresql://messenger@db.example.com/messenger", empty_url)
         text = re.sub(r"^[.]/run$", "./run verify", text, flags=re.MULTILINE)
         text = text.replace("./run", f"{sys.executable} {ROOT / 'messenger.py'}")
@@ -85,7 +98,80 @@ def test_what_the_readme_says_of_backups_works(
         return done.stdout
 
     with served(tmp_path):
+        follow("./run user")
         assert follow("./run backup").count("rules hold") == 2
     assert "is restored" in follow("./run restore")
     assert "moved; stop the server" in follow("./run move")
     assert (tmp_path / "messenger.backup.key").exists()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an archive cannot be cloned")
+def test_start_that_is_shown_works(tmp_path: Path) -> None:
+    """Cloned as the README says, the repository has a `./run` that starts. It only lists its
+    commands here: tests/processes/test_run.py shows what it installs."""
+    start = block("README.md", "sh", "git clone")
+    start = start.replace("URL-of-this-repository", str(ROOT)).replace("./run", "./run help")
+    done = subprocess.run(
+        ["sh", "-euc", start], cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert "./run user COMMAND" in done.stdout
+
+
+def test_commands_that_are_named_exist() -> None:
+    """Each `./run COMMAND` of the pages is one that `./run help` lists."""
+    told = subprocess.run(
+        [ROOT / "run", "help"], capture_output=True, text=True, timeout=50, check=True).stdout
+    listed = set(re.findall(r"(?m)^\./run ([a-z-]+)", told))
+    named = {name for page in PAGES.values() for name in re.findall(r"\./run ([a-z][a-z-]*)", page)}
+    assert len(named) > 12
+    assert named <= listed
+
+
+def test_page_of_the_api_lists_every_call() -> None:
+    """The two tables of docs/api.md have each line of the server's own, and no other."""
+    under, others = PAGES["docs/api.md"].split("These do not:")
+    call = re.compile("`(GET|POST|PUT|PATCH|DELETE) (/[^?`]*)")
+    under = under.split("## Calls")[1]
+    listed = {(method, f"/api/v1{path}") for method, path in call.findall(under)}
+    listed |= set(call.findall(others.split("## Refusals")[0]))
+    assert listed == {(each.method, each.path) for each in messenger.ENDPOINTS}
+
+
+def anchors(page: str) -> set[str]:
+    """Make the anchors of a page's headings, as GitHub does."""
+    headings = re.findall(r"(?m)^#+ (.*)$", re.sub(r"(?s)```.*?```", "", page))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    """Each link of a page to a file of the repository finds it, and its heading if it names one."""
+    targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", PAGES[name])
+    for target in [one or other for one, other in targets]:
+        if re.match("https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_settings_that_are_named_exist() -> None:
+    """Whatever the pages call by a name in capitals is a setting; and docs/security.md names each
+    limit that is one."""
+    fields = msgspec.structs.fields(messenger.Settings)
+    settings = {field.encode_name for field in fields}
+    compose = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    for name, page in PAGES.items():
+        prose = re.sub(r"(?s)```(?:python|sh|json).*?```", "", page)
+        named = set(re.findall(r"`([A-Z]+(?:_[A-Z]+)+)[`=]", prose))
+        assert named <= settings | compose, name
+    limits = {field.encode_name for field in fields if field.type is messenger.Count}
+    assert len(limits) > 12
+    assert {each for each in limits if each in PAGES["docs/security.md"]} == limits
+
+
+def test_readme_is_short() -> None:
+    """It is read in five minutes, and leads to every page of docs/."""
+    assert len(README.splitlines()) < README_LINES_MAX
+    assert {name for name in PAGES if name != "README.md" and f"]({name})" not in README} == set()

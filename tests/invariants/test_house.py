@@ -369,14 +369,14 @@ def test_endpoints_are_each_one() -> None:
     assert len(set(handlers)) == len(handlers)
 
 
-def test_readme_lists_the_settings() -> None:
-    """The README's table has each setting once, in order, with its default and what it is for."""
-    readme = (ROOT / "README.md").read_text()
+def test_page_of_settings_lists_them() -> None:
+    """Its table has each setting once, in order, with its default and what it is for."""
+    page = (ROOT / "docs/settings.md").read_text()
     heading = re.search(
-        r"^\| Variable \| Default \| Meaning \|\n\|[-| :]+\|\n", readme, re.MULTILINE
+        r"^\| Variable \| Default \| Meaning \|\n\|[-| :]+\|\n", page, re.MULTILINE
     )
-    assert heading is not None, "README.md has no table | Variable | Default | Meaning |"
-    table = readme[heading.end() :].split("\n\n")[0].strip()
+    assert heading is not None, "docs/settings.md has no table | Variable | Default | Meaning |"
+    table = page[heading.end() :].split("\n\n")[0].strip()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     expected = []
     for field in msgspec.inspect.type_info(messenger.Settings).fields:  # type: ignore[attr-defined]

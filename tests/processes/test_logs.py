@@ -1,8 +1,15 @@
-"""The logs: nothing that somebody sent is in them, and the access log has a line for each call."""
+"""The logs: nothing that somebody sent is in them, the access log has a line for each call, and
+each line is JSON where that is wanted."""
 
+import asyncio
 import contextlib
+import json
+import os
 import re
+import signal
+import sys
 from collections.abc import AsyncIterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,7 @@ from yarl import URL
 from plumbing.embedded import Postgres
 from support.people import PASSWORD, Line, Person
 from support.raw import RawConnection
-from support.servers import Server
+from support.servers import ROOT, START_SECONDS, STOP_SECONDS, Server, environment
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
@@ -157,3 +164,69 @@ async def test_access_log_has_the_calls_of_every_worker(tmp_path: Path, people_o
     lines = server.complaints().splitlines()
     assert len(lines) == 3
     assert all(ACCESS.fullmatch(line) for line in lines), lines
+
+
+class JsonLog:
+    """A server that logs as JSON, which is all that it says; its lines are read as they come."""
+
+    def __init__(self, stderr: asyncio.StreamReader) -> None:
+        self._stderr = stderr
+        self.records: list[dict[str, str]] = []
+
+    async def hears(self, told: str) -> str:
+        """Read until a message tells of something; answer that message."""
+        async with asyncio.timeout(START_SECONDS):
+            while told not in (message := self._take(await self._stderr.readline())):
+                pass
+            return message
+
+    async def hears_rest(self) -> None:
+        """Read to the end."""
+        for line in (await self._stderr.read()).splitlines():
+            self._take(line)
+
+    def _take(self, line: bytes) -> str:
+        self.records.append(json.loads(line))
+        return self.records[-1]["message"]
+
+
+async def test_log_in_json_is_json_from_start_to_stop(tmp_path: Path) -> None:
+    """With LOG_FORMAT=json each line has its time, level, logger and message, and nothing is on
+    stdout: over the first start, a call to a worker, an outage of the database and the stop."""
+    server = Server(tmp_path)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(ROOT / "messenger.py"), cwd=tmp_path,
+        env=environment(DATA_DIR=server.data, LOG_FORMAT="json", ACCESS_LOG="on", WORKERS=2),
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    log = JsonLog(process.stderr)
+    try:
+        [url] = re.findall(r"http://\S+(?=,)", await log.hears("serving at "))
+        async with aiohttp.ClientSession(url) as client:
+            async with client.get("/api/v1/nowhere", headers={"X-Request-Id": "own.id"}):
+                await log.hears(" 404 ")
+            os.kill(server.postmaster(), signal.SIGKILL)
+            await log.hears("PostgreSQL has ended")
+            await log.hears("the database is back")
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(STOP_SECONDS):
+            await log.hears_rest()
+            assert await process.stdout.read() == b""
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    for record in log.records:
+        assert list(record) == ["time", "level", "logger", "message"]
+        assert datetime.fromisoformat(record["time"]).tzinfo is not None
+        assert record["level"] in ("INFO", "WARNING", "ERROR")
+        assert record["logger"].startswith("messenger")
+    told = [record["message"] for record in log.records]
+    for message in ("migrations were applied: ", "the database is away", "stopping"):
+        assert sum(message in each for each in told) >= 1, message
+    assert any(each.endswith(" own.id") for each in told)
+    page = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    shown = json.loads(re.findall(r"```json\n(.*?)```", page, re.DOTALL)[0])
+    assert {**shown, "time": ""} in [{**record, "time": ""} for record in log.records]
