@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
 from plumbing import endpoints, guard
+from plumbing.deadline import REQUEST_SECONDS
 from plumbing.guard import Rate
 from support.databases import until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
@@ -527,7 +528,7 @@ async def reads_to_the_end(connection: socket.socket) -> int:
 async def test_answer_that_is_not_read_holds_a_slot(
     readers: tuple[Person, Person, int], monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    """Until a large answer was taken, its user's heavy reads wait for a second and are refused;
+    """Until a large answer was taken, its user's heavy reads wait for a while and are refused;
     others' are not, nor is what is light. It ends with the reading, or with the connection, which
     is cut where nothing is taken for long."""
     alice, bob, chat = readers
@@ -554,6 +555,19 @@ async def test_answer_that_is_not_read_holds_a_slot(
                 await asyncio.sleep(0.01)
         if end == "stalls":
             assert await reads_to_the_end(unread) < 1_600_000
+
+
+async def test_call_waits_for_a_slow_reader_longer_than_for_the_database(
+    readers: tuple[Person, Person, int]
+) -> None:
+    """While somebody's answers are taken over a slow line, their next calls wait and are answered;
+    the time until then is not taken from what the database has."""
+    alice, _, chat = readers
+    with await asks_unread(alice, f"/chats/{chat}/messages?limit=100") as slow:
+        waiting = [asyncio.create_task(alice.asks("GET", "/chats")) for _ in range(3)]
+        await asyncio.sleep(REQUEST_SECONDS + 0.3)
+        assert await reads_to_the_end(slow) > 1_600_000
+        assert {answer.status for answer in await asyncio.gather(*waiting)} == {200}
 
 
 async def test_slow_reader_is_not_cut(
