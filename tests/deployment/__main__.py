@@ -1,16 +1,21 @@
 """Run what is in deploy/, the image and the page by the real programs: `./run deploy-test`.
 
-Needs root, Debian and its packages, which it installs where they are missing. Takes 20 minutes;
+Needs root, Debian and its packages, which it installs where they are missing. Takes 40 minutes;
 `./run deploy-test proxies image` runs some parts alone, one after the other. Says what was skipped,
-and why. No part of it starts anything on this machine's own systemd, or leaves anything running.
+and why. No part of it starts anything on this machine's own systemd. However a part ends, and if
+this program is killed, what the part started and mounted ends with it: it runs in process and mount
+namespaces of its own.
 """
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +26,9 @@ PACKAGES = {  # by a program that each brings
     "pgbouncer": "pgbouncer", "firefox-esr": "firefox-esr", "WebKitWebDriver": "webkit2gtk-driver",
     "Xvfb": "xvfb", "chromium": "chromium", "curl": "curl", "openssl": "openssl", "ss": "iproute2",
 }
-# Without a program of their own: what the WebKit window is made of, and what Debian's `dockerd`
-# looks for at its start.
-LIBRARIES = ("python3-gi", "gir1.2-webkit2-4.1", "iptables")
+# Without a program of their own: what the WebKit window is made of, what Debian's `dockerd` looks
+# for at its start, and what reads the file of Compose.
+LIBRARIES = ("python3-gi", "gir1.2-webkit2-4.1", "iptables", "python3-yaml")
 PARTS = {  # what pytest is given
     "proxies": ["tests/deployment/check_proxies.py"],
     "service": ["tests/deployment/check_service.py"],
@@ -33,9 +38,14 @@ PARTS = {  # what pytest is given
     "chromium": ["tests/api/test_web.py"],
     "firefox": ["tests/api/test_web.py"],
     "webkit": ["tests/api/test_web.py"],
+    "clients": [],  # by ./run documents
 }
 BROWSERS = ("chromium", "firefox", "webkit")
-PART_SECONDS = 900
+# Ends with this program; its first process is a shell, which reaps what is orphaned, and with which
+# the kernel ends all the others.
+APART = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child",
+         "--mount-proc", "sh", "-c", '"$@"; exit', "sh")
+PART_SECONDS = 1200
 INSTALL_SECONDS = 600
 NO_TESTS = 5  # pytest's status where it ran none
 
@@ -96,18 +106,33 @@ def fetch(folder: Path) -> dict[str, str]:
     return found
 
 
-def run(part: str, environment: dict[str, str]) -> bool:
-    """Run a part; tell whether it passed."""
-    tell(part)
-    environment = environment | ({"BROWSER": part} if part in BROWSERS else {})
-    command = [sys.executable, "-m", "pytest", "-vv", "-rsfE", "--tb=short"]
+def contain(command: Sequence[str], seconds: float, **options: Any) -> int | None:
+    """Run a command, and end all that it started; answer its status, None if it was not done."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **options)
     try:
-        status = subprocess.run([*command, *PARTS[part]], env=environment, cwd=ROOT,
-                                timeout=PART_SECONDS).returncode
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        tell(f"{part}: not done in {PART_SECONDS} s")
-        return False
-    return status in (0, NO_TESTS)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run(part: str, apart: Sequence[str], environment: dict[str, str]) -> str:
+    """Run a part; tell how it went."""
+    tell(part)
+    command = [sys.executable, "-m", "pytest", "-vv", "-rsfE", "--tb=short", *PARTS[part]]
+    if part == "clients":
+        if shutil.which("npm") is None:
+            return "skipped: no npm"
+        command = [str(ROOT / "run"), "documents", "--tools", "-vv", "-rsfE"]
+    environment = environment | ({"BROWSER": part} if part in BROWSERS else {})
+    status = contain([*apart, *command], PART_SECONDS, env=environment)
+    if status is None:
+        return f"FAILED: not done in {PART_SECONDS} s"
+    return "passed" if status in (0, NO_TESTS) else f"FAILED: status {status}"
 
 
 def main() -> int:
@@ -119,15 +144,17 @@ def main() -> int:
     if os.geteuid() or shutil.which("apt-get") is None:
         print("deploy-test needs root, on Debian", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     began = time.monotonic()
     install()
+    apart = APART if succeeds(*APART, "true") else ()
     with tempfile.TemporaryDirectory(prefix="messenger-deploy-") as folder:
-        environment = os.environ | fetch(Path(folder))
-        results = {part: run(part, environment) for part in parts}
-    for part, passed in results.items():
-        tell(f"{part}: {'passed' if passed else 'FAILED'}")
+        environment = os.environ | {"DEPLOY_FOLDER": folder} | fetch(Path(folder))
+        results = {part: run(part, apart, environment) for part in parts}
+    for part, result in results.items():
+        tell(f"{part}: {result}")
     tell(f"{(time.monotonic() - began) / 60:.0f} minutes")
-    return 0 if all(results.values()) else 1
+    return 1 if any(result.startswith("FAILED") for result in results.values()) else 0
 
 
 if __name__ == "__main__":

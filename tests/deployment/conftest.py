@@ -1,5 +1,6 @@
 """What the checks of deploy/ share: a Debian made once, and folders that go with the run."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from support.debian import Debian
 
 @pytest.fixture(scope="session")
 def scratch() -> Iterator[Path]:
-    """A folder that is empty at first, and gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="messenger-deploy-") as folder:
+    """A folder that is empty at first, and gone afterwards: even where pytest is killed, since
+    deploy-test's own is around it."""
+    around = os.environ.get("DEPLOY_FOLDER")
+    with tempfile.TemporaryDirectory(prefix="messenger-deploy-", dir=around) as folder:
         yield Path(folder)
         for mounted in re.findall(rf" ({folder}/\S+) ", Path("/proc/self/mounts").read_text()):
             subprocess.run(["umount", mounted], timeout=60)  # what a daemon may have left

@@ -1,32 +1,42 @@
 """The files of deploy/, docker-compose.yml and the README agree; `./run deploy-test` runs them."""
 
+import contextlib
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-import yaml
+import pytest
 
+from deployment.__main__ import APART, contain
 from support.servers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEPLOY = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "deploy").iterdir()}
 COMPOSE = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+CLOSED = {
+    "    read_only: true", "    init: true", "    cap_drop: [ALL]",
+    '    security_opt: ["no-new-privileges:true"]'}
 
 
 def test_compose_is_closed_unless_it_is_told_otherwise() -> None:
     """No secret has a default, the one port is on loopback, and each container has a read-only
     root, no capability, a limit of memory, and an init that reaps."""
-    services = yaml.safe_load(COMPOSE)["services"]
+    [block] = re.findall(r"(?ms)^services:\n(.*?)^volumes:", COMPOSE)
+    services = dict(re.findall(r"(?ms)^  (\w+):\n(.*?)(?=^  \w|\Z)", block))
+    assert services.keys() == {"messenger", "postgres"}
     secrets = re.findall(r"\$\{(\w*(?:PASSWORD|KEY)\w*)(:[-?])", COMPOSE)
     assert secrets
     assert all(how == ":?" for _, how in secrets)
-    assert services["messenger"]["ports"] == ["${LISTEN:-127.0.0.1:8080}:8080"]
-    assert "ports" not in services["postgres"]
+    assert COMPOSE.count("ports:") == 1
+    [ports] = re.findall(r"(?m)^    ports:\n((?:      .*\n)+)", services["messenger"])
+    assert re.findall("- (.*)", ports) == ['"${LISTEN:-127.0.0.1:8080}:8080"']
     for service in services.values():
-        assert service["read_only"] is service["init"] is True
-        assert service["cap_drop"] == ["ALL"]
-        assert service["security_opt"] == ["no-new-privileges:true"]
-        assert service["mem_limit"]
+        assert set(service.splitlines()) >= CLOSED
+        assert "    mem_limit: " in service
         assert "cap_add" not in service
-        assert "privileged" not in service
+        assert "privileged:" not in service
 
 
 def test_files_of_the_service_agree() -> None:
@@ -70,3 +80,47 @@ def test_readme_quotes_the_table_of_the_bench() -> None:
     for row, label in zip(quoted, printed, strict=True):
         pattern = re.sub(r"\\\{.*?\\\}", r"[\\d,]+", re.escape(label))
         assert re.fullmatch(pattern, row), row
+
+
+needs_namespaces = pytest.mark.skipif(
+    subprocess.run([*APART, "true"], capture_output=True).returncode != 0,
+    reason="no process namespaces here")
+
+
+def orphan_of(test: str) -> list[str]:
+    """Make the command that starts, in a session of its own, what never ends, and waits for it."""
+    return [*APART, "sh", "-c", f"setsid sleep {test} & wait"]
+
+
+def runs(test: str) -> bool:
+    """Tell whether the orphan of a test runs."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes() == f"sleep\0{test}\0".encode():
+                return True
+    return False
+
+
+def wait_until(running: bool, test: str) -> None:
+    """Wait until the orphan of a test runs, or is gone."""
+    deadline = time.monotonic() + 30
+    while runs(test) != running:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@needs_namespaces
+def test_part_that_takes_too_long_leaves_nothing() -> None:
+    """What a part of `./run deploy-test` started ends with it, in whatever session it is."""
+    assert contain(orphan_of("34567.1"), 2) is None
+    wait_until(False, "34567.1")
+
+
+@needs_namespaces
+def test_killed_deploy_test_leaves_nothing() -> None:
+    """What a part started ends where `./run deploy-test` itself is killed."""
+    started = f"from deployment.__main__ import contain; contain({orphan_of('34567.2')}, 60)"
+    with subprocess.Popen([sys.executable, "-c", started], cwd=ROOT / "tests") as killed:
+        wait_until(True, "34567.2")
+        killed.kill()
+    wait_until(False, "34567.2")

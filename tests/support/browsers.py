@@ -21,6 +21,14 @@ import aiohttp
 START_SECONDS = 50
 SEE_SECONDS = 30  # a generous deadline: nothing waits that long unless it is broken
 LOOK_SECONDS = 0.05
+CLICK = """(find => {
+    const ready = () => { const found = find(); return found && !found.disabled && found; };
+    const click = () => {
+        const found = ready();
+        if (found) found.click(); else setTimeout(click, 50);
+    };
+    return !!ready() && !!setTimeout(click, %d);
+})(() => %s)"""
 
 
 class Tab:
@@ -46,11 +54,11 @@ class Tab:
         raise NotImplementedError
 
     async def clicks(self, element: str) -> bool:
-        """Click on an element if it is there; tell whether it was. What the click opens may have to
-        be answered, so this does not wait for it, and what is redrawn meanwhile is clicked anew.
+        """Click on an element if it is there and enabled; tell whether it was. What the click opens
+        may have to be answered, so this does not wait for it. What is redrawn or rests by then is
+        clicked anew.
         """
-        return bool(await self.finds(
-            f"({element}) && !!setTimeout(() => ({element})?.click(), {self.CLICK_MILLISECONDS})"))
+        return bool(await self.finds(CLICK % (self.CLICK_MILLISECONDS, element)))
 
     async def writes(self, text: str) -> None:
         """Write into what has the focus, as keys or an input method do."""
