@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import msgspec
 import pytest
 
 import messenger
-from support.servers import ROOT
+from support.servers import ROOT, settings_for
+from tools import administer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
@@ -83,9 +85,8 @@ def test_calls_that_are_shown_work(address: str, tmp_path: Path) -> None:
 
 
 def test_administration_that_is_shown_works(tmp_path: Path, empty_url: str) -> None:
-    """The commands of docs/administration.md that manage accounts, back up and verify, beside the
-    server, that restore, without it, and that move to another PostgreSQL, where the server then
-    is."""
+    """The commands of docs/administration.md that back up and verify, beside the server, that
+    restore, without it, and that move to another PostgreSQL, where the server then is."""
     def follow(holding: str) -> str:
         text = block("docs/administration.md", "sh", holding)
         text = text.replace("postgresql://messenger@db.example.com/messenger", empty_url)
@@ -98,11 +99,27 @@ def test_administration_that_is_shown_works(tmp_path: Path, empty_url: str) -> N
         return done.stdout
 
     with served(tmp_path):
-        follow("./run user")
         assert follow("./run backup").count("rules hold") == 2
     assert "is restored" in follow("./run restore")
     assert "moved; stop the server" in follow("./run move")
     assert (tmp_path / "messenger.backup.key").exists()
+
+
+async def test_commands_for_accounts_work_as_shown(
+    database_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lines of docs/administration.md about accounts, in order, end with the account gone.
+    Each is obeyed in this process: tests/processes/test_administer.py starts them as programs."""
+    settings = settings_for(database_url, tmp_path)
+    lines = block("docs/administration.md", "sh", "./run user").splitlines()
+    for line in [*lines, lines[0]]:
+        _, *words = shlex.split(line, comments=True)
+        await administer.administer(settings, *administer.read_command(words))
+    told = re.sub("password .*", "password", capsys.readouterr().out)
+    number = told.split()[1]
+    assert told == (
+        "user N has the password\nuser N has the password\n"
+        "user N is disabled\nuser N is enabled\nuser N is deleted\n").replace("N", number)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="an archive cannot be cloned")

@@ -96,9 +96,13 @@ class Server:
         """Where it listens."""
         return int(self.url.rpartition(":")[2])
 
+    def log(self) -> str:
+        """Answer all that it wrote to stderr."""
+        return (self.folder / "stderr").read_text()
+
     def complaints(self) -> str:
         """Answer what it wrote to stderr, but for what is no complaint."""
-        lines = (self.folder / "stderr").read_text().splitlines(keepends=True)
+        lines = self.log().splitlines(keepends=True)
         return "".join(line for line in lines if " INFO " not in line)
 
     def postmaster(self) -> int:
