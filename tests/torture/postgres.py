@@ -88,7 +88,7 @@ async def contents_of(dsn: str) -> Copy:
 
 def command_of(program: str, *arguments: str, death: signal.Signals = signal.SIGKILL) -> list[str]:
     """Answer the command that becomes one of PostgreSQL's programs and does not outlive us."""
-    path = embedded._find_binaries() / program
+    path = embedded.find_binaries() / program
     script = [sys.executable, "-I", "-S", embedded.__file__, str(os.getpid()), str(int(death))]
     return [*script, str(path), *arguments]
 
