@@ -3193,6 +3193,8 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
     rooms, settings = request.app[ROOMS], request.app[SETTINGS]
     if 0 < settings.bound(settings.sockets_per_user) <= rooms.count_sockets(request[ME]):
         raise TooManySockets
+    if not socket.ws.can_prepare(request):  # before it costs anything
+        raise UpgradeRequired
     try:
         await rooms.join(socket)
         if socket.chat_id is not None:
@@ -3202,8 +3204,6 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
         with contextlib.suppress(ConnectionError):  # the peer is gone
             await socket.open(request)
             await take_frames(request, socket)
-    except web.HTTPBadRequest:
-        raise UpgradeRequired from None
     except asyncio.CancelledError:
         if socket.close_code is None or socket.is_open():
             raise  # the server stops
