@@ -1577,7 +1577,6 @@ class Rooms:
         Answers what was refused, by chat: ChatNotFound, HistoryRewritten, Unavailable; nothing
         changes there.
         """
-        await asyncio.sleep(0)  # others come first: a thousand chats may need nothing else awaited
         refused: dict[int, Exception] = {}
         after = {chat_id: read_position("$.after", at) for chat_id, at in given.items()}
         for chat_id in after:
