@@ -218,7 +218,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     sockets_per_user: Count = 50
     calls_per_user: Count = 8
     reads_per_user: Count = 2
-    connections_per_address: Count = 2000
+    connections_per_address: Count = 4000
     refused_handshakes_per_second: Count = 10
     access_log: Literal["on", "off"] = "off"
     log_format: Literal["text", "json"] = "text"
@@ -3200,6 +3200,8 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
     rooms, settings = request.app[ROOMS], request.app[SETTINGS]
     if 0 < settings.bound(settings.sockets_per_user) <= rooms.count_sockets(request[ME]):
         raise TooManySockets
+    if not socket.ws.can_prepare(request):  # before it costs anything
+        raise UpgradeRequired
     try:
         await rooms.join(socket)
         if socket.chat_id is not None:
@@ -3209,8 +3211,6 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
         with contextlib.suppress(ConnectionError):  # the peer is gone
             await socket.open(request)
             await take_frames(request, socket)
-    except web.HTTPBadRequest:
-        raise UpgradeRequired from None
     except asyncio.CancelledError:
         if socket.close_code is None or socket.is_open():
             raise  # the server stops

@@ -4,7 +4,7 @@
 # to whom the volume then belongs. Where root may not do so, it stays root: enough for DATABASE_URL.
 set -eu
 if [ "$(id -u)" = 0 ] &&
-    find "$DATA_DIR" ! -user messenger -exec chown messenger:messenger {} + 2>/dev/null &&
+    find "$DATA_DIR" ! -user messenger -exec chown -h messenger:messenger {} + 2>/dev/null &&
     setpriv --reuid=messenger --regid=messenger --init-groups true 2>/dev/null; then
     export HOME=/nonexistent
     exec setpriv --reuid=messenger --regid=messenger --init-groups "$@"

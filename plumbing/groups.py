@@ -18,6 +18,7 @@ import asyncpg
 from plumbing import metrics
 from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import deadline
+from plumbing.process import Tasks
 
 WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
 WRITE_PAUSE_SECONDS = 0.05
@@ -44,6 +45,7 @@ class GroupReader(Generic[Item, Outcome]):
         self._look_up = look_up  # answers an outcome for each item
         self._pending: dict[Item, list[asyncio.Future[Outcome]]] = {}
         self._running: asyncio.Task[None] | None = None
+        self._telling = Tasks()
 
     async def get(self, item: Item) -> Outcome:
         """Look an item up; raises what the look-up does."""
@@ -67,11 +69,21 @@ class GroupReader(Generic[Item, Outcome]):
                     for future in undone(waiting):
                         future.set_exception(error)
                 else:
-                    for futures, outcome in zip(waiting, outcomes, strict=True):
-                        for future in undone([futures]):
-                            future.set_result(outcome)
+                    self._telling.spawn(tell_in_turn(waiting, outcomes))
         finally:
             self._running = None
+
+
+async def tell_in_turn(
+    waiting: list[list[asyncio.Future[Outcome]]], outcomes: list[Outcome]
+) -> None:
+    """Tell who waits what was found, one in each turn of the loop: what each does then may take
+    long, and others come in between.
+    """
+    for futures, outcome in zip(waiting, outcomes, strict=True):
+        for future in undone([futures]):
+            future.set_result(outcome)
+            await asyncio.sleep(0)
 
 
 def undone(waiting: Iterable[list[asyncio.Future[Any]]]) -> Iterator[asyncio.Future[Any]]:

@@ -369,9 +369,12 @@ class Slots:
     async def run(
         self, key: Hashable, work: Callable[..., Awaitable[Result]], *args: Any
     ) -> Result:
-        """Do some work, which begins once there is a slot."""
+        """Do some work, which begins once there is a slot, and in a turn of the loop of its own:
+        others come in between, even where nothing of it awaits anything.
+        """
         give_back = await self.take(key)
         try:
+            await asyncio.sleep(0)
             return await work(*args)
         finally:
             give_back()

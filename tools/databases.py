@@ -250,11 +250,21 @@ async def progress(what: str, count_bytes: Callable[[], int]) -> AsyncIterator[N
 # ---- Archives
 
 
+def require_replaceable(file: Path) -> None:
+    """Insist that a file, if it is there, is an ordinary one: root would replace /dev/null.
+
+    Raises StartError.
+    """
+    if file.exists() and not file.is_file():
+        raise StartError(f"{file} is there already, and is no ordinary file")
+
+
 async def dump(place: Place, file: Path) -> None:
     """Write a database as it is at this moment into a file, which is there whole or not at all.
 
     Raises StartError.
     """
+    require_replaceable(file)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -185,6 +185,40 @@ async def test_frames_are_taken_in_turn_with_others(
     assert max(steps) <= messenger.FRAMES_AT_ONCE
 
 
+async def test_syncs_are_done_in_turn_with_others(
+    alice: Person, bob: Person, raw: Any, monkeypatch: Any
+) -> None:
+    """Of the syncs that a user sends in one block, which ask for nothing of the database, no more
+    are done at once than their replays may be."""
+    chat = await alice.opens(bob)
+    lines = [await raw(alice, chat) for _ in range(3)]
+    loop = asyncio.get_running_loop()
+    done = 0
+    turns: list[int] = []  # how many were done by then
+    put_replay = messenger.Rooms._put_replay
+
+    def count(*args: Any) -> Any:
+        nonlocal done
+        done += 1
+        return put_replay(*args)
+
+    def have_a_turn() -> None:
+        turns.append(done)
+        if done < 300:
+            loop.call_soon(have_a_turn)
+
+    monkeypatch.setattr(messenger.Rooms, "_put_replay", count)
+    have_a_turn()
+    frame = b'{"type":"sync","after":0}'
+    for line in lines:
+        await line.gives(bytes((0x81, 0x80 + len(frame), 0, 0, 0, 0, *frame)) * 100)
+    async with asyncio.timeout(HEAR_SECONDS):
+        while done < 300:
+            await asyncio.sleep(0.01)
+    steps = [later - before for before, later in itertools.pairwise(turns)]
+    assert max(steps) <= messenger.REPLAYS_PER_USER
+
+
 @pytest.mark.parametrize("text", [
     '{"type":"nothing"}', '{"type":"message","text":5}', '{"type":"sync","chats":{"x":1}}',
     '{"type":"read","message_id":"x"}', "[" * 60, '{"type":"typing","x":1}',

@@ -237,6 +237,35 @@ async def test_look_ups_share_a_statement_and_an_answer() -> None:
     assert len(groups) < len(asked)
 
 
+async def test_who_looked_up_the_same_goes_on_in_turn_with_others() -> None:
+    """Of many who are told at once each goes on in a turn of its own, and a later look-up does not
+    wait for that: what they do with a long answer may take a while."""
+    turns = 0  # of the loop, until the last of them went on
+    went_on: list[int] = []  # in which turn each did
+
+    async def look_up(items: list[int]) -> list[int]:
+        return items
+
+    async def goes_on() -> None:
+        await reader.get(1)
+        went_on.append(turns)
+
+    reader = GroupReader(look_up)
+    asked = [asyncio.create_task(goes_on()) for _ in range(50)]
+    while not went_on:
+        await asyncio.sleep(0)
+        turns += 1
+    later = asyncio.create_task(reader.get(2))
+    while not later.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(went_on) < len(asked)
+    while len(went_on) < len(asked):
+        await asyncio.sleep(0)
+        turns += 1
+    assert len(set(went_on)) == len(asked)
+
+
 async def test_who_asks_while_the_database_is_away_is_refused_with_the_others() -> None:
     """Where a look-up finds the database away, who waits for the next one does not wait for it."""
     looked_up = []

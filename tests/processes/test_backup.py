@@ -1,6 +1,7 @@
 """Backups of the embedded PostgreSQL beside a server that is used, and its data moved elsewhere."""
 
 import asyncio
+import os
 import shlex
 import stat
 import sys
@@ -107,6 +108,17 @@ async def test_backup_under_load_has_what_was_acknowledged_and_restores(
     assert refused["type"] == "history-rewritten"
     await alice.says(chat, "on we go")
     assert await running.stops() == 0
+
+
+async def test_backup_takes_the_place_of_files_alone(tmp_path: Path) -> None:
+    """What is no ordinary file, such as a device or a pipe, is not replaced by a backup."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for file in (pipe, tmp_path, Path("/dev/null")):
+        with pytest.raises(StartError, match="is no ordinary file"):
+            await databases.dump(databases.Place("postgresql://nobody@/none", "", tmp_path), file)
+    assert pipe.is_fifo()
+    assert Path("/dev/null").is_char_device()
 
 
 async def test_move_takes_everybody_along(
