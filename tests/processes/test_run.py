@@ -400,7 +400,9 @@ def test_fuzz_runs_the_long_form_of_some_tests(started):
     done = started.run("fuzz", "-k", "two words")
     assert done.returncode == 3
     fuzz = "'tests/invariants/test_fuzz_a.py', 'tests/invariants/test_fuzz_b.py'"
-    names = ("invariants/test_model", "invariants/test_resuming", "processes/test_revocation")
+    names = (
+        "invariants/test_model", "invariants/test_resuming", "processes/test_revocation",
+        "live/test_far")
     others = ", ".join(f"'tests/{name}.py'" for name in names)
     assert done.stdout == f"long ['-k', 'two words', {fuzz}, {others}]\n"
 
