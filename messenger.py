@@ -3200,14 +3200,15 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
     rooms, settings = request.app[ROOMS], request.app[SETTINGS]
     if 0 < settings.bound(settings.sockets_per_user) <= rooms.count_sockets(request[ME]):
         raise TooManySockets
-    if not socket.ws.can_prepare(request):  # before it costs anything
-        raise UpgradeRequired
+    # aiohttp would open a socket to a HEAD.
+    is_handshake = request.method == "GET" and bool(socket.ws.can_prepare(request))
     try:
-        await rooms.join(socket)
+        if is_handshake or socket.chat_id is not None:  # all chats only where it is worth the work
+            await rooms.join(socket)
+        if not is_handshake:
+            raise UpgradeRequired
         if socket.chat_id is not None:
             await begin(rooms, socket, socket.chat_id, after)
-        if request.method != "GET":  # aiohttp would open a socket to a HEAD
-            raise UpgradeRequired
         with contextlib.suppress(ConnectionError):  # the peer is gone
             await socket.open(request)
             await take_frames(request, socket)

@@ -317,11 +317,11 @@ POST /api/v1/chats/{chat_id}/read
 GET /ws/{chat_id}
     group                           401     401     404c    101     101     101     404c
     group, after                    401     401     404c    101     101     101     404c
-    group, no handshake             401     401     426     426     426     426     426
+    group, no handshake             401     401     404c    426     426     426     404c
     group, foreign page             403f    403f    403f    403f    403f    403f    403f
     foreign                         401     401     404c    404c    404c    404c    404c
     foreign, after                  401     401     404c    404c    404c    404c    404c
-    foreign, no handshake           401     401     426     426     426     426     426
+    foreign, no handshake           401     401     404c    404c    404c    404c    404c
     missing                         401     401     404c    404c    404c    404c    404c
     no id                           401     401     404c    404c    404c    404c    404c
     personal                        401     401     101     101     101     101     101

@@ -593,11 +593,8 @@ async def test_stranger_finds_no_chat(alice: Person, bob: Person, carol: Person)
                 ) as answer:
                     seen.append((answer.status, await answer.text()))
             assert seen[0] == seen[1], one
-            if one[1].startswith("/ws"):  # no handshake: nobody looks for the chat
-                assert seen[0][0] == 426, one
-            else:
-                assert seen[0][0] == 404, one
-                assert '"chat-not-found"' in seen[0][1], one
+            assert seen[0][0] == 404, one
+            assert '"chat-not-found"' in seen[0][1], one
         with pytest.raises(aiohttp.WSServerHandshakeError, match="404"):
             await carol.listens(chat)
         assert await carol.gets("/chats") == []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deployment.__main__ import APART, contain
+from deployment.__main__ import APART, contain, succeeds
 from support.servers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,8 +83,7 @@ def test_readme_quotes_the_table_of_the_bench() -> None:
 
 
 needs_namespaces = pytest.mark.skipif(
-    subprocess.run([*APART, "true"], capture_output=True).returncode != 0,
-    reason="no process namespaces here")
+    not succeeds(*APART, "true"), reason="no process namespaces here")
 
 
 def orphan_of(test: str) -> list[str]:
