@@ -12,7 +12,7 @@ from aiohttp import web
 import messenger
 from plumbing import database
 from plumbing.groups import GroupReader
-from support.people import Line, Person
+from support.people import SOON_SECONDS, Line, Person
 from support.posts import numbers_of, post, written
 
 
@@ -185,10 +185,14 @@ async def test_held_chat_leaves_connections_for_others(
         await sql.execute("select 1 from chats where id = $1 for update", held)
         renames = [asyncio.create_task(alice.asks("PATCH", f"/chats/{held}", {"name": "new"}))
                    for _ in range(3 * database.CONNECTIONS_MAX)]
-        await asyncio.sleep(0.5)
         waiting = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
-        assert await sql.fetchval(waiting) == 1
+        async with asyncio.timeout(SOON_SECONDS):
+            while not await sql.fetchval(waiting):
+                await sql.execute("select pg_stat_clear_snapshot()")
+                await asyncio.sleep(0.05)
         await bob.gets("/chats")
+        await sql.execute("select pg_stat_clear_snapshot()")
+        assert await sql.fetchval(waiting) == 1
     answers = await asyncio.gather(*renames)
     assert {answer.status for answer in answers} <= {200, 503}
 
