@@ -13,6 +13,7 @@ from plumbing.database import Database, Unavailable
 from plumbing.deadline import REQUEST_SECONDS, RequestDeadline, deadline, linger, uncounted
 from plumbing.endpoints import Endpoint, answer_problems, bind
 from plumbing.groups import GroupWriter, Outcome
+from plumbing.guard import Slots
 from support.people import Person
 from support.raw import RawConnection
 
@@ -36,8 +37,9 @@ async def echo(request: web.Request, body: str) -> str:
     return body
 
 
-async def everybody(_request: web.Request) -> None:
-    """Let everybody in."""
+async def everybody(_request: web.Request) -> int:
+    """Let everybody in, as one person."""
+    return 1
 
 
 @pytest.fixture
@@ -46,7 +48,8 @@ async def resting(database_url: str, aiohttp_client: Callable[..., Any]) -> Any:
     app = web.Application(middlewares=[answer_problems(lambda *_: None, lambda _: None)])
     app[DATABASE] = Database(database_url)
     for endpoint in (Endpoint("GET", "/rest", rest), Endpoint("POST", "/echo", echo)):
-        app.router.add_route(endpoint.method, endpoint.path, bind(endpoint, everybody, {}))
+        handler = bind(endpoint, everybody, {}, Slots(0))
+        app.router.add_route(endpoint.method, endpoint.path, handler)
     client = await aiohttp_client(app)
     yield client
     await app[DATABASE].close()
