@@ -211,15 +211,21 @@ def _is_worker(pid: int, parent: int) -> bool:
 
 
 def sockets_at(server: Server) -> list[float]:
-    """How many sockets each worker that is up says that it has."""
+    """How many sockets each worker says that it has; only of those that have started."""
     counts = []
     for pid in workers_of(server):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             environ = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
             folder = dict(each.split("=", 1) for each in environ if "=" in each)[metrics.FOLDER]
-            told = MmapedDict.read_all_values_from_file(f"{folder}/gauge_livesum_{pid}.db")
-            counts += [value for key, value, *_ in told if '"messenger_sockets"' in key]
+            if gauge(f"{folder}/gauge_livemin_{pid}.db", "messenger_database_up"):
+                counts.append(gauge(f"{folder}/gauge_livesum_{pid}.db", "messenger_sockets"))
     return counts
+
+
+def gauge(file: str, name: str) -> float:
+    """What a process says of a metric, in its file."""
+    told = MmapedDict.read_all_values_from_file(file)
+    return sum(float(value) for key, value, *_ in told if f'"{name}"' in key)
 
 
 # ---- Two servers on one database
