@@ -148,8 +148,6 @@ class Pooled:
     generation: int  # the pool's when it was opened
     heard_at: float  # when it last answered
     asked_at: float = 0.0  # when it was last lent
-    prepared: int = 0  # how many of the pool's queries were, ahead
-    is_trusted: bool = True  # since it last answered
 
 
 class Pool:
@@ -278,7 +276,6 @@ class Pool:
             self._drop(pooled)
             return
         pooled.heard_at = self._heard_at = asyncio.get_running_loop().time()
-        pooled.is_trusted = True
         if self._reasons:
             self._note_return(pooled.connection)
         while self._waiting:
@@ -301,10 +298,6 @@ class Pool:
         answered = isinstance(error, asyncpg.PostgresError) and not is_away(error)
         if answered and not pooled.connection.is_closed():
             self.put_back(pooled)
-            return
-        if self._is_far and isinstance(error, TimeoutError) and pooled.is_trusted:
-            pooled.is_trusted = False
-            self._look_after(pooled)  # it took long to prepare, and is slow more often than lost
             return
         self._lent.discard(pooled)
         self._drop(pooled)
@@ -373,28 +366,22 @@ class Pool:
             await pooled.connection.execute(ASK)
             self._is_far = time.monotonic() - began > FAR_SECONDS
             await pooled.connection.fetch(KNOW_TYPES)
-        await self._prepare_ahead(pooled, math.inf if self._count else CONNECT_SECONDS)
+        if self._is_far:
+            await self._prepare_ahead(pooled)
 
-    async def _prepare_ahead(self, pooled: Pooled, seconds: float) -> None:
-        """On a far database, prepare on a connection what will be run, as far as the time goes.
+    async def _prepare_ahead(self, pooled: Pooled) -> None:
+        """Prepare on a connection to a far database what will be run, before anybody gets it.
 
-        Else a request whose statements are all new to its connection would hardly be in time: each
-        takes two round trips.
+        Else a request whose statements are all new to its connection would hardly be in time, since
+        each takes two round trips; and a connection on which a statement was late is dropped.
         """
-        until = time.monotonic() + seconds
-        while self._lacks(pooled) and time.monotonic() < until:
-            query = self.queries[pooled.prepared]
-            pooled.prepared += 1
+        for query in self.queries:
             try:
                 await pooled.connection._get_statement(query, WAIT_SECONDS)
             except asyncpg.PostgresError as error:
                 if is_away(error):
                     raise
-            pooled.asked_at = self._heard_at = asyncio.get_running_loop().time()
-
-    def _lacks(self, pooled: Pooled) -> bool:
-        """Tell whether there is something to prepare on a connection."""
-        return self._is_far and pooled.prepared < len(self.queries)
+            self._heard_at = asyncio.get_running_loop().time()
 
     def _pause(self) -> None:
         """Try again to open a connection in a while; where there is none, tell all who wait."""
@@ -436,22 +423,18 @@ class Pool:
             if pooled.connection.is_closed():
                 self._idle.remove(pooled)
                 self._count -= 1
-            elif self._lacks(pooled) or pooled.heard_at <= heard_before:
+            elif pooled.heard_at <= heard_before:
                 self._idle.remove(pooled)
-                self._look_after(self._lend(pooled))
+                task = asyncio.create_task(self._ask(self._lend(pooled)))
+                self._tending.add(task)
+                task.add_done_callback(self._tending.discard)
         is_unsure = not self._count or (silent > DOUBT_SECONDS and not self._tending)
         self._open_more(least=1 if is_unsure else 0)
-
-    def _look_after(self, pooled: Pooled) -> None:
-        task = asyncio.create_task(self._ask(pooled))
-        self._tending.add(task)
-        task.add_done_callback(self._tending.discard)
 
     async def _ask(self, pooled: Pooled) -> None:
         """See that a connection answers."""
         try:
             await pooled.connection.execute(ASK, timeout=WAIT_SECONDS)
-            await self._prepare_ahead(pooled, DOUBT_SECONDS)
         except BaseException as error:
             self.fail(pooled, error)
             if not isinstance(error, Exception):

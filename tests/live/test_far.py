@@ -18,7 +18,7 @@ from support.wire import Wire
 pytestmark = pytest.mark.real_deadlines
 
 IS_LONG = os.environ.get("FUZZ") == "long"
-ROUND_TRIP_SECONDS = 0.4 if IS_LONG else 0.1
+ROUND_TRIP_SECONDS = 0.3 if IS_LONG else 0.1
 TIMES = 2 if IS_LONG else 1
 PREPARED_SECONDS = 300 * ROUND_TRIP_SECONDS  # a generous deadline
 
