@@ -12,9 +12,10 @@ from typing import Any
 
 import aiohttp
 
-from support.browser import CHROMIUM, Browser, Page, browser_at, chromium
+from support.browsers import Chromium
 from support.people import PASSWORD
 from support.servers import ROOT, Server
+from support.web_page import Browser, Page
 
 WIDTH, HEIGHT, SCALE = 1080, 800, 1.5
 DRAWN = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
@@ -100,20 +101,20 @@ async def talk(ann: Voice, ben: Voice, cleo: Voice, dora: Voice) -> int:
 async def take(page: Page, scheme: str) -> bytes:
     """Take a picture of a page in one scheme of colours."""
     look = [{"name": "prefers-color-scheme", "value": scheme}]
-    await page.commands("Emulation.setEmulatedMedia", features=look)
+    await page.tab.does("Emulation.setEmulatedMedia", features=look)
     await page.finds(DRAWN)
-    shot = await page.commands("Page.captureScreenshot", format="png")
+    shot = await page.tab.does("Page.captureScreenshot", format="png")
     return base64.b64decode(shot["data"])
 
 
 async def look(browser: Browser, url: str) -> Page:
     """Open the web client as Ann, at a chat."""
     page = await browser.opens(url)
-    await page.commands(
+    await page.tab.does(
         "Emulation.setDeviceMetricsOverride", width=WIDTH, height=HEIGHT,
         deviceScaleFactor=SCALE, mobile=False)
-    await page.commands("Emulation.setScrollbarsHidden", hidden=True)
-    await page.commands("Emulation.setLocaleOverride", locale="en-GB")
+    await page.tab.does("Emulation.setScrollbarsHidden", hidden=True)
+    await page.tab.does("Emulation.setLocaleOverride", locale="en-GB")
     await page.enters("ann")
     await page.clicks("#chats a", "Weekend at the lake")
     await page.sees_message("see you all there")
@@ -142,18 +143,18 @@ async def main(folder: Path) -> None:
     profile = folder / "chromium"
     profile.mkdir()
     try:
-        with chromium(profile) as devtools:
+        with Chromium.started(profile) as address:
             async with (
-                browser_at(devtools) as browser,
+                Chromium.connected(address) as driver,
                 aiohttp.ClientSession(raise_for_status=True) as http,
             ):
-                await picture(browser, server, http)
+                await picture(Browser(driver), server, http)
     finally:
         await server.stops()
 
 
 if __name__ == "__main__":
-    if CHROMIUM is None:
+    if Chromium.program() is None:
         sys.exit("pictures: no chromium (apt-get install chromium)")
     with tempfile.TemporaryDirectory() as scratch:
         asyncio.run(main(Path(scratch)))

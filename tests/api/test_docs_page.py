@@ -8,31 +8,32 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from aiohttp.test_utils import TestServer
 
-from support.browser import CHROMIUM, Browser, Page, browser_at, chromium, one
+from support.browsers import Chromium
 from support.people import PASSWORD, Person
+from support.web_page import Browser, Page, one
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    Chromium.program() is None, reason="no chromium (apt-get install chromium)")
 
 
 @pytest.fixture(scope="module")
-def devtools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The DevTools address of a browser, which every test of this file uses."""
-    with chromium(tmp_path_factory.mktemp("chromium")) as address:
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address at which a browser is driven, which every test of this file uses."""
+    with Chromium.started(tmp_path_factory.mktemp("chromium")) as address:
         yield address
 
 
 @pytest.fixture
-async def browser(devtools: str) -> AsyncIterator[Browser]:
+async def browser(driven: str) -> AsyncIterator[Browser]:
     """The browser; the pages of a test go with it, before their server."""
-    async with browser_at(devtools) as made:
-        yield made
+    async with Chromium.connected(driven) as driver:
+        yield Browser(driver)
 
 
 @pytest.fixture
 async def docs(server: TestServer, browser: Browser, alice: Person) -> Page:
     """The docs page, on which Alice has signed in."""
     page = await browser.opens(str(server.make_url("/docs")))
-    await page.commands("Network.enable")
     await page.waits("document.querySelector('main')?.ariaBusy === 'false'")
     await page.types("#login [name=email]", alice.email)
     await page.types("#login [name=password]", PASSWORD)
@@ -79,8 +80,8 @@ async def test_docs_send_any_call(docs: Page, server: TestServer, bob: Person) -
     await docs.waits(f"{one('#login')}.checkVisibility()")
     assert "401 in" in await sends(docs, "get_me")
     origin = str(server.make_url("/"))
-    assert len(docs.requested) > 8
-    assert [url for url in docs.requested if not url.startswith((origin, "data:"))] == []
+    assert len(docs.tab.requested) > 8
+    assert [url for url in docs.tab.requested if not url.startswith((origin, "data:"))] == []
     assert [each for each in docs.complaints if "404" not in each and "401" not in each] == []
 
 
@@ -133,14 +134,13 @@ async def test_docs_show_the_frames_of_a_socket(
 async def test_docs_are_used_with_keys_alone(docs: Page) -> None:
     """A slash leads to the search; what is sent is reached and sent by keys."""
     await docs.finds("document.activeElement.blur()")
-    await docs.presses("/", text="/")
+    await docs.tab.presses("/")
     await docs.waits("document.activeElement.id === 'filter'")
-    await docs.commands("Input.insertText", text="your own account")
+    await docs.tab.writes("your own account")
     await docs.waits(f"!{one('#create_chat')}.checkVisibility()")
     await docs.finds(f"{one('#get_me details:last-of-type summary')}.focus()")
-    await docs.presses("Enter", text="\r", windowsVirtualKeyCode=13)
-    await docs.presses("Tab", windowsVirtualKeyCode=9)
-    await docs.presses("Enter", text="\r", windowsVirtualKeyCode=13)
+    for key in ("Enter", "Tab", "Enter"):
+        await docs.tab.presses(key)
     await docs.sees("200 in", "#get_me .output")
 
 
@@ -150,9 +150,7 @@ async def test_docs_fit_every_screen(
 ) -> None:
     """On a phone as on a desk the page is read by scrolling down alone, with all of it open."""
     page = await browser.opens(str(server.make_url("/docs")))
-    await page.commands(
-        "Emulation.setDeviceMetricsOverride", width=width, height=844, deviceScaleFactor=1,
-        mobile=False)
+    await page.tab.resizes(width, 844)
     await page.sees("entries", "#count")
     assert await page.finds("innerWidth") == width
     await page.finds("for (const one of document.querySelectorAll('details')) one.open = true")

@@ -65,7 +65,7 @@ class Tab:
         raise NotImplementedError
 
     async def presses(self, key: str) -> None:
-        """Press a key: Enter or Shift."""
+        """Press a key: Enter or Shift, in Chromium also Tab or a character."""
         raise NotImplementedError
 
     async def question(self) -> str:
@@ -260,6 +260,10 @@ class Chromium(Driver):
 class ChromiumTab(Tab):
     """A page in Chromium."""
 
+    KEYS: ClassVar[dict[str, dict[str, Any]]] = {
+        "Enter": {"text": "\r", "windowsVirtualKeyCode": 13}, "Tab": {"windowsVirtualKeyCode": 9},
+        "/": {"text": "/"}}
+
     def __init__(self, browser: Chromium, session: str, context: dict[str, str]) -> None:
         super().__init__()
         self.browser = browser
@@ -304,7 +308,7 @@ class ChromiumTab(Tab):
 
     async def presses(self, key: str) -> None:
         """Press a key."""
-        more = {"text": "\r", "windowsVirtualKeyCode": 13} if key == "Enter" else {}
+        more = self.KEYS.get(key, {})
         for kind in ("keyDown", "keyUp"):
             await self.does("Input.dispatchKeyEvent", type=kind, key=key, **more)
 
