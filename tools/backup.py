@@ -6,14 +6,13 @@ signs tokens is not in it; --with-key writes it beside it.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import messenger as m
 from plumbing import guard
 from plumbing.process import StartError
-from tools.databases import dump, opened, run
+from tools.databases import dump, opened, replacing, run
 
 HELD = """\
 {file} holds every message, the hashes of passwords and the secrets of sessions:
@@ -37,18 +36,11 @@ def signing_key(settings: m.Settings) -> str:
 
 def write_private(file: Path, text: str) -> None:
     """Write a file that only we can read, whole or not at all. Raises StartError."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as opened_file:
-            opened_file.write(text)
-            opened_file.flush()
-            os.fsync(descriptor)
-        partial.replace(file)
-    except OSError as error:
-        raise StartError(f"cannot write {file}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        replacing(file) as descriptor,
+        open(descriptor, "w", encoding="utf-8", closefd=False) as opened_file,
+    ):
+        opened_file.write(text)
 
 
 async def back_up(settings: m.Settings, file: Path, with_key: bool) -> int:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -259,8 +259,9 @@ def require_replaceable(file: Path) -> None:
         raise StartError(f"{file} is there already, and is no ordinary file")
 
 
-async def dump(place: Place, file: Path) -> None:
-    """Write a database as it is at this moment into a file, which is there whole or not at all.
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[int]:
+    """Open what will take the place of a file, for us alone: it is there whole or not at all.
 
     Raises StartError.
     """
@@ -269,10 +270,7 @@ async def dump(place: Place, file: Path) -> None:
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
-            async with progress("dumped", lambda: os.fstat(descriptor).st_size):
-                await run_program(
-                    place, "pg_dump", "dbname", "--format=custom", "--schema=public",
-                    "--no-owner", "--no-privileges", stdout=descriptor)
+            yield descriptor
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -281,6 +279,15 @@ async def dump(place: Place, file: Path) -> None:
         raise StartError(f"cannot write {file}: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+async def dump(place: Place, file: Path) -> None:
+    """Write a database as it is at this moment into a file. Raises StartError."""
+    with replacing(file) as descriptor:
+        async with progress("dumped", lambda: os.fstat(descriptor).st_size):
+            await run_program(
+                place, "pg_dump", "dbname", "--format=custom", "--schema=public",
+                "--no-owner", "--no-privileges", stdout=descriptor)
 
 
 async def schema_of(file: Path) -> int:
