@@ -45,6 +45,7 @@ class Bus:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._origin = secrets.token_hex(ORIGIN_CHARS // 2)
+        self._greeting = f"{self._origin}[]"
         self._alone_at = time.monotonic() + ALONE_SECONDS
         self._pending: dict[Hashable, bytes] = {}
         self._sending: asyncio.Task[None] | None = None
@@ -96,10 +97,10 @@ class Bus:
             if not payload.startswith(self._origin):
                 self._alone_at = time.monotonic() + ALONE_SECONDS
                 hear_others(payload[ORIGIN_CHARS:])
-            elif payload == greeting:
+            elif payload == self._greeting:
                 metrics.HINTS.observe(time.perf_counter() - greeted_at)
 
-        greeting, greeted_at = f"{self._origin}[]", 0.0
+        greeted_at = 0.0
         is_deaf = False
         while True:
             connection = None
@@ -113,7 +114,8 @@ class Bus:
                 poll_now()
                 while True:
                     greeted_at = time.perf_counter()
-                    await connection.execute(NOTIFY, self.channel, greeting, timeout=WAIT_SECONDS)
+                    await connection.execute(
+                        NOTIFY, self.channel, self._greeting, timeout=WAIT_SECONDS)
                     await asyncio.sleep(LISTEN_CHECK_SECONDS)
             except Exception as error:  # whatever it is: else nobody would listen
                 self._alone_at = time.monotonic() + ALONE_SECONDS  # others may hear us
@@ -128,7 +130,7 @@ class Bus:
         logged where statements are run.
         """
         try:
-            await self._database.rows(NOTIFY, self.channel, f"{self._origin}[]")
+            await self._database.rows(NOTIFY, self.channel, self._greeting)
         except Exception as reason:
             log.debug("%r", reason)
             return False
