@@ -164,7 +164,7 @@ class Pool:
     def __init__(self, url: str, size: int, queries: Iterable[str]) -> None:
         self.url = url
         self._size = size
-        self.queries = list(queries)[:FAR_QUERIES_MAX]  # to prepare ahead on a far database
+        self._queries = list(queries)[:FAR_QUERIES_MAX]  # to prepare ahead on a far database
         self._idle: list[Pooled] = []
         self._lent: set[Pooled] = set()
         self._waiting: deque[asyncio.Future[Pooled]] = deque()  # calls that wait for a connection
@@ -375,7 +375,7 @@ class Pool:
         Else a request whose statements are all new to its connection would hardly be in time, since
         each takes two round trips; and a connection on which a statement was late is dropped.
         """
-        for query in self.queries:
+        for query in self._queries:
             try:
                 await pooled.connection._get_statement(query, WAIT_SECONDS)
             except asyncpg.PostgresError as error:

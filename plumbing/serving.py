@@ -4,6 +4,7 @@ Everything ends with the stack that it was started on, the last first.
 """
 
 import asyncio
+import functools
 import os
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
@@ -83,9 +84,7 @@ async def run_workers(
     environment = os.environ | own | metrics.environment(folder)
     environment |= {process.PARENT: str(os.getpid()), "METRICS_PORT": "0"}
 
-    def note_end(pid: int) -> None:
-        metrics.forget_process(folder, pid)
-
+    note_end = functools.partial(metrics.forget_process, folder)
     workers = await stack.enter_async_context(asyncio.TaskGroup())
     for _ in range(count):
         workers.create_task(process.keep_running(command, environment, note_end))
