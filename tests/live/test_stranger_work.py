@@ -153,6 +153,28 @@ async def test_message_in_many_fragments_is_read(alice: Person, bob: Person, raw
     assert await bob.history(chat) == ["whole"]
 
 
+class Turns:
+    """Somebody who has a turn of the loop whenever it comes round, until so much was done."""
+
+    def __init__(self, enough: int) -> None:
+        self.done = 0  # is counted up by whoever does it
+        self._enough = enough
+        self._seen: list[int] = []  # how much was done by each turn
+        self._have_one()
+
+    def _have_one(self) -> None:
+        self._seen.append(self.done)
+        if self.done < self._enough:
+            asyncio.get_running_loop().call_soon(self._have_one)
+
+    async def most(self) -> int:
+        """Wait until enough was done; answer the most that was done between two turns."""
+        async with asyncio.timeout(HEAR_SECONDS):
+            while self.done < self._enough:
+                await asyncio.sleep(0.01)
+        return max(later - before for before, later in itertools.pairwise(self._seen))
+
+
 @pytest.mark.parametrize("opcode", [PING, CONTINUED])
 async def test_frames_are_taken_in_turn_with_others(
     app: web.Application, alice: Person, bob: Person, raw: Any, monkeypatch: Any, opcode: int
@@ -160,29 +182,16 @@ async def test_frames_are_taken_in_turn_with_others(
     """What one socket sends in one block is not all taken before anybody else has a turn."""
     chat = await alice.opens(bob)
     line = await raw(alice, chat)
-    loop = asyncio.get_running_loop()
-    taken = 0
-    turns: list[int] = []  # how many were taken by then
+    turns = Turns(1_000)
 
     def take(*_: Any) -> None:
-        nonlocal taken
-        taken += 1
-
-    def have_a_turn() -> None:
-        turns.append(taken)
-        if taken < 1_000:
-            loop.call_soon(have_a_turn)
+        turns.done += 1
 
     monkeypatch.setattr(messenger, "take_control", take)
-    have_a_turn()
     if opcode == CONTINUED:
         await line.sends(0x01)
     await line.gives(bytes((opcode, 0x80, 0, 0, 0, 0)) * 1_000)
-    async with asyncio.timeout(HEAR_SECONDS):
-        while taken < 1_000:
-            await asyncio.sleep(0.01)
-    steps = [later - before for before, later in itertools.pairwise(turns)]
-    assert max(steps) <= messenger.FRAMES_AT_ONCE
+    assert await turns.most() <= messenger.FRAMES_AT_ONCE
 
 
 async def test_syncs_are_done_in_turn_with_others(
@@ -192,31 +201,17 @@ async def test_syncs_are_done_in_turn_with_others(
     are done at once than their replays may be."""
     chat = await alice.opens(bob)
     lines = [await raw(alice, chat) for _ in range(3)]
-    loop = asyncio.get_running_loop()
-    done = 0
-    turns: list[int] = []  # how many were done by then
-    put_replay = messenger.Rooms._put_replay
+    turns, put_replay = Turns(300), messenger.Rooms._put_replay
 
     def count(*args: Any) -> Any:
-        nonlocal done
-        done += 1
+        turns.done += 1
         return put_replay(*args)
 
-    def have_a_turn() -> None:
-        turns.append(done)
-        if done < 300:
-            loop.call_soon(have_a_turn)
-
     monkeypatch.setattr(messenger.Rooms, "_put_replay", count)
-    have_a_turn()
     frame = b'{"type":"sync","after":0}'
     for line in lines:
         await line.gives(bytes((0x81, 0x80 + len(frame), 0, 0, 0, 0, *frame)) * 100)
-    async with asyncio.timeout(HEAR_SECONDS):
-        while done < 300:
-            await asyncio.sleep(0.01)
-    steps = [later - before for before, later in itertools.pairwise(turns)]
-    assert max(steps) <= messenger.REPLAYS_PER_USER
+    assert await turns.most() <= messenger.REPLAYS_PER_USER
 
 
 @pytest.mark.parametrize("text", [
@@ -239,30 +234,16 @@ async def test_frames_after_the_close_are_taken_in_turn_with_others(
     app[messenger.RATES][messenger.TooManyFrames] = Rate(1, 1)
     app[messenger.RATES][messenger.FLOODING] = Rate(1, 1)
     line = await raw(alice, await alice.opens(bob))
-    loop = asyncio.get_running_loop()
-    receive = web.WebSocketResponse.receive
-    received = 0
-    turns: list[int] = []  # how many were received by then
+    turns, receive = Turns(4_000), web.WebSocketResponse.receive
 
     async def count(self: web.WebSocketResponse, timeout: float | None = None) -> Any:
-        nonlocal received
         message = await receive(self, timeout)
-        received += 1
+        turns.done += 1
         return message
 
-    def have_a_turn() -> None:
-        turns.append(received)
-        if received < 4_000:
-            loop.call_soon(have_a_turn)
-
     monkeypatch.setattr(web.WebSocketResponse, "receive", count)
-    have_a_turn()
     await line.gives(bytes((PING, 0x80, 0, 0, 0, 0)) * 5_000)
-    async with asyncio.timeout(HEAR_SECONDS):
-        while received < 4_000:
-            await asyncio.sleep(0.01)
-    steps = [later - before for before, later in itertools.pairwise(turns)]
-    assert max(steps) <= messenger.FRAMES_AT_ONCE
+    assert await turns.most() <= messenger.FRAMES_AT_ONCE
 
 
 async def test_token_under_another_subprotocol_is_not_logged(
