@@ -111,12 +111,10 @@ from weakref import WeakValueDictionary
 
 import msgspec
 import prometheus_client
-import uvloop
 from aiohttp import WSMessage, WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from plumbing import guard, metrics, process
-from plumbing.address import read_address, with_password
+from plumbing import guard, metrics, process, serving
 from plumbing.bus import Bus
 from plumbing.credentials import (
     Email,
@@ -130,7 +128,6 @@ from plumbing.credentials import (
 )
 from plumbing.database import Database, Unavailable, repeat
 from plumbing.deadline import RequestDeadline, linger
-from plumbing.embedded import Postgres
 from plumbing.endpoints import (
     ENCODER,
     INT8_MAX,
@@ -160,10 +157,9 @@ from plumbing.endpoints import (
 from plumbing.groups import GroupReader, GroupWriter, Outcome, by_place, columns_of
 from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
-from plumbing.process import Listener, StartError, Tasks
-from plumbing.schema import is_outgrown, migrate_when_up
-from plumbing.serving import run_workers, start_metrics, start_site
-from plumbing.settings import Port, check_metrics_port, read_settings
+from plumbing.process import Tasks
+from plumbing.schema import is_outgrown
+from plumbing.settings import Count, ServerSettings
 from plumbing.text import holds_runs, words_and_runs, words_of, words_wanted
 from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
@@ -186,27 +182,13 @@ BEHIND = prometheus_client.Gauge(
 # What an administrator may set, each from the environment variable of its name in capitals, and
 # the bounds that are part of the contract or guard the process.
 
-Count = Annotated[int, Meta(ge=1, le=1_000_000)]
-
-
-class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
+class Settings(ServerSettings, frozen=True, kw_only=True):
     """What is set from outside; docs/settings.md says what each is for."""
 
-    host: str = "127.0.0.1"
-    port: Port = 8080
-    data_dir: Annotated[str, Meta(min_length=1)] = "./data"
-    database_url: str = ""
-    database_password: str = ""
-    database_connections: Annotated[int, Meta(ge=1, le=100)] = 10
-    secret_key: str = ""
-    secret_key_old: str = ""
     registration: Literal["open", "closed"] = "open"
     access_token_expire_minutes: Annotated[int, Meta(ge=1, le=1440)] = 30
     refresh_token_expire_days: Annotated[int, Meta(ge=1, le=365)] = 7
     bcrypt_cost: Annotated[int, Meta(ge=4, le=16)] = 12
-    trusted_proxies: str = ""
-    cors_origins: str = ""
-    rate_limits: Literal["on", "off"] = "on"
     login_failures_per_account: Count = 10
     login_failures_per_address: Count = 100
     registrations_per_address: Count = 100
@@ -216,44 +198,7 @@ class Settings(Struct, frozen=True, kw_only=True, rename=str.upper):
     changes_per_minute: Count = 120
     typing_per_second: Count = 5
     sockets_per_user: Count = 50
-    calls_per_user: Count = 8
-    reads_per_user: Count = 2
-    connections_per_address: Count = 4000
     refused_handshakes_per_second: Count = 10
-    access_log: Literal["on", "off"] = "off"
-    log_format: Literal["text", "json"] = "text"
-    workers: Annotated[int, Meta(ge=1, le=16)] = 1
-    metrics_port: Port = 0
-    metrics_host: str = "127.0.0.1"
-
-    @classmethod
-    def load(cls, environ: Mapping[str, str]) -> "Settings":
-        """Read the settings from environment variables. Raises StartError naming a wrong one."""
-        settings = read_settings(cls, environ, paths=("DATA_DIR",))
-        settings.check()
-        return settings
-
-    def check(self) -> None:
-        """Raise StartError where a text is not what it stands for, or two settings do not agree."""
-        if self.database:
-            read_address(self.database)
-            if not self.secret_key:
-                raise StartError("SECRET_KEY must be set (32 bytes or more) where DATABASE_URL is")
-        for name in ("secret_key", "secret_key_old"):
-            guard.check_secret(name.upper(), getattr(self, name))
-        guard.read_networks(self.trusted_proxies)
-        guard.read_origins(self.cors_origins)
-        check_metrics_port(self.metrics_port, self.port)
-
-    def bound(self, number: int) -> int:
-        """Answer a limit that is a setting; 0 where there are to be none."""
-        return number if self.rate_limits == "on" else 0
-
-    @property
-    def database(self) -> str:
-        """The connection string of a database of one's own, with its password; empty for none."""
-        url, password = self.database_url.strip(), self.database_password.rstrip("\r\n")
-        return with_password(url, password) if url else ""
 
 
 BODY_BYTES_MAX = 64 * 1024
@@ -285,7 +230,8 @@ REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
-REPLAYS_PER_USER = 2  # that begin, or read a page, at once
+FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket; one socket may follow any number
+REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 INDEX_PAGE = 500  # messages whose words are indexed at once
@@ -1404,26 +1350,48 @@ class Rooms:
         """Let a socket join the room of its chat, or those of all chats of its user.
 
         It is live there from now on, though its handshake is not answered yet and may still be
-        refused: until then what is written waits. Raises ChatNotFound, Unavailable.
+        refused: until then what is written waits. Raises ChatNotFound, TooManySockets, Unavailable.
         """
+        me = socket.asker.user_id
         socket.send(HelloOut(data=hello_to(socket.asker)))
         self._sockets.add(socket)
         SOCKETS.set(len(self._sockets))
-        self._of_users.setdefault(socket.asker.user_id, set()).add(socket)
+        self._of_users.setdefault(me, set()).add(socket)
+        await self.replaying.run(me, self._join_rooms, socket)
+
+    async def _join_rooms(self, socket: Socket) -> None:
+        """Let a new socket join its rooms, in pieces: who is in very many chats delays nobody."""
+        asked = socket.chat_id, socket.asker.user_id
+        followed = await self._look_ups.get(asked)
+        self._check_followed(socket, len(followed))
         deadline = time.monotonic() + VERSION_SECONDS
         while True:
-            followed = await self._look_ups.get((socket.chat_id, socket.asker.user_id))
-            newer = [chat_id for chat_id, _, _, version in followed
+            if socket.chat_id is not None and not followed:
+                raise ChatNotFound
+            piece, rest = followed[:SYNC_CHATS_MAX], followed[SYNC_CHATS_MAX:]
+            newer = [chat_id for chat_id, _, _, version in piece
                      if self._knows_newer(chat_id, version)]
-            if not newer:
-                break
-            await self._wait_for_version(newer, deadline)
-        if socket.chat_id is not None and not followed:
-            raise ChatNotFound
-        for chat in followed:
-            self._join_room(socket, *chat)
-        if socket.chat_id is None:
-            self._tell_chats(socket)
+            if newer:
+                await self._wait_for_version(newer, deadline)
+                again = await self._look_ups.get(asked)
+                followed = [chat for chat in again if chat[0] not in socket.rooms]
+                continue
+            for chat in piece:
+                self._join_room(socket, *chat)
+            if socket.chat_id is None:
+                self._tell_chats(socket, [chat[0] for chat in piece], more=bool(rest))
+            if not rest:
+                return
+            followed = rest
+            await asyncio.sleep(0)
+
+    def _check_followed(self, socket: Socket, count: int) -> None:
+        """Raise TooManySockets where so many chats more are beyond what a user's sockets may follow
+        together: each of them takes memory.
+        """
+        others = sum(len(each.rooms) for each in self._of_users[socket.asker.user_id])
+        if others and others + count > FOLLOWED_PER_USER_MAX:
+            raise TooManySockets
 
     async def _followed_by(
         self, asked: list[tuple[int | None, int]]
@@ -1435,13 +1403,12 @@ class Rooms:
         rows = await self.database.rows(SELECT_FOLLOWED, *columns_of(asked))
         return by_place(rows, len(asked))
 
-    def _tell_chats(self, socket: Socket) -> None:
-        """Tell a socket where each of its chats stands: there it is live."""
-        stands = [(room.chat_id, (room.position(), room.version)) for room in socket.rooms.values()]
-        for start in range(0, len(stands) or 1, SYNC_CHATS_MAX):
-            end = start + SYNC_CHATS_MAX
-            told = ChatPositions(dict(stands[start:end]), more=end < len(stands))
-            socket.send(ChatsOut(data=told))
+    def _tell_chats(self, socket: Socket, chat_ids: list[int], more: bool) -> None:
+        """Tell a socket where some of its chats stand, and whether others follow: there it is live.
+        """
+        rooms = [socket.rooms[chat_id] for chat_id in chat_ids]
+        stands = {room.chat_id: (room.position(), room.version) for room in rooms}
+        socket.send(ChatsOut(data=ChatPositions(stands, more)))
 
     def _knows_newer(self, chat_id: int, version: int) -> bool:
         """Tell whether a room knows of a later change of participants than a query saw."""
@@ -3506,7 +3473,7 @@ PATH_PROBLEMS = {"chat_id": ChatNotFound, "user_id": UserNotFound, "message_id":
 
 
 # ==== Application =================================================================================
-# Start, serve, stop. Whatever keeps the server from starting is one line.
+# Make the application, run what runs beside it, tell the start; plumbing/serving.py does the rest.
 
 STATEMENTS = [
     text for text in globals().values() if isinstance(text, str) and text.strip()[:3] == "-- "]
@@ -3575,40 +3542,6 @@ async def close_sockets(app: web.Application) -> None:
     await app[ROOMS].close_all()
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Raises StartError."""
-    process.end_on_signals()
-    is_worker, has_workers = process.has_parent(), settings.workers > 1
-    async with contextlib.AsyncExitStack() as stack:
-        listener = stack.enter_context(
-            process.hold_port(settings.host, settings.port) if has_workers
-            else process.listen_on(settings.host, settings.port, shared=is_worker))
-        url, secret_key = settings.database, settings.secret_key
-        where, name = "your PostgreSQL (DATABASE_URL)", "DATABASE_URL"
-        if not url:
-            server = Postgres(Path(settings.data_dir))
-            stack.push_async_callback(server.stop)
-            await server.start()
-            url, where = server.dsn, f"{server.folder} (embedded PostgreSQL)"
-            name = "the embedded PostgreSQL"
-            secret_key = secret_key or guard.kept_secret(server.folder / "secret_key")
-        if not is_worker:
-            await migrate_when_up(url, SQL, name)
-        port = listener.getsockname()[1]
-        if has_workers:
-            own = {"DATABASE_URL": url, "SECRET_KEY": secret_key, "PORT": str(port), "WORKERS": "1"}
-            metrics_at = settings.metrics_host, settings.metrics_port
-            await run_workers(
-                stack, [sys.executable, __file__], own, settings.workers, metrics_at)
-            await process.until_listening(settings.host, port)
-        else:
-            await start_sites(settings, stack, listener, make_app(settings, url, secret_key))
-        if not is_worker:
-            stack.callback(log.info, "stopping")
-            tell_start(settings, process.url_of(listener), where)
-        await asyncio.Event().wait()
-
-
 def tell_start(settings: Settings, page: str, where: str) -> None:
     """Tell where the server is, where its data are, and what to do next."""
     if settings.log_format == "json":
@@ -3622,35 +3555,12 @@ def tell_start(settings: Settings, page: str, where: str) -> None:
           "next      make the first account: ./run user create", flush=True)
 
 
-async def start_sites(
-    settings: Settings, stack: contextlib.AsyncExitStack, listener: Listener,
-    app: web.Application,
-) -> None:
-    """Serve the application, and the metrics on a port of their own. Raises StartError."""
-    await start_metrics(stack, settings.metrics_host, settings.metrics_port)
-    admit = guard.Connections(settings.bound(settings.connections_per_address), app[PROXIES]).admit
-    # Its sockets are closed first: once the runner cleans up, they answer no close.
-    await start_site(stack, listener, app, close=close_sockets, admit=admit)
-
-
 def main() -> int:
     """Start the server; answer the exit status. `messenger.py COMMAND …` is in tools/."""
     process.be_init()
     if sys.argv[1:]:
         os.execv(sys.executable, [sys.executable, str(TOOLS), *sys.argv[1:]])  # noqa: S606
-    process.die_with_parent()
-    try:
-        process.require_parser()
-        process.raise_descriptor_limit()
-        settings = Settings.load(os.environ)
-        process.escape_unwritable(sys.stdout)
-        process.start_logs(settings.access_log == "on", settings.log_format == "json")
-        with contextlib.suppress(asyncio.CancelledError):
-            uvloop.run(serve(settings))
-    except StartError as error:
-        print(f"messenger: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return serving.run(Settings, SQL, Path(__file__), make_app, close_sockets, tell_start)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ A file imports only those above it in this list, and none imports the applicatio
     uuids        ids that sort by time
     metrics      what is counted and timed for Prometheus
     process      a port, signals, children, logs, and a word for a bad start
-    settings     settings from the environment
-    serving      applications on ports, metrics, workers
     address      where PostgreSQL is, and the one way to connect
     embedded     the embedded PostgreSQL
     deadline     how long a request may wait
@@ -16,6 +14,8 @@ A file imports only those above it in this list, and none imports the applicatio
     schema       the schema, and the start
     bus          hints from one process to the others
     guard        who may ask: addresses, rates, passwords, tokens, browsers
+    settings     settings from the environment
+    serving      a program that serves an application: start, database, ports, workers, end
     websocket    one connection of a websocket
     validation   what is wrong with a value, in words for people
     endpoints    from a handler's signature to validation to an answer

@@ -28,6 +28,7 @@ RECONNECT_SECONDS = 0.1  # after a failure to connect, until the next try
 FULL_SECONDS = 1.0  # the same where some connections are open, and more are refused
 WAIT_SECONDS = 1.8  # for a statement outside of a request, and for any by PostgreSQL's own clock
 TEND_SECONDS = 0.25
+READ_SECONDS = 0.01  # in which an answer that has come already is read
 QUIET_SECONDS = 5.0  # after which an idle connection is asked whether it still answers
 DOUBT_SECONDS = 0.5  # without an answer on any connection: each idle one is asked
 SILENCE_SECONDS = 1.5  # and then the database is away
@@ -404,6 +405,7 @@ class Pool:
         """Look after the connections, for as long as there is the pool."""
         while True:
             await asyncio.sleep(TEND_SECONDS)
+            await asyncio.sleep(READ_SECONDS)  # this process may have stood still
             try:
                 self._tend()
             except Exception:

@@ -1,25 +1,38 @@
-"""Applications on ports: a site with its time limits, the metrics on a site of their own, workers.
+"""A program that serves an application: its start, its database, its ports, its workers, its end.
 
 Everything ends with the stack that it was started on, the last first.
 """
 
 import asyncio
+import contextlib
 import functools
+import logging
 import os
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
+import uvloop
 from aiohttp import web
 
-from plumbing import metrics, process
-from plumbing.process import Listener
+from plumbing import guard, metrics, process
+from plumbing.embedded import Postgres
+from plumbing.process import Listener, StartError
+from plumbing.schema import migrate_when_up
+from plumbing.settings import ServerSettings
 
 IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which is up to 600
 SHUTDOWN_SECONDS = 2
 METRICS_FOLDER = web.AppKey("metrics_folder", Path)
+log = logging.getLogger("messenger.serving")
+
+SettingsT = TypeVar("SettingsT", bound=ServerSettings)
+
+# ---- Sites
 
 
 async def start_site(
@@ -71,6 +84,9 @@ async def start_metrics(
         await start_site(stack, listener, metrics_app(folder))
 
 
+# ---- Workers
+
+
 async def run_workers(
     stack: AsyncExitStack, command: list[str], own: Mapping[str, str], count: int,
     metrics_at: tuple[str, int],
@@ -88,3 +104,105 @@ async def run_workers(
     workers = await stack.enter_async_context(asyncio.TaskGroup())
     for _ in range(count):
         workers.create_task(process.keep_running(command, environment, note_end))
+
+
+# ---- The program
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The database that a program serves, and the key that signs its tokens."""
+
+    url: str
+    secret_key: str
+    where: str  # in words: where the data are
+    name: str  # in words: what is blamed while it cannot be reached
+
+
+async def open_place(settings: ServerSettings, stack: AsyncExitStack) -> Place:
+    """Find the database of one's own, or start the embedded one. Raises StartError."""
+    if settings.database:
+        where, name = "your PostgreSQL (DATABASE_URL)", "DATABASE_URL"
+        return Place(settings.database, settings.secret_key, where, name)
+    server = Postgres(Path(settings.data_dir))
+    stack.push_async_callback(server.stop)
+    await server.start()
+    secret_key = settings.secret_key or guard.kept_secret(server.folder / "secret_key")
+    where = f"{server.folder} (embedded PostgreSQL)"
+    return Place(server.dsn, secret_key, where, "the embedded PostgreSQL")
+
+
+async def start_sites(
+    settings: ServerSettings, stack: AsyncExitStack, listener: Listener, app: web.Application,
+    close_sockets: Callable[[web.Application], Awaitable[None]],
+) -> None:
+    """Serve an application, and the metrics on a port of their own. Raises StartError."""
+    await start_metrics(stack, settings.metrics_host, settings.metrics_port)
+    at_most = settings.bound(settings.connections_per_address)
+    admit = guard.Connections(at_most, guard.read_networks(settings.trusted_proxies)).admit
+    # Its sockets are closed first: once the runner cleans up, they answer no close.
+    await start_site(stack, listener, app, close=close_sockets, admit=admit)
+
+
+async def serve(
+    settings: SettingsT, sql: Path, program: Path,
+    make_app: Callable[[SettingsT, str, str], web.Application],
+    close_sockets: Callable[[web.Application], Awaitable[None]],
+    tell_start: Callable[[SettingsT, str, str], None],
+) -> None:
+    """Serve until SIGTERM or SIGINT, with the schema of a folder of SQL. Raises StartError.
+
+    With workers, this process serves nothing: it runs the program so many times. Else `make_app` is
+    given a connection string and the secret key, and `close_sockets` is called before the
+    application ends. Once all is up, `tell_start` is told the address of the page and where the
+    data are.
+    """
+    process.end_on_signals()
+    is_worker, has_workers = process.has_parent(), settings.workers > 1
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(
+            process.hold_port(settings.host, settings.port) if has_workers
+            else process.listen_on(settings.host, settings.port, shared=is_worker))
+        place = await open_place(settings, stack)
+        if not is_worker:
+            await migrate_when_up(place.url, sql, place.name)
+        if has_workers:
+            port = listener.getsockname()[1]
+            own = {"DATABASE_URL": place.url, "SECRET_KEY": place.secret_key, "PORT": str(port),
+                   "WORKERS": "1"}
+            metrics_at = settings.metrics_host, settings.metrics_port
+            await run_workers(
+                stack, [sys.executable, str(program)], own, settings.workers, metrics_at)
+            await process.until_listening(settings.host, port)
+        else:
+            app = make_app(settings, place.url, place.secret_key)
+            await start_sites(settings, stack, listener, app, close_sockets)
+        if not is_worker:
+            stack.callback(log.info, "stopping")
+            tell_start(settings, process.url_of(listener), place.where)
+        await asyncio.Event().wait()
+
+
+def run(
+    shape: type[SettingsT], sql: Path, program: Path,
+    make_app: Callable[[SettingsT, str, str], web.Application],
+    close_sockets: Callable[[web.Application], Awaitable[None]],
+    tell_start: Callable[[SettingsT, str, str], None],
+) -> int:
+    """Read the settings of a shape from the environment, then `serve`; answer the exit status.
+
+    Whatever keeps the server from starting is one line.
+    """
+    process.die_with_parent()
+    try:
+        process.require_parser()
+        process.raise_descriptor_limit()
+        settings = shape.load(os.environ)
+        process.escape_unwritable(sys.stdout)
+        process.start_logs(settings.access_log == "on", settings.log_format == "json")
+        with contextlib.suppress(asyncio.CancelledError):
+            uvloop.run(serve(settings, sql, program, make_app, close_sockets, tell_start))
+    except StartError as error:
+        print(f"messenger: {error}", file=sys.stderr)
+        return 1
+    return 0

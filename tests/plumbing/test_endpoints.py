@@ -83,7 +83,8 @@ async def hasty(
     monkeypatch.setattr(endpoints, "BODY_SECONDS", 1)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(process.listen_on("127.0.0.1", 0))
-        await messenger.start_sites(SETTINGS, stack, listener, app)
+        await serving.start_sites(
+            SETTINGS, stack, listener, app, messenger.close_sockets)
         port = listener.getsockname()[1]
 
         async def call(text: bytes) -> RawConnection:
@@ -144,7 +145,8 @@ async def test_idle_connection_is_closed_at_last(
     monkeypatch.setattr(serving, "IDLE_SECONDS", 1)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(process.listen_on("127.0.0.1", 0))
-        await messenger.start_sites(SETTINGS, stack, listener, app)
+        await serving.start_sites(
+            SETTINGS, stack, listener, app, messenger.close_sockets)
         raw = await RawConnection.opens(listener.getsockname()[1], ALIVE)
         stack.callback(raw.close)
         assert await (await hears_alive(raw)).is_cut()

@@ -6,7 +6,7 @@ import pytest
 from msgspec import Struct
 
 from plumbing.process import StartError
-from plumbing.settings import Port, check_metrics_port, read_settings
+from plumbing.settings import Port, ServerSettings, read_settings
 
 
 class Known(Struct, rename=str.upper):
@@ -43,8 +43,7 @@ def test_path_may_hold_any_bytes() -> None:
 
 def test_metrics_have_a_port_of_their_own() -> None:
     """The metrics are on no port, or on another than the server."""
-    check_metrics_port(0, 0)
-    check_metrics_port(0, 8080)
-    check_metrics_port(9000, 8080)
+    for ports in ({"PORT": "0"}, {"METRICS_PORT": "0"}, {"METRICS_PORT": "9000"}):
+        ServerSettings.load(ports)
     with pytest.raises(StartError, match=r"^METRICS_PORT=9000: PORT=9000 "):
-        check_metrics_port(9000, 9000)
+        ServerSettings.load({"METRICS_PORT": "9000", "PORT": "9000"})
