@@ -1227,8 +1227,8 @@ class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
     __slots__ = (
-        "answered", "asker", "catching_up", "chat_id", "key", "replays", "request_id", "rooms",
-        "unanswered")
+        "answered", "asker", "catching_up", "chat_id", "joining", "key", "replays", "request_id",
+        "rooms", "unanswered")
 
     def __init__(self, request: web.Request, chat_id: int | None) -> None:
         super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
@@ -1236,6 +1236,7 @@ class Socket(Connection):
         self.request_id = process.request_id(request)  # of its handshake
         self.chat_id = chat_id
         self.key = object()  # in RATES: the key may outlive the socket, and its id() be reused
+        self.joining: asyncio.Event | None = None  # its rooms, at the start
         self.rooms: dict[int, Room] = {}
         self.replays: dict[int, Replay] = {}
         self.catching_up: asyncio.Task[None] | None = None
@@ -1357,7 +1358,12 @@ class Rooms:
         self._sockets.add(socket)
         SOCKETS.set(len(self._sockets))
         self._of_users.setdefault(me, set()).add(socket)
-        await self.replaying.run(me, self._join_rooms, socket)
+        joining = socket.joining = asyncio.Event()
+        try:
+            await self.replaying.run(me, self._join_rooms, socket)
+        finally:
+            socket.joining = None
+            joining.set()
 
     async def _join_rooms(self, socket: Socket) -> None:
         """Let a new socket join its rooms, in pieces: who is in very many chats delays nobody."""
@@ -1473,6 +1479,8 @@ class Rooms:
 
         Raises ChatNotFound, Unavailable.
         """
+        if socket.joining is not None:  # `chats` comes first, and may tell of it
+            await socket.joining.wait()
         deadline = time.monotonic() + VERSION_SECONDS
         while chat_id not in socket.rooms and socket in self._sockets:
             chat = await read_chat(self.database, chat_id, socket.asker.user_id)

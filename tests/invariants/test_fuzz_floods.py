@@ -15,7 +15,7 @@ import pytest
 import messenger
 from support.floods import BLOCKS, CALLS, SILENCE, Flood, flood
 from support.fuzzing import LONG
-from support.hostile import CONTINUATION, FIN, PING, PONG, TEXT, frame
+from support.hostile import CLOSE, CONTINUATION, FIN, PING, PONG, TEXT, frame
 from support.people import HEAR_SECONDS, PASSWORD, Line, Person
 from support.raw import handshake
 from support.servers import SECRET_KEY, Server
@@ -28,6 +28,7 @@ P99_SECONDS = 0.1 if LONG else HEAR_SECONDS  # of an honest call; long: on a qui
 PAUSE_SECONDS = 0.03  # between two honest calls
 CONNECTIONS = 200
 BLOCK = 4_000  # control frames in one write
+ENDING = ("refresh", "logout", "delete_user", "delete_session")  # calls that end a session
 MARKS = "\u0344" * 16_000 + "\u0323" * 15_900
 
 # A hundred groups of a hundred, each with a long message: the dearest list of chats that there is.
@@ -62,12 +63,12 @@ class Stranger:
         return (head + sent).encode().decode("latin-1")
 
     def of_calls(self, spent: Person, victim: int) -> list[Flood]:
-        """Make a flood of each call; those that end a session are made with somebody else's."""
-        login = {"email": self.person.email, "password": PASSWORD}
+        """Make a flood of each call; those that end sessions end those of `spent`."""
+        login = {"email": spent.email, "password": PASSWORD}  # the 51st ends the first session
         bodies = {
             "create_user": {"email": "a@x.org", "username": "a_a", "password": PASSWORD},
             "login": login,
-            "refresh": {"refresh_token": self.person.refresh},
+            "refresh": {"refresh_token": spent.refresh},
             "change_user": {"username": "mallory_2"},
             "create_chat": {"is_group": True, "name": "x", "participant_ids": [victim]},
             "change_chat": {"name": "y"},
@@ -76,11 +77,10 @@ class Stranger:
             "change_message": {"text": "y"},
             "read_message": {"message_id": self.message},
         }
-        ends = ("logout", "delete_user", "delete_session")
         floods = []
         for one in messenger.ENDPOINTS:
             name = one.handler.__name__
-            who = spent if name in ends else self.person
+            who = spent if name in ENDING else self.person
             user = who.id if name in ("change_user", "delete_user") else victim
             path = one.path.format(
                 chat_id=self.chat, message_id=self.message, user_id=user, session_id=1)
@@ -103,10 +103,10 @@ class Stranger:
                 "PUT", f"/api/v1/users/{self.person.id}", {"username": MARKS})]),
         ]
 
-    def of_frames(self) -> list[Flood]:
-        """Make floods of frames over sockets."""
-        def of(name: str, block: bytes, connections: int = 1) -> Flood:
-            opening = handshake(self.port, f"/ws/{self.chat}", self.person.access)
+    def of_frames(self, groups: list[int]) -> list[Flood]:
+        """Make floods of frames over sockets, and of sockets that come and go."""
+        def of(name: str, block: bytes, connections: int = 1, path: str = "") -> Flood:
+            opening = handshake(self.port, path or f"/ws/{self.chat}", self.person.access)
             sends = [opening.decode("latin-1"), block.decode("latin-1")]
             return Flood(name, BLOCKS, sends, connections)
 
@@ -123,6 +123,8 @@ class Stranger:
             of("wrong frames", text(type="nothing")),
             of("tokens", text(type="auth", token="x" * 1_000)),
             of("replays", text(type="sync", after=0), 20),
+            of("long replays", text(type="sync", chats=dict.fromkeys(groups, 0)), 20, "/ws"),
+            of("handshakes", frame(FIN | CLOSE, b""), 30, "/ws"),
         ]
 
     def of_connections(self) -> list[Flood]:
@@ -203,7 +205,9 @@ async def test_honest_user_is_served_beside_floods(
     theirs = await mallory.founds(bob)
     message = await mallory.says(theirs, "x")
     stranger = Stranger(flooded.port, mallory, theirs, message["id"])
-    calls, others = stranger.of_calls(spent, bob.id), stranger.of_texts() + stranger.of_frames()
+    groups = [row["id"] for row in await sql.fetch("select id from chats where name = 'group'")]
+    calls = stranger.of_calls(spent, bob.id)
+    others = stranger.of_texts() + stranger.of_frames(groups)
     floods = [[each] for each in calls + others + stranger.of_connections()]
     if not LONG:  # all calls in turn, then all else, then the connections
         sends = [sent for each in calls for sent in each.sends]
@@ -223,6 +227,8 @@ async def test_honest_user_is_served_beside_floods(
             with capsys.disabled():
                 told = f"{len(times)} calls, p50 {times[len(times) // 2] * 1000:.0f} ms, "
                 print(f"\n{names}: {told}p99 {p99 * 1000:.0f} ms beside {heard}", end="")
+        if not {each.name for each in at_once} & {"calls", *ENDING}:
+            assert "401" not in heard, f"nothing was flooded by {names}: signed out"
         if p99 > P99_SECONDS:
             slow[names] = p99
     assert slow == {}

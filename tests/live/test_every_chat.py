@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
 
+import aiohttp
 import asyncpg
 import jwt
 import pytest
@@ -24,6 +25,7 @@ from support.people import (
     adds,
     follows,
     logs_out,
+    refusal,
     removes,
 )
 from support.raw import RawLine, transport_of
@@ -825,3 +827,131 @@ async def test_socket_ends_with_its_new_session_at_another_server(
     assert await line.hears_text("still here")
     await logs_out(alice, alice.access)
     assert await line.is_closed() == 4401
+
+
+# ---- Very many chats
+
+
+async def test_very_many_chats_are_joined_in_pieces(
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket joins its chats piece by piece, and others have their turn between two; what is
+    posted meanwhile is heard after the place that it was told, without a hole."""
+    monkeypatch.setattr(messenger, "SYNC_CHATS_MAX", 2)
+    chats = [await alice.founds(bob) for _ in range(7)]
+    is_over = False
+
+    async def goes_on() -> None:
+        for number in itertools.count(1):
+            await asyncio.gather(*(bob.says(chat, f"number {number}") for chat in chats))
+            if is_over:
+                return
+
+    posting = asyncio.create_task(goes_on())
+    for _ in range(10):
+        line = await follows(alice)
+        frames = [await line.hears("chats", "message")]
+        while {chat_of(frame) for frame in of_type(frames, "message")} != set(chats):
+            frames.append(await line.hears("chats", "message"))
+        told = of_type(frames, "chats")
+        assert [frame["data"]["more"] for frame in told] == [True, True, True, False]
+        stands = {
+            int(chat): number_of(position)
+            for frame in told for chat, (position, _) in frame["data"]["chats"].items()}
+        assert stands.keys() == set(chats)
+        for chat in chats:
+            heard = [frame["data"]["seq"] for frame in of_type(frames, "message")
+                     if chat_of(frame) == chat]
+            assert heard == [stands[chat] + count for count, _ in enumerate(heard, 1)]
+        await line.close()
+    is_over = True
+    await posting
+
+
+async def test_chat_that_changes_while_others_are_joined_is_as_it_is_then(
+    app: Any, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a chat which somebody is taken out of while a socket joins the ones before it, the socket
+    is told nothing; with another that changed meanwhile it joins the chat as it is."""
+    monkeypatch.setattr(messenger, "SYNC_CHATS_MAX", 1)
+    chats = [await bob.founds(alice) for _ in range(3)]
+    await bob.listens_live(chats[1])
+    await bob.listens_live(chats[2])
+    rooms, changed = app[messenger.ROOMS], asyncio.Event()
+    followed_by = rooms._followed_by
+
+    async def changes_after(asked: Any) -> Any:
+        followed = await followed_by(asked)
+        if not changed.is_set():
+            changed.set()
+            await removes(bob, chats[1], alice)
+            await bob.expects(200, "PATCH", f"/chats/{chats[2]}", {"name": "renamed"})
+        return followed
+
+    rooms._look_ups._look_up = changes_after
+    line = await follows(alice)
+    frames = [await line.hears("chats", "chat", "chat_removed")]
+    while frames[-1]["data"].get("more", True):
+        frames.append(await line.hears("chats", "chat", "chat_removed"))
+    told = {int(chat): stand for frame in of_type(frames, "chats")
+            for chat, stand in frame["data"]["chats"].items()}
+    assert told.keys() == {chats[0], chats[2]}
+    assert told[chats[2]][1] == (await bob.gets(f"/chats/{chats[2]}"))["version"]
+    await bob.says(chats[1], "not for alice")
+    await bob.says(chats[2], "for alice")
+    assert (await line.hears("message", "chat_removed"))["data"]["text"] == "for alice"
+
+
+async def test_chats_that_the_sockets_of_a_user_follow_are_bounded(
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A further socket of a user is refused where all of them together would follow too many chats;
+    the first may follow any number, and the sockets of others count for nothing."""
+    chats = [await alice.founds(bob) for _ in range(3)]
+    monkeypatch.setattr(messenger, "FOLLOWED_PER_USER_MAX", 2)
+    first = await follows(alice)
+    assert await refusal(alice, "/ws") == 429
+    assert await refusal(alice, f"/ws/{chats[0]}") == 429
+    await follows(bob)
+    monkeypatch.setattr(messenger, "FOLLOWED_PER_USER_MAX", 4)
+    assert await refusal(alice, "/ws") == 429
+    await alice.listens_live(chats[0])
+    await first.close()
+    async with asyncio.timeout(SOON_SECONDS):
+        while await is_refused(alice):
+            await asyncio.sleep(0.01)
+
+
+async def is_refused(person: Person) -> bool:
+    """Tell whether a socket on all chats of somebody is refused right now."""
+    try:
+        await follows(person)
+    except aiohttp.WSServerHandshakeError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("is_seen", [True, False], ids=["before the look-up", "after it"])
+async def test_chat_that_one_comes_into_during_the_handshake_is_told_once(
+    app: Any, alice: Person, bob: Person, is_seen: bool
+) -> None:
+    """A chat that is made while a socket joins is told by `chats`, or by `chat` behind it."""
+    rooms = app[messenger.ROOMS]
+    followed_by = rooms._followed_by
+    made = []
+
+    async def makes_a_chat(asked: Any) -> Any:
+        followed = await followed_by(asked)
+        made.append(await bob.founds(alice))
+        await asyncio.sleep(0.1)  # its hint was heard long ago
+        return await followed_by(asked) if is_seen else followed
+
+    rooms._look_ups._look_up = makes_a_chat
+    line = await follows(alice)
+    first = await line.hears("chats", "chat")
+    assert first["type"] == "chats"
+    assert (str(made[0]) in first["data"]["chats"]) == is_seen
+    if not is_seen:
+        assert (await line.hears("chat"))["data"]["id"] == made[0]
+    await bob.says(made[0], "hi")
+    assert (await line.hears("message", "chat"))["type"] == "message"

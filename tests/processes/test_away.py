@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
+from plumbing.database import SILENCE_SECONDS, TEND_SECONDS
 from plumbing.embedded import Postgres
 from plumbing.schema import migrate
 from support.people import SOON_SECONDS, Person, new_id
@@ -241,6 +243,23 @@ async def test_hanging_database_is_503_and_logged(
         while await status(client) != 200:
             await asyncio.sleep(0.05)
     assert told(caplog) == ["the database is away", "the database is back"]
+
+
+async def test_server_that_stood_still_does_not_blame_the_database(
+    app_of_one: Any, caplog: Any
+) -> None:
+    """An answer that came while the server itself stood still, as in a virtual machine that was
+    paused, is read before anybody asks why there is none."""
+    server, client = app_of_one
+    assert await status(client) == 200
+    database = server.app[messenger.DATABASE]
+    for _ in range(3):
+        asking = asyncio.create_task(database.rows("select pg_sleep(0.1)"))
+        await asyncio.sleep(0.05)
+        time.sleep(SILENCE_SECONDS + 0.1)
+        await asking
+        await asyncio.sleep(2 * TEND_SECONDS)
+    assert reasons(caplog) == []
 
 
 # ---- Few connections
