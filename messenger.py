@@ -132,6 +132,7 @@ from plumbing.endpoints import (
     ENCODER,
     INT8_MAX,
     Answer,
+    CallSlots,
     Endpoint,
     FieldError,
     InternalError,
@@ -3518,16 +3519,18 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[INDEX] = SearchIndex(app[DATABASE])
     app[TURNS] = WeakValueDictionary()
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
+    limits = settings.calls_per_user, settings.reads_per_user, settings.calls_per_address
+    light, heavy, unknown = [guard.Slots(settings.bound(limit)) for limit in limits]
+    slots = CallSlots(light, heavy, unknown, address_of)
     if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
         app.middlewares.append(process.log_access(address_of))
     app.middlewares.extend([
         guard.guard_browsers(app[ORIGINS]),
-        answer_problems(metrics.observe_request, refuse_foreign_page)])
+        answer_problems(metrics.observe_request, refuse_foreign_page, slots)])
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile
-    calls, reads = settings.bound(settings.calls_per_user), settings.bound(settings.reads_per_user)
-    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS, calls, reads)
+    add_routes(app, ENDPOINTS, authenticate, PATH_PROBLEMS, slots)
     return app
 
 

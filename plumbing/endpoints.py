@@ -326,6 +326,22 @@ def read_query(request: web.Request, shape: type[Struct], any_query: bool) -> di
         raise invalid(*describe(error, shape)) from None
 
 
+@dataclass(frozen=True, slots=True)
+class CallSlots:
+    """So many calls of each are under way at once (0: any number); who comes beyond waits."""
+
+    user: Slots
+    heavy: Slots  # of a user, apart from the others: those that are `heavy`
+    address: Slots  # of an address: those of nobody known, and refusals
+    address_of: Callable[[web.Request], str]
+
+    def of(self, endpoint: Endpoint) -> Slots:
+        """Tell whose slots a call of an endpoint takes."""
+        if endpoint.public:
+            return self.address
+        return self.heavy if endpoint.heavy else self.user
+
+
 async def hold_slot(request: web.Request, slots: Slots, key: Hashable) -> None:
     """Hold one of somebody's slots until the answer was taken. Raises TooManyCalls."""
     try:
@@ -340,20 +356,21 @@ def bind(
     endpoint: Endpoint,
     authenticate: Callable[[web.Request], Awaitable[Hashable]],
     path_problems: Mapping[str, type[Problem]],
-    slots: Slots,
+    slots: CallSlots,
 ) -> Handler:
     """Make the aiohttp handler of an endpoint.
 
     `authenticate` is awaited first, unless the endpoint is public, and answers who asks: the call
-    takes one of their slots, but for a websocket. A malformed id in a path is refused with the
-    problem of its name. One deadline bounds all that is waited for.
+    takes one of their slots, else one of its address, but for a websocket. A malformed id in a path
+    is refused with the problem of its name. One deadline bounds all that is waited for.
     """
     signature = Signature.of(endpoint)
+    own = slots.of(endpoint)
+    address_of: Callable[[web.Request], Hashable] = slots.address_of
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with RequestDeadline():
-            if not endpoint.public:
-                asker = await authenticate(request)
+            asker = address_of(request) if endpoint.public else await authenticate(request)
             arguments = {
                 name: read_path(kind, request.match_info[name], path_problems[name])
                 for name, kind in signature.path.items()
@@ -361,8 +378,8 @@ def bind(
             if request.rel_url.raw_query_string:
                 arguments |= read_query(request, signature.query, endpoint.any_query)
             body = b"" if signature.body is None else await read_body(request)
-            if not endpoint.public and endpoint.status != SWITCHING:
-                await hold_slot(request, slots, asker)
+            if endpoint.status != SWITCHING:
+                await hold_slot(request, own, asker)
             if signature.body is not None and (body or signature.body_required):
                 arguments["body"] = decode_json(signature.body, body)
             return respond(endpoint, await endpoint.handler(request, **arguments))
@@ -387,17 +404,12 @@ def route_path(path: str, paths: Iterable[str]) -> str:
 def add_routes(
     app: web.Application, endpoints: Sequence[Endpoint],
     authenticate: Callable[[web.Request], Awaitable[Hashable]],
-    path_problems: Mapping[str, type[Problem]], calls_at_once: int, heavy_at_once: int,
+    path_problems: Mapping[str, type[Problem]], slots: CallSlots,
 ) -> None:
-    """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD.
-
-    Of somebody's calls, and of their heavy ones, so many are under way at once (0: any number).
-    """
+    """Let an application answer at endpoints, each bound (`bind`); what answers GET, also HEAD."""
     paths = [endpoint.path for endpoint in endpoints]
-    light, heavy = Slots(calls_at_once), Slots(heavy_at_once)
     for endpoint in endpoints:
         name = endpoint.handler.__name__
-        slots = heavy if endpoint.heavy else light
         handler = bind(endpoint, authenticate, path_problems, slots)
         path = route_path(endpoint.path, paths)
         for method in ("GET", "HEAD") if endpoint.method == "GET" else (endpoint.method,):
@@ -453,9 +465,10 @@ def as_http_problem(error: web.HTTPException) -> Problem:
 def answer_problems(
     observe_request: Callable[[str, int, float], None],
     refuse_foreign_page: Callable[[web.Request], None],
+    slots: CallSlots,
 ) -> Any:
     """Make the middleware that answers what was refused as a problem, and what nobody foresaw as a
-    blank 500, logged.
+    blank 500, logged. What is refused before it took a slot takes one of its address.
 
     `refuse_foreign_page` is called before any handler, and may raise a Problem.
     Once a call is answered, `observe_request` is told its operation, its status and the seconds
@@ -478,7 +491,10 @@ def answer_problems(
             if problem is None:
                 log.exception("%s failed, request %s", called(request), request_id(request))
             answer = problem_answer(problem or InternalError(), request)
-        if answer.status != 101:
+        if answer.status >= 400 and GIVE_BACK not in request:
+            with contextlib.suppress(TooManyCalls):  # it waited long enough
+                await hold_slot(request, slots.address, slots.address_of(request))
+        if answer.status != SWITCHING:
             operation = request.match_info.route.name or "none"
             observe_request(operation, answer.status, time.perf_counter() - began)
         return answer

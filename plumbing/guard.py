@@ -43,6 +43,8 @@ HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the e
 STALLED_SECONDS = 30  # without a byte of an answer being taken
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
+REST_SECONDS = 0.1  # for which a call keeps its slot after ...
+RESTING = (401, 426, 429)  # ... these refusals, which cost who floods nothing
 REFUSALS_TOLD_SECONDS = 60  # from one line of the log about refused connections to the next
 ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
 PASSWORD_THREADS = 2
@@ -210,12 +212,18 @@ class PromptConnection(web.RequestHandler):
     async def _handle_request(
         self, request: web.BaseRequest, *others: Any
     ) -> tuple[web.StreamResponse, bool]:
-        """Answer a request; it gives its slot back once the answer was taken."""
+        """Answer a request; it gives its slot back once the answer was taken.
+
+        After some refusals it does so later: else a flood of them would take all our time.
+        """
+        seconds = 0.0
         try:
-            return await super()._handle_request(request, *others)
+            answer, reset = await super()._handle_request(request, *others)
+            seconds = REST_SECONDS if answer.status in RESTING else 0.0
+            return answer, reset
         finally:
             if GIVE_BACK in request:
-                request[GIVE_BACK]()
+                self._loop.call_later(seconds, request[GIVE_BACK])
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.

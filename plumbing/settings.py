@@ -59,7 +59,8 @@ class ServerSettings(Struct, frozen=True, kw_only=True, rename=str.upper):
     metrics_host: str = "127.0.0.1"
     rate_limits: Literal["on", "off"] = "on"
     connections_per_address: Count = 4000
-    calls_per_user: Count = 8
+    calls_per_address: Count = 32
+    calls_per_user: Count = 4
     reads_per_user: Count = 2
 
     @classmethod

@@ -611,6 +611,55 @@ async def test_calls_at_once_are_all_answered(house: House) -> None:
     assert {answer.status for answer in answers} == {200}
 
 
+UNKNOWN = {  # a call of nobody known that is refused, and whether it keeps its slot for a while
+    "without a token": ("GET", "/api/v1/users/me", 401, True),
+    "of a socket that is none": ("GET", "/ws", 426, True),
+    "that does not exist": ("GET", "/api/v1/nothing", 404, False),
+    "of another shape": ("POST", "/api/v1/users/login", 400, False),
+}
+
+
+@pytest.mark.parametrize("call", UNKNOWN)
+async def test_refused_calls_of_an_address_are_few_at_once(
+    house: House, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Of an address so many calls are under way of which nobody knows whose they are; one that was
+    refused for nothing that it cost keeps its slot for a while. Others do not wait: other
+    addresses, and whoever is signed in."""
+    method, path, status, keeps = UNKNOWN[call]
+    here = await house.opens(calls_per_address=1)
+    alice = await house.takes_in(here, "alice")
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.2)
+    monkeypatch.setattr(guard, "REST_SECONDS", SLOW)
+    origin = {"X-Forwarded-For": "203.0.113.1"}
+    theirs = origin | ({"Authorization": f"Bearer {alice.access}"} if status == 426 else {})
+    for _ in range(2):  # it is refused all the same, though later
+        async with here.request(method, path, headers=theirs) as answer:
+            assert answer.status == status
+    for address, refused in (("203.0.113.1", keeps), ("203.0.113.2", False)):
+        headers = {"X-Forwarded-For": address}
+        async with here.get("/api/v1/health/liveness", headers=headers) as answer:
+            assert answer.status == (429 if refused else 200)
+    async with here.get("/api/v1/users/me", headers=origin | alice.headers) as answer:
+        assert answer.status == 200
+
+
+async def test_call_that_is_one_too_many_keeps_its_slot(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose call was refused with 429 has its slot back a little later; another user's calls wait
+    for nothing."""
+    here = await house.opens(calls_per_user=1, changes_burst=1, changes_per_minute=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    await alice.founds(bob)
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.2)
+    monkeypatch.setattr(guard, "REST_SECONDS", SLOW)
+    body = {"is_group": True, "name": "one more", "participant_ids": [bob.id]}
+    for kind in ("too-many-changes", "too-many-calls"):
+        assert (await alice.expects(429, "POST", "/chats", body))["type"] == kind
+    await bob.founds(alice)
+
+
 async def test_replays_of_a_user_are_read_two_at_once(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from plumbing.database import Database, Unavailable
 from plumbing.deadline import REQUEST_SECONDS, RequestDeadline, deadline, linger, uncounted
-from plumbing.endpoints import Endpoint, answer_problems, bind
+from plumbing.endpoints import CallSlots, Endpoint, answer_problems, bind
 from plumbing.groups import GroupWriter, Outcome
 from plumbing.guard import Slots
 from support.people import Person
@@ -45,10 +45,11 @@ async def everybody(_request: web.Request) -> int:
 @pytest.fixture
 async def resting(database_url: str, aiohttp_client: Callable[..., Any]) -> Any:
     """A client of a server with those two."""
-    app = web.Application(middlewares=[answer_problems(lambda *_: None, lambda _: None)])
+    slots = CallSlots(Slots(0), Slots(0), Slots(0), lambda _: "")
+    app = web.Application(middlewares=[answer_problems(lambda *_: None, lambda _: None, slots)])
     app[DATABASE] = Database(database_url)
     for endpoint in (Endpoint("GET", "/rest", rest), Endpoint("POST", "/echo", echo)):
-        handler = bind(endpoint, everybody, {}, Slots(0))
+        handler = bind(endpoint, everybody, {}, slots)
         app.router.add_route(endpoint.method, endpoint.path, handler)
     client = await aiohttp_client(app)
     yield client

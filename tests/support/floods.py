@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import socket
 import sys
 from collections import Counter
@@ -116,7 +117,11 @@ class Flooder:
 
 
 async def main() -> None:
-    """Send what stdin says, for so many seconds."""
+    """Send what stdin says, for so many seconds.
+
+    Whoever floods has a machine of their own: here they take what processor time the others leave.
+    """
+    os.nice(19)
     flooder = Flooder(int(sys.argv[1]), sys.argv[2])
     floods = [Flood(**each) for each in json.load(sys.stdin)]
     with contextlib.suppress(TimeoutError):

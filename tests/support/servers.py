@@ -28,7 +28,7 @@ SETTINGS = messenger.Settings(
     bcrypt_cost=4, messages_burst=ENOUGH, messages_per_second=ENOUGH, typing_per_second=ENOUGH,
     changes_burst=ENOUGH, changes_per_minute=ENOUGH, reads_per_user=ENOUGH,
     calls_per_user=ENOUGH,
-    sockets_per_user=ENOUGH, refused_handshakes_per_second=ENOUGH,
+    sockets_per_user=ENOUGH, refused_handshakes_per_second=ENOUGH, calls_per_address=ENOUGH,
     registrations_per_address=ENOUGH, login_failures_per_address=ENOUGH)
 START_SECONDS = 40  # generous deadlines: what they bound takes a second or two
 STOP_SECONDS = 15
