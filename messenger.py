@@ -288,7 +288,8 @@ class Body(Struct, forbid_unknown_fields=True):
 class NewUser(Body):
     """A registration.
 
-    email: To log in with; other users do not see it. No other account may have it, in any case.
+    email: To log in with, in capital or small letters; no other account may have it. Other users do
+        not see it.
     """
     email: Email
     username: Username
@@ -298,7 +299,7 @@ class NewUser(Body):
 class Login(Body):
     """An email and a password to log in with.
 
-    email: The email of the account, in any case.
+    email: The email of the account, in capital or small letters.
     password: The password of the account.
     """
     email: str
@@ -414,7 +415,7 @@ class Tokens(Struct):
     """A pair of tokens.
 
     access_token: Sent with every call, as `Authorization: Bearer …`.
-    refresh_token: Good for one refresh, which answers the next pair.
+    refresh_token: Can be used for one refresh, which answers the next pair.
     expires_in: Seconds until the access token expires.
     token_type: How the access token is sent.
     """
@@ -430,7 +431,7 @@ class Session(Struct):
     created_at: When the user logged in.
     last_used_at: When its tokens were last renewed, or first used after that.
     user_agent: The first 200 characters of the `User-Agent` that logged in.
-    current: Whether it is the session that asks.
+    current: Whether this call belongs to this session.
     expires_at: When it ends, unless its tokens are renewed before.
     """
     id: SessionId
@@ -466,10 +467,10 @@ class Reader(Struct):
 class Message(Struct):
     """A message as it is now.
 
-    seq: The chat's number under which it was posted; it never changes.
-    rev: The chat's number of its last change, equal to `seq` before the first. Of two copies of a
-        message the one with the larger `rev` is true; `sender_id`, `read_by` and `read_count`
-        change without a new one.
+    seq: The number under which it was posted in its chat; it never changes.
+    rev: The number of its last change in its chat, equal to `seq` before the first. If you have two
+        copies of a message, use the one with the larger `rev`. `sender_id`, `read_by` and
+        `read_count` can change without a new `rev`.
     sender_id: Who sent it; null once their account is deleted.
     text: Up to 4,096 characters; empty once the message is deleted.
     reply_to: The message of the same chat that this one answers.
@@ -613,9 +614,9 @@ ClientFrame = MessageIn | ReadIn | TypingIn | SyncIn | AuthIn | PingIn
 
 
 class Ack(Struct):
-    """A message is durable.
+    """A message is on disk.
 
-    seq: The number under which it was posted.
+    seq: The number under which it was posted in its chat.
     created_at: When it was posted.
     """
     id: MessageId
@@ -625,12 +626,12 @@ class Ack(Struct):
 
 
 class Taken(Struct):
-    """A `read` or a `typing` was taken."""
+    """The server accepted a `read` or a `typing`."""
     chat_id: ChatId
 
 
 class Pong(Struct):
-    """Nothing more: the server answers."""
+    """An empty object, since the frame itself is the answer."""
 
 
 class Hello(Struct):
@@ -660,7 +661,7 @@ class ChatPositions(Struct):
 
 
 class ReplayStart(Struct):
-    """From where the changes of a chat are replayed.
+    """The position from which the changes of a chat are replayed.
 
     position: The replay begins with the first change after this.
     """
@@ -669,10 +670,10 @@ class ReplayStart(Struct):
 
 
 class Ready(Struct):
-    """From where on a chat is live.
+    """The position from which a chat is live.
 
-    rev: The number from which on the chat is live: later changes are sent as they happen.
-    position: The position of that number.
+    rev: The number of the position.
+    position: Every change after this one is sent as it happens.
     """
     chat_id: ChatId
     rev: Number
@@ -682,7 +683,7 @@ class Ready(Struct):
 class ChatUpdate(Struct):
     """What changed in a chat since the version before.
 
-    version: The chat's version after the change; of two, the larger one is true.
+    version: The chat's version after the change. Ignore an update with a smaller one than yours.
     name: The name as it is now; null in a personal chat.
     participants: Those who joined or have another role, as they are now.
     left: Ids of those who left.
@@ -737,7 +738,7 @@ class ChatsOut(ServerFrame, tag="chats"):
 
 
 class ReplayOut(ServerFrame, tag="replay"):
-    """A replay of a chat begins, or goes on, from there."""
+    """The replay of a chat begins after this position, or continues after it."""
     data: ReplayStart
 
 
@@ -752,12 +753,12 @@ class MessageUpdatedOut(ServerFrame, tag="message_updated"):
 
 
 class ReadOut(ServerFrame, tag="read"):
-    """Somebody read up to a message; in chats of more than 100 only they and its sender hear it."""
+    """Somebody read up to a message. In chats of more than 100 only they and its sender get it."""
     data: Read
 
 
 class TypingOut(ServerFrame, tag="typing"):
-    """Somebody else is writing; not told in chats of more than 100."""
+    """Somebody else is writing. In chats of more than 100 nobody gets it."""
     data: Typing
 
 
@@ -777,7 +778,7 @@ class ChatRemovedOut(ServerFrame, tag="chat_removed"):
 
 
 class AckOut(ServerFrame, tag="ack"):
-    """A frame with a `ref` was taken; of a `message`: it is durable."""
+    """The server accepted a frame that has a `ref`. If it was a `message`, it is on disk."""
     data: Ack | Taken
 
 
@@ -2578,9 +2579,9 @@ async def end_oldest_sessions(app: web.Application, user_id: int) -> None:
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
     """Renew the tokens of a session, by its refresh token, as Bearer or in the body.
 
-    A refresh token is good once. Only a client that lost the answer may send it again: within 30 s
-    while nobody has refreshed with the new one, later while neither new token was used. Any other
-    use of an old refresh token ends the session. Raises InvalidToken, TooManyChanges.
+    A refresh token can be used once. Only a client that lost the answer may send it again: within
+    30 s while nobody has refreshed with the new one, later while neither new token was used. Any
+    other use of an old refresh token ends the session. Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
@@ -2652,8 +2653,8 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
     """Change your email, username or password, or sign out everywhere.
 
     A new email or password needs `current_password`. A new password ends every other session.
-    `is_active: false` ends all sessions; the next login makes the account active again. A new
-    username is not told over sockets.
+    `is_active: false` ends all sessions; the next login makes the account active again. No frame
+    tells of a new username.
     Raises UserNotFound, NotAllowed, WrongPassword, EmailTaken, UsernameTaken, TooManyAttempts,
     TooManyChanges.
     """
@@ -2707,8 +2708,8 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     """Delete your account.
 
     Its messages stay, without a sender, under the same `rev`; its sessions and sockets end. A group
-    that it owned passes to the admin who has been in it the longest, or to such a member where
-    there is no admin.
+    that it owned passes to the admin who has been in it the longest. If it has no admin, it passes
+    to the member who has.
     Raises UserNotFound, NotAllowed.
     """
     await check_self(request, user_id)
@@ -3031,8 +3032,9 @@ async def list_messages(
 
     Without `before` and `after` this is the newest page. A page is in the order of `seq`; its link
     `next` leads to older messages, `prev` to newer ones. With `q` it holds only messages that have
-    every word of `q`, whole and in any case, newest first, without tombstones. In scripts that put
-    no spaces between words, such as Chinese, a message must have each run of `q` as it stands.
+    every whole word of `q`, in capital or small letters, newest first, without deleted ones. In
+    scripts that put no spaces between words, such as Chinese, a message must have each run of `q`
+    as it stands.
 
     before: Only messages with a smaller `seq` than this.
     after: Only messages with a larger `seq` than this; not together with `before` or `q`.
@@ -3111,9 +3113,9 @@ async def list_changes(
 ) -> Answer[list[Message]]:
     """List what was posted, edited or deleted after a position.
 
-    It is in the order of `rev`, and has each message once, as it is now.
+    A page is in the order of `rev`. It has each message once, as it is now.
 
-    after: The position to go on from, or a bare number, which is taken on trust.
+    after: The position that you have. With a bare number, a rewritten history goes unnoticed.
 
     Raises ChatNotFound, HistoryRewritten, InvalidInput.
     """
@@ -3153,7 +3155,7 @@ async def follow_chat(
 ) -> web.WebSocketResponse:
     """Follow one chat over a websocket.
 
-    after: The position, or the bare number, to replay from; without it the socket is live at once.
+    after: The position that you have, or its number. Without it, nothing is replayed.
 
     Raises ChatNotFound, UpgradeRequired, TooManySockets, TooManyHandshakes, InvalidInput.
     """

@@ -47,6 +47,7 @@ if ! grep -q '127\.0\.0\.1:8080' "$site"; then
 fi
 
 systemctl enable --quiet messenger caddy
+sync # a power cut now must not leave half of it
 if [ -d /run/systemd/system ]; then
     systemctl daemon-reload
     systemctl restart messenger

@@ -6,6 +6,7 @@ A file imports only those above it in this list, and none imports the applicatio
     uuids        ids that sort by time
     metrics      what is counted and timed for Prometheus
     process      a port, signals, children, logs, and a word for a bad start
+    files        files that are whole, and outlast a power cut
     address      where PostgreSQL is, and the one way to connect
     embedded     the embedded PostgreSQL
     deadline     how long a request may wait

@@ -24,7 +24,8 @@ Username = Annotated[str, Meta(
     extra_json_schema={"minLength": 3, "maxLength": USERNAME_CHARS_MAX})]
 NameStart = Annotated[str, Meta(
     pattern=NO_NUL,
-    description="How the name starts, in any case; up to 50 characters, counted in NFC.",
+    description="How the name starts, in capital or small letters; up to 50 characters, counted in "
+                "NFC.",
     extra_json_schema={"maxLength": USERNAME_CHARS_MAX})]
 Password = Annotated[str, Meta(
     description="8 to 100 characters of any kind, counted in NFC.",

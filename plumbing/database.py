@@ -227,7 +227,6 @@ class Pool:
     def _note_away(self, reason: str) -> None:
         if reason not in self._reasons:
             self._reasons.add(reason)
-            metrics.DATABASE.set(0)
             log.warning("the database is away (%s)", reason)
 
     def complain(self, what: str, error: BaseException) -> None:
@@ -289,7 +288,6 @@ class Pool:
     def _note_return(self, connection: Any) -> None:
         if is_writable(connection):
             self._reasons.clear()
-            metrics.DATABASE.set(1)
             log.warning("the database is back")
         else:
             self._note_away("it can only be read")
@@ -355,8 +353,6 @@ class Pool:
             return
         if pooled.generation == self._generation:
             self._count += 1
-        if not self._reasons:
-            metrics.DATABASE.set(1)
         self.put_back(pooled)
 
     async def _make_ready(self, pooled: Pooled) -> None:
@@ -414,6 +410,7 @@ class Pool:
     def _tend(self) -> None:
         """See that the database answers. Nothing may await here."""
         metrics.CONNECTIONS.set(self._count)
+        metrics.DATABASE.set(self._count > 0 and not self._reasons)
         now = asyncio.get_running_loop().time()
         lent = [each.asked_at for each in self._lent if each.generation == self._generation]
         asked_at = min(lent, default=now)

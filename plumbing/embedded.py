@@ -79,6 +79,7 @@ def _enter_user_namespace() -> None:
 if __name__ == "__main__":  # as a script there are no packages: what follows is not for it
     _become(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
 
+from plumbing.files import sync_folder  # noqa: E402
 from plumbing.process import StartError  # noqa: E402
 
 # ---- Names and limits
@@ -395,15 +396,6 @@ def _close_to_others(cluster: Path) -> None:
             cluster.chmod(0o700)
         except PermissionError:
             raise StartError(f"{cluster} is open to others: chmod 700 it") from None
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` outlast a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- Who is there: what an earlier run left behind

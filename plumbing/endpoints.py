@@ -62,13 +62,13 @@ class FieldError(Struct):
 class ProblemDetails(Struct, omit_defaults=True):
     """A refusal (RFC 9457).
 
-    type: What went wrong, as a name that never changes.
+    type: What went wrong, for programs: a name that stays the same in later versions.
     title: What went wrong, for people; it is the same for each problem of the type.
     status: The HTTP status, also over a socket.
     detail: What went wrong this time, for people.
     request_id: The `X-Request-Id` of the answer; over a socket, that of its handshake.
     errors: Which fields or parameters are wrong, and how.
-    retry_after: With 429 and 503: after how many seconds to try again.
+    retry_after: With 429 and 503: how many seconds to wait before you try again.
     """
     type: str
     title: str

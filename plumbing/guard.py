@@ -29,7 +29,7 @@ from aiohttp import web, web_response, web_server
 from yarl import URL
 
 from plumbing.deadline import uncounted
-from plumbing.embedded import sync_folder
+from plumbing.files import write_private
 from plumbing.process import (
     REQUEST_ID_HEADER,
     Handler,
@@ -40,7 +40,7 @@ from plumbing.process import (
 from plumbing.text import composed
 
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
-STALLED_SECONDS = 30  # without a byte of an answer being taken
+STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 REST_SECONDS = 0.1  # for which a call keeps its slot after ...
@@ -588,13 +588,7 @@ def check_secret(name: str, secret: str) -> None:
 def kept_secret(path: Path) -> str:
     """Read a secret from its file; make both at the first time. Raises StartError."""
     if not path.exists():
-        new = path.with_suffix(".new")
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(secrets.token_urlsafe(SECRET_BYTES_MIN + 16).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        new.rename(path)
-        sync_folder(path.parent)
+        write_private(path, secrets.token_urlsafe(SECRET_BYTES_MIN + 16))
     try:
         secret = path.read_text("utf-8").strip()
     except UnicodeDecodeError:

@@ -14,6 +14,8 @@ from aiohttp import WSMessage, WSMsgType, web, web_ws
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_websocket import WebSocketReader
 
+from plumbing.guard import STALLED_SECONDS
+
 FRAGMENT = WSMessage(WSMsgType.CONTINUATION, b"", "")
 PING, PONG = 0x89, 0x8A  # first bytes of whole frames (RFC 6455, section 5.2)
 TEXT, CLOSE = 0x81, 0x88
@@ -26,7 +28,6 @@ STALLED = 4408
 
 HEARTBEAT_SECONDS = 25  # of silence, then a ping
 PONG_SECONDS = 15  # for its answer
-STALLED_SECONDS = 30  # without taking a byte
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import messenger as m
 from plumbing import guard
+from plumbing.files import write_private
 from plumbing.process import StartError
-from tools.databases import dump, opened, replacing, run
+from tools.databases import dump, opened, run
 
 HELD = """\
 {file} holds every message, the hashes of passwords and the secrets of sessions:
@@ -32,15 +33,6 @@ def signing_key(settings: m.Settings) -> str:
     if not settings.secret_key and not kept.exists():
         raise StartError(f"there is no key: {kept} is made when the server first starts")
     return settings.secret_key or guard.kept_secret(kept)
-
-
-def write_private(file: Path, text: str) -> None:
-    """Write a file that only we can read, whole or not at all. Raises StartError."""
-    with (
-        replacing(file) as descriptor,
-        open(descriptor, "w", encoding="utf-8", closefd=False) as opened_file,
-    ):
-        opened_file.write(text)
 
 
 async def back_up(settings: m.Settings, file: Path, with_key: bool) -> int:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from psycopg.conninfo import make_conninfo
 import messenger as m
 from plumbing.address import connect, explain, read_address, shield_libpq
 from plumbing.embedded import Postgres, find_binaries
+from plumbing.files import replacing
 from plumbing.process import StartError, end_on_signals, escape_unwritable, start_logs
 from plumbing.schema import FAILURES, SELECT_NUMBER, migrate, schema_number
 
@@ -248,37 +249,6 @@ async def progress(what: str, count_bytes: Callable[[], int]) -> AsyncIterator[N
 
 
 # ---- Archives
-
-
-def require_replaceable(file: Path) -> None:
-    """Insist that a file, if it is there, is an ordinary one: root would replace /dev/null.
-
-    Raises StartError.
-    """
-    if file.exists() and not file.is_file():
-        raise StartError(f"{file} is there already, and is no ordinary file")
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[int]:
-    """Open what will take the place of a file, for us alone: it is there whole or not at all.
-
-    Raises StartError.
-    """
-    require_replaceable(file)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        partial.replace(file)
-    except OSError as error:
-        raise StartError(f"cannot write {file}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 async def dump(place: Place, file: Path) -> None:

@@ -38,24 +38,29 @@ Json = dict[str, Any]
 ABOUT = """\
 Accounts, personal and group chats, messages and their read status, live over websockets.
 
-Bodies and answers are JSON in UTF-8, a body of up to 64 KiB. Times are RFC 3339 in UTC. Lists are
-pages, whose `Link` header leads to their neighbours. A refusal is a problem (RFC 9457): `type` is
-stable, `detail` and the `msg` of `errors` are for people. Every answer has an `X-Request-Id`; a
-problem and the server's log tell it, too. Any address may also answer:
+Bodies and answers are JSON in UTF-8; a body may have up to 64 KiB. Times are in UTC (RFC 3339).
+Lists come in pages: the `Link` header has the paths of the next and the previous page. If the
+server refuses a call, it answers with a problem (RFC 9457): programs can rely on its `type`, and
+`detail` and the `msg` of `errors` are sentences for people. Every answer has an `X-Request-Id`,
+which is also in problems and in the server's log. Besides what each call lists, every path may
+answer:
 """
 ABOUT_SOCKETS = """\
-What goes over `/ws/{chat_id}` (one chat) and `/ws` (every chat of the user). Frames are JSON text.
+The frames of `/ws/{chat_id}`, which follows one chat, and of `/ws`, which follows every chat of the
+user. Each frame is JSON, sent as text.
 
-The access token comes as `Authorization: Bearer …`, as the pair of subprotocols
-`messenger.v1, <token>` (browsers), or as `?token=`. A refused handshake is an HTTP answer.
+Send the access token in one of three ways: as the header `Authorization: Bearer …`; from a browser,
+as the two subprotocols `messenger.v1, <token>`; or as `?token=`. If the server refuses the
+handshake, it answers with an HTTP status and a problem, as it answers any other call.
 
-On `/ws` each frame of the client has a `chat_id`, except `auth`, `ping`, and a `sync` of several
-`chats`. A `ref`, any string or number, comes back in the frame that answers.
+On `/ws` each frame of the client needs a `chat_id`, except `auth`, `ping`, and a `sync` of several
+`chats`. If a frame of the client has a `ref`, which is any string or number, the server repeats it
+in the frame that answers.
 
-Both `message` and `message_updated` mean: store this message by its id; the larger `rev` wins.
-A client that comes back with its position of a chat, by `?after=` or by `sync`, gets every change
-since, in order, then `ready`, then what is new. The rule for which position to store stands in
-docs/protocol.md of the repository.
+`message` and `message_updated` mean the same: store this message by its id, unless you have a copy
+with a larger `rev`. A client that reconnects sends the position that it has of a chat, by `?after=`
+or by `sync`. It then gets every change after that position, in order, then a `ready`, and then what
+is new. Which position to store is described in docs/protocol.md of the repository.
 
 The server closes with one of these codes:
 """
@@ -64,7 +69,7 @@ TAGS = {  # by the start of a path: the first that fits
     "/api/v1/chats": ("chats", "Personal and group chats, and who is in them."),
     "/api/v1/users": ("users", "Accounts and sessions."),
     "/ws": ("sockets", "Live delivery; asyncapi.json describes the frames."),
-    "/api/v1/health": ("health", "Is the server up."),
+    "/api/v1/health": ("health", "Whether the server runs, and whether it can serve."),
     "/": ("pages", "The web client and the documents."),
 }
 GENERAL = (
@@ -76,24 +81,24 @@ FRAME_TYPE = "Which frame this is."
 # By name: the statuses that always have it, what it says.
 HEADERS: dict[str, tuple[Container[int], str]] = {
     "Allow": ((405,), "The methods that are allowed here."),
-    "Link": ((), "Pages beside this one, ready to follow (RFC 8288); absent where there is none."),
-    "Location": ((201,), "Where the new one is."),
-    "Retry-After": ((429, 503), "Seconds after which to try again."),
+    "Link": ((), "The paths of the next and the previous page (RFC 8288), if there are any."),
+    "Location": ((201,), "The path of what was created."),
+    "Retry-After": ((429, 503), "How many seconds to wait before you try again."),
     "Sec-WebSocket-Version": ((426,), "The version of websockets to upgrade to."),
-    "Upgrade": ((426,), "What to upgrade to."),
+    "Upgrade": ((426,), "The protocol to upgrade to."),
     "WWW-Authenticate": ((401,), "How to sign in."),
     "X-Request-Id": (
-        range(600), "The request's own, if it is 1 to 64 of `A-Za-z0-9._-`; else a new one."),
+        range(600), "That of the request, if it is 1 to 64 of `A-Za-z0-9._-`, or else a new one."),
 }
 BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
 ACCESS = {
     "access_token": BEARER | {"description": "The access token of a login."},
     "subprotocol": {
         "type": "apiKey", "in": "header", "name": "Sec-WebSocket-Protocol",
-        "description": f"`{m.SUBPROTOCOL}, <access token>`: for sockets of browsers."},
+        "description": f"`{m.SUBPROTOCOL}, <access token>`: for sockets that a browser opens."},
     "query_token": {
         "type": "apiKey", "in": "query", "name": "token",
-        "description": "The access token, for sockets. It works everywhere, but gets logged."},
+        "description": "The access token, for sockets. Any client can do this, but logs show it."},
 }
 REFRESH = {"refresh_token": BEARER | {"description": "The refresh token of a login."}}
 SECURITY: dict[Any, list[Json]] = {m.refresh: [{"refresh_token": []}, {}]}  # {}: in the body

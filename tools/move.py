@@ -17,8 +17,9 @@ from typing import Any
 
 import messenger as m
 from plumbing.address import with_password
+from plumbing.files import write_private
 from plumbing.process import StartError
-from tools.backup import signing_key, write_private
+from tools.backup import signing_key
 from tools.databases import (
     FORGET_MOVE,
     Place,

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import messenger as m
 from plumbing import guard
+from plumbing.files import write_private
 from plumbing.process import StartError
-from tools.backup import key_file, write_private
+from tools.backup import key_file
 from tools.databases import Place, connected, load, opened, require_backup, run, run_program
 from tools.verify import examine_place
 

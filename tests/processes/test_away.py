@@ -14,6 +14,7 @@ from typing import Any
 import asyncpg
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
+from prometheus_client import REGISTRY
 
 import messenger
 from plumbing.database import SILENCE_SECONDS, TEND_SECONDS
@@ -92,6 +93,13 @@ def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
     return said
 
 
+async def until_up(value: float) -> None:
+    """Wait until the metric of the database has a value."""
+    async with asyncio.timeout(SOON_SECONDS):
+        while REGISTRY.get_sample_value("messenger_database_up") != value:
+            await asyncio.sleep(0.05)
+
+
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Whether it is away or back by the log, however many reasons that had."""
     return [kind for kind, _ in itertools.groupby(
@@ -166,8 +174,10 @@ async def test_read_only_database_is_503_and_heals(
         body = {"is_group": True, "name": "x", "participant_ids": [bob.id]}
         await alice.posts("/chats", body, 503)
         await alice.gets(f"/chats/{chat}/messages")
+    await until_up(0)
     await cluster_of_one.does(how.format("off"), RELOAD)
     await becomes_ready(client)
+    await until_up(1)
     texts = [f"text {number}" for number in range(12)]
     await asyncio.gather(*[alice.says(chat, text, id=new_id()) for text in texts])
     assert sorted(await alice.history(chat)) == sorted(texts)
@@ -203,17 +213,21 @@ async def test_each_new_reason_is_logged(
 async def test_stopped_database_is_logged_without_any_call(
     cluster_of_one: Cluster, app_of_one: Any, caplog: Any
 ) -> None:
-    """That PostgreSQL was stopped, and that it is up again, is logged though nobody asks."""
+    """That PostgreSQL was stopped, and that it is up again, the log and the metric tell though
+    nobody asks."""
     _, client = app_of_one
     assert await status(client) == 200
+    await until_up(1)
     await cluster_of_one.postgres.stop()
     async with asyncio.timeout(SOON_SECONDS):
         while told(caplog) != ["the database is away"]:
             await asyncio.sleep(0.05)
+    await until_up(0)
     await cluster_of_one.postgres.start()
     async with asyncio.timeout(SOON_SECONDS):
         while told(caplog) != ["the database is away", "the database is back"]:
             await asyncio.sleep(0.05)
+    await until_up(1)
     await becomes_ready(client)
 
 

@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import messenger
 from plumbing.schema import migrate, migrate_when_up, schema_number
 from support.databases import on_cluster, until_waiting, with_database
 from support.people import SOON_SECONDS, Person
+from support.releases import BEFORE_THAT, LAST_RELEASE, files_of
 from support.servers import ROOT, SECRET_KEY, refused
 
 MIGRATE = """
@@ -31,8 +31,6 @@ except ModuleNotFoundError:
 migrate(sys.argv[2], messenger.SQL)
 """
 SERVE_SECONDS = 50
-LAST_RELEASE = "97f3782"  # a commit whose servers may still serve while this one's start
-BEFORE_THAT = "9da4898"  # and an earlier one, with fewer migrations
 
 # All that a schema consists of, in words of PostgreSQL's own.
 SELECT_SCHEMA = """
@@ -231,16 +229,6 @@ SELECT_COMMENT = "select obj_description('message_view'::regclass)"
 SELECT_BODIES = "select md5(prosrc) from pg_proc where proname !~ 'yoyo' order by oid"
 
 
-def files_of(commit: str, folder: Path) -> Path:
-    """Put the files of a version into a folder."""
-    packed = subprocess.run(
-        ["git", "-C", str(ROOT), "archive", commit], capture_output=True, check=False)
-    if packed.returncode:
-        pytest.skip(f"the history does not reach to {commit}")
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=packed.stdout, check=True)
-    return folder
-
-
 async def migrates_quietly(url: str, folder: Path) -> None:
     """Migrate with the files of a folder, without a word."""
     process = await migrates(url, folder)
@@ -277,6 +265,55 @@ async def test_last_release_leaves_a_new_database_as_it_is(
     bodies = await asked(database_url, SELECT_BODIES)
     await migrates_quietly(database_url, last_release)
     assert await asked(database_url, SELECT_BODIES) == bodies
+
+
+# ---- What a release may change
+
+
+def broken_rules(ours: Path, released: Path) -> list[str]:
+    """Tell which files of the schema break a rule, beside those of the last release: a migration
+    stays as it is, a new one has a higher number, and one comes with each change of the others.
+
+    By the number of its schema a server knows whose views and functions are the newer ones.
+    """
+    before = {path.name: path.read_bytes() for path in released.glob("*.sql")}
+    now = {path.name: path.read_bytes() for path in ours.glob("*.sql")}
+    number = schema_number(released)
+    broken = [name for name, text in before.items() if name[0].isdigit() and now.get(name) != text]
+    broken += [name for name in now.keys() - before.keys() if int(name[:4]) <= number]
+    if schema_number(ours) == number:
+        texts = ("views.sql", "functions.sql")
+        broken += [name for name in texts if now[name] != before[name]]
+    return sorted(broken)
+
+
+def test_schema_differs_from_the_last_release_by_new_migrations(tmp_path: Path) -> None:
+    """Migrations that were released are as they were, and views and functions are others only where
+    there is a new one: else a server of the last release would put its own back."""
+    assert broken_rules(messenger.SQL, files_of(LAST_RELEASE, tmp_path) / "sql") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "broken"),
+    [({}, []),
+     ({"functions.sql": "-- x"}, ["functions.sql"]),
+     ({"views.sql": "-- x"}, ["views.sql"]),
+     ({"functions.sql": "-- x", "views.sql": "-- x", "9000_new.sql": "select 1"}, []),
+     ({"0001_schema.sql": "-- x", "9000_new.sql": "select 1"}, ["0001_schema.sql"]),
+     ({"0003_administration.sql": None}, ["0003_administration.sql"]),
+     ({"0002_beside.sql": "select 1", "views.sql": "-- x"}, ["0002_beside.sql", "views.sql"])])
+def test_change_that_breaks_a_rule_of_releases_is_seen(
+    tmp_path: Path, changes: dict[str, str | None], broken: list[str]
+) -> None:
+    """The test before sees a changed, a missing and a late migration, and texts without one."""
+    ours = tmp_path / "sql"
+    shutil.copytree(messenger.SQL, ours)
+    for name, text in changes.items():
+        if text is None:
+            (ours / name).unlink()
+        else:
+            (ours / name).write_text(text)
+    assert broken_rules(ours, messenger.SQL) == broken
 
 
 # ---- Schemas of higher numbers

@@ -6,12 +6,9 @@ use what else there is: at the server that stays while the other is restarting, 
 
 import asyncio
 import hashlib
-import io
 import math
 import random
-import subprocess
 import time
-import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import messenger
 from plumbing.embedded import Postgres
 from support.databases import on_cluster
 from support.people import Line, Person, follows
+from support.releases import LAST_RELEASE, files_of
 from support.servers import ROOT, SECRET_KEY, Server
 from torture.__main__ import judge
 from torture.clients import Run
@@ -32,7 +30,6 @@ from torture.tally import Tally
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
-VERSION_BEFORE = "97f3782"  # the last commit of the release before this one
 READERS = 4  # who list chats all the time: that reads each view
 BESIDE_SECONDS = 1.0  # the clients have two servers for so long after each step
 PATIENCE_SECONDS = 30.0  # until everybody must have everything in the end
@@ -48,15 +45,7 @@ SELECT_APPLIED = """
 @pytest.fixture
 def old_program(tmp_path: Path) -> Path:
     """The version before, from the repository's own history."""
-    command = ["git", "archive", "--format=zip", VERSION_BEFORE]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("there is no git to get the version before with")
-    if done.returncode != 0:
-        pytest.skip(f"the history has no commit {VERSION_BEFORE}: {done.stderr.decode().strip()}")
-    zipfile.ZipFile(io.BytesIO(done.stdout)).extractall(tmp_path / "old")
-    return tmp_path / "old/messenger.py"
+    return files_of(LAST_RELEASE, tmp_path / "old") / "messenger.py"
 
 
 @pytest.fixture
