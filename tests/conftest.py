@@ -19,6 +19,7 @@ from support.databases import Databases, cluster_with_template, on_cluster, with
 from support.fuzzing import Population, fuzzed_server
 from support.patience import begin
 from support.people import Person
+from support.quick import keep_data_in_memory, shorten_stacks
 from support.raw import RawLine
 from support.servers import (
     ROOT,
@@ -31,6 +32,8 @@ from support.servers import (
 )
 from support.valid_calls import ValidCalls, make_valid_calls
 
+keep_data_in_memory()
+shorten_stacks()
 numbers = itertools.count(1)
 
 

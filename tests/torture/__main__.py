@@ -61,11 +61,12 @@ import aiohttp
 import uvloop
 
 from support.mutations import MUTATIONS, Mutation, mutated
+from support.quick import quick_folder
 from support.servers import ROOT
 from torture.check import Check
 from torture.clients import Run
 from torture.couple import Couple
-from torture.disk import Disk, quick_folder, why_none
+from torture.disk import Disk, why_none
 from torture.faults import DISK_FAULTS, FAILOVERS, KINDS, POWER_CUTS, USUAL, Faults
 from torture.report import page
 from torture.server import START_SECONDS, WORKERS, Server

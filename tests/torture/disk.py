@@ -16,7 +16,6 @@ CLONE_NEWNS = 0x00020000
 EXT4_IOC_SHUTDOWN = 0x8004587D  # as of Linux 4.11
 NO_LOG_FLUSH = 2  # not even the journal, as when the power is cut
 BYTES = 16 << 30  # the file has holes: it takes what is used
-MEMORY, MEMORY_BYTES = "/dev/shm", 4 << 30  # where a flush takes no time, if there is so much free
 
 
 class Disk:
@@ -63,14 +62,6 @@ class Disk:
             fcntl.ioctl(folder, EXT4_IOC_SHUTDOWN, struct.pack("I", NO_LOG_FLUSH))
         finally:
             os.close(folder)
-
-
-def quick_folder() -> str | None:
-    """Tell where a disk's file is flushed quickly: in memory, if there is enough of it."""
-    if not os.path.isdir(MEMORY):
-        return None
-    free = os.statvfs(MEMORY)
-    return MEMORY if free.f_bavail * free.f_frsize > MEMORY_BYTES else None
 
 
 def why_none() -> str | None:
