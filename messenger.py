@@ -37,7 +37,7 @@ above it, but for Rooms, which starts Catching up:
     Handlers: the socket     a websocket from its handshake to its close
     Handlers: pages, health  the web client, the documents, is the server up
     Endpoints                the table: the whole public surface on one screen
-    Application              start, serve, stop
+    Application              what runs beside the handlers, and the start
 
 The life of one message: a POST (send_message) or a frame (take_frame, take_message) puts it on the
 list of the PostWriter (GroupWriter.put). What piled up while another commit ran goes to PostgreSQL
@@ -114,7 +114,7 @@ import prometheus_client
 from aiohttp import WSMessage, WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from plumbing import guard, metrics, process, serving
+from plumbing import guard, metrics, process
 from plumbing.bus import Bus
 from plumbing.credentials import (
     Email,
@@ -160,6 +160,7 @@ from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
 from plumbing.process import Tasks
 from plumbing.schema import is_outgrown
+from plumbing.serving import Program
 from plumbing.settings import Count, ServerSettings
 from plumbing.text import holds_runs, words_and_runs, words_of, words_wanted
 from plumbing.uuids import uuid7
@@ -3573,7 +3574,8 @@ def main() -> int:
     process.be_init()
     if sys.argv[1:]:
         os.execv(sys.executable, [sys.executable, str(TOOLS), *sys.argv[1:]])  # noqa: S606
-    return serving.run(Settings, SQL, Path(__file__), make_app, close_sockets, tell_start)
+    program = Path(__file__)
+    return Program(Settings, SQL, program, make_app, close_sockets, tell_start).run()
 
 
 if __name__ == "__main__":

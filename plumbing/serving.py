@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 import uvloop
 from aiohttp import web
@@ -144,65 +144,69 @@ async def start_sites(
     await start_site(stack, listener, app, close=close_sockets, admit=admit)
 
 
-async def serve(
-    settings: SettingsT, sql: Path, program: Path,
-    make_app: Callable[[SettingsT, str, str], web.Application],
-    close_sockets: Callable[[web.Application], Awaitable[None]],
-    tell_start: Callable[[SettingsT, str, str], None],
-) -> None:
-    """Serve until SIGTERM or SIGINT, with the schema of a folder of SQL. Raises StartError.
-
-    With workers, this process serves nothing: it runs the program so many times. Else `make_app` is
-    given a connection string and the secret key, and `close_sockets` is called before the
-    application ends. Once all is up, `tell_start` is told the address of the page and where the
-    data are.
+@dataclass(frozen=True, slots=True)
+class Program(Generic[SettingsT]):
+    """A program that serves an application; with workers it runs itself so many times, and serves
+    nothing but their metrics.
     """
-    process.end_on_signals()
-    is_worker, has_workers = process.has_parent(), settings.workers > 1
-    async with AsyncExitStack() as stack:
-        listener = stack.enter_context(
-            process.hold_port(settings.host, settings.port) if has_workers
-            else process.listen_on(settings.host, settings.port, shared=is_worker))
-        place = await open_place(settings, stack)
-        if not is_worker:
-            await migrate_when_up(place.url, sql, place.name)
-        if has_workers:
-            port = listener.getsockname()[1]
-            own = {"DATABASE_URL": place.url, "SECRET_KEY": place.secret_key, "PORT": str(port),
-                   "WORKERS": "1"}
-            metrics_at = settings.metrics_host, settings.metrics_port
-            await run_workers(
-                stack, [sys.executable, str(program)], own, settings.workers, metrics_at)
-            await process.until_listening(settings.host, port)
-        else:
-            app = make_app(settings, place.url, place.secret_key)
-            await start_sites(settings, stack, listener, app, close_sockets)
-        if not is_worker:
-            stack.callback(log.info, "stopping")
-            tell_start(settings, process.url_of(listener), place.where)
-        await asyncio.Event().wait()
 
+    settings: type[SettingsT]
+    sql: Path  # the folder of its schema
+    file: Path  # the program itself
+    # Is given the settings, a connection string and the secret key.
+    make_app: Callable[[SettingsT, str, str], web.Application]
+    # Is called before the application ends.
+    close_sockets: Callable[[web.Application], Awaitable[None]]
+    # Is told, once all is up, the settings, the URL of the page and where the data are.
+    tell_start: Callable[[SettingsT, str, str], None]
 
-def run(
-    shape: type[SettingsT], sql: Path, program: Path,
-    make_app: Callable[[SettingsT, str, str], web.Application],
-    close_sockets: Callable[[web.Application], Awaitable[None]],
-    tell_start: Callable[[SettingsT, str, str], None],
-) -> int:
-    """Read the settings of a shape from the environment, then `serve`; answer the exit status.
+    def run(self) -> int:
+        """Serve as the environment says until SIGTERM or SIGINT; answer the exit status.
 
-    Whatever keeps the server from starting is one line.
-    """
-    process.die_with_parent()
-    try:
-        process.require_parser()
-        process.raise_descriptor_limit()
-        settings = shape.load(os.environ)
-        process.escape_unwritable(sys.stdout)
-        process.start_logs(settings.access_log == "on", settings.log_format == "json")
-        with contextlib.suppress(asyncio.CancelledError):
-            uvloop.run(serve(settings, sql, program, make_app, close_sockets, tell_start))
-    except StartError as error:
-        print(f"messenger: {error}", file=sys.stderr)
-        return 1
-    return 0
+        Whatever keeps it from starting is one line.
+        """
+        process.die_with_parent()
+        try:
+            process.require_parser()
+            process.raise_descriptor_limit()
+            settings = self.settings.load(os.environ)
+            process.escape_unwritable(sys.stdout)
+            process.start_logs(settings.access_log == "on", settings.log_format == "json")
+            with contextlib.suppress(asyncio.CancelledError):
+                uvloop.run(self.serve(settings))
+        except StartError as error:
+            print(f"messenger: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    async def serve(self, settings: SettingsT) -> None:
+        """Serve until SIGTERM or SIGINT. Raises StartError."""
+        process.end_on_signals()
+        is_worker, has_workers = process.has_parent(), settings.workers > 1
+        async with AsyncExitStack() as stack:
+            listener = stack.enter_context(
+                process.hold_port(settings.host, settings.port) if has_workers
+                else process.listen_on(settings.host, settings.port, shared=is_worker))
+            place = await open_place(settings, stack)
+            if not is_worker:
+                await migrate_when_up(place.url, self.sql, place.name)
+            if has_workers:
+                await self._serve_by_workers(settings, stack, listener, place)
+            else:
+                app = self.make_app(settings, place.url, place.secret_key)
+                await start_sites(settings, stack, listener, app, self.close_sockets)
+            if not is_worker:
+                stack.callback(log.info, "stopping")
+                self.tell_start(settings, process.url_of(listener), place.where)
+            await asyncio.Event().wait()
+
+    async def _serve_by_workers(
+        self, settings: SettingsT, stack: AsyncExitStack, listener: Listener, place: Place
+    ) -> None:
+        port = listener.getsockname()[1]
+        own = {"DATABASE_URL": place.url, "SECRET_KEY": place.secret_key, "PORT": str(port),
+               "WORKERS": "1"}
+        metrics_at = settings.metrics_host, settings.metrics_port
+        command = [sys.executable, str(self.file)]
+        await run_workers(stack, command, own, settings.workers, metrics_at)
+        await process.until_listening(settings.host, port)
