@@ -15,20 +15,12 @@ import msgspec
 import pytest
 
 import messenger
+from support.pages import PAGES, block
 from support.servers import ROOT, settings_for
 from tools import administer
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": README} | {
-    f"docs/{path.name}": path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+README = PAGES["README.md"]
 README_LINES_MAX = 250
-
-
-def block(page: str, language: str, holding: str) -> str:
-    """Find the code block of a language that holds a text."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", PAGES[page], re.DOTALL)
-    [found] = [block for block in blocks if holding in block]
-    return str(found)
 
 
 def environment(folder: Path) -> dict[str, str]:

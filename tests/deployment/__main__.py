@@ -1,6 +1,6 @@
 """Run what is in deploy/, the image and the page by the real programs: `./run deploy-test`.
 
-Needs root, Debian and its packages, which it installs where they are missing. Takes 40 minutes;
+Needs root, Debian and its packages, which it installs where they are missing. Takes 45 minutes;
 `./run deploy-test proxies image` runs some parts alone, one after the other. Says what was skipped,
 and why. No part of it starts anything on this machine's own systemd. However a part ends, and if
 this program is killed, what the part started and mounted ends with it: it runs in process and mount
@@ -45,7 +45,7 @@ BROWSERS = ("chromium", "firefox", "webkit")
 # the kernel ends all the others.
 APART = ("setpriv", "--pdeathsig=KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child",
          "--mount-proc", "sh", "-c", '"$@"; exit', "sh")
-PART_SECONDS = 1200
+PART_SECONDS = 1800
 INSTALL_SECONDS = 600
 NO_TESTS = 5  # pytest's status where it ran none
 

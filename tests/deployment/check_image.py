@@ -20,6 +20,7 @@ import jsonschema
 import pytest
 
 from support.debian import TREE, Debian, Failed, does, running, until
+from support.pages import block
 from support.servers import ROOT
 
 READY_SECONDS = 90
@@ -28,6 +29,19 @@ LOGIN = '{"email": "ann@example.com", "password": "correct horse"}'
 GUARDS = ("--read-only", "--tmpfs=/tmp", "--security-opt=no-new-privileges:true", "--memory=512m",
           "--init")
 COMPOSE = "docker-compose"
+# Debian's Compose is one of version 1, which has no `cp`, and asks for a terminal.
+COMPOSE_OF_DEBIAN = f"""
+docker() {{
+    case "$1 $2" in
+    'compose cp') docker cp "$({COMPOSE} ps -q messenger):${{3#messenger:}}" "$4" ;;
+    'compose exec') shift 2 && {COMPOSE} exec -T "$@" ;;
+    'compose '*) shift && {COMPOSE} "$@" ;;
+    *) command docker "$@" ;;
+    esac
+}}
+"""
+ADMINISTRATION = "docs/administration.md"
+BEN, LOGIN_OF_BEN = [each.replace("ann", "ben") for each in (ANN, LOGIN)]
 # What the image `postgres` does at its first start, as its user.
 POSTGRES = """#!/bin/sh
 set -eu
@@ -70,7 +84,7 @@ class Docker:
         """Run the daemon. Raises Failed where it does not start."""
         log = self.folder / "log"
         options = [
-            f"--storage-driver={self.storage}", "--bridge=none",
+            f"--storage-driver={self.storage}", *([] if apart else ["--bridge=none"]),
             "--iptables=false", "--ip6tables=false",
             f"--data-root={self.folder}/data", f"--exec-root={self.folder}/exec",
             f"--pidfile={self.folder}/pid", f"--host=unix://{self.folder}/socket"]
@@ -88,6 +102,13 @@ class Docker:
     def composes(self, folder: Path, *command: str, seconds: float = 60) -> str:
         """Run a command of Compose in a folder. Raises Failed."""
         return does(COMPOSE, *command, seconds=seconds, env=self.environment, cwd=folder)
+
+    def follows(self, page: str, holding: str, folder: Path, seconds: float = 200) -> str:
+        """Do what a block of a page shows, in a folder; answer what it wrote. Raises Failed."""
+        text = block(page, "sh", holding)
+        text = re.sub("(?m)^docker build .*", "", text)  # which takes a network: see `build`
+        return does("sh", "-euc", f"{COMPOSE_OF_DEBIAN}{text}", seconds=seconds,
+                    env=self.environment, cwd=folder)
 
     def asks(self, port: int, path: str, *curl: str) -> Any:
         """Ask a server in the daemon's network. Raises Failed."""
@@ -192,6 +213,33 @@ def test_image_runs(docker: Docker, database: str, user: str, place: str) -> Non
         docker.does("rm", "--force", "--volumes", name)
 
 
+def test_image_alone_is_backed_up_and_restored_as_shown(docker: Docker, tmp_path: Path) -> None:
+    """Started by the line of the README, and by the lines of docs/administration.md, the image is
+    what it was at its backup: also where it starts anew, with its key."""
+    docker.follows("README.md", "docker run", tmp_path)
+    try:
+        until(lambda: docker.asks(8080, "/users", "-d", ANN), READY_SECONDS)
+        token = docker.asks(8080, "/users/login", "-d", LOGIN)["access_token"]
+        docker.follows(ADMINISTRATION, "docker exec", tmp_path)
+        docker.asks(8080, "/users", "-d", BEN)
+        assert "is restored" in docker.follows(ADMINISTRATION, "docker run", tmp_path)
+        until(lambda: docker.asks(8080, "/users/me", "-H", f"Authorization: Bearer {token}"),
+              READY_SECONDS, lambda: docker.does("logs", "messenger"))
+        with pytest.raises(Failed, match="401"):
+            docker.asks(8080, "/users/login", "-d", LOGIN_OF_BEN)
+
+        docker.does("rm", "--force", "messenger")
+        docker.does("volume", "rm", "messenger")
+        docker.follows("README.md", "docker run", tmp_path)
+        until(lambda: docker.asks(8080, "/health/readiness"), READY_SECONDS)
+        docker.follows(ADMINISTRATION, "docker run", tmp_path)
+        until(lambda: docker.asks(8080, "/users/me", "-H", f"Authorization: Bearer {token}"),
+              READY_SECONDS, lambda: docker.does("logs", "messenger"))
+    finally:
+        docker.does("rm", "--force", "messenger")
+        docker.does("volume", "rm", "--force", "messenger")
+
+
 def test_image_holds_what_the_server_runs_on_alone(docker: Docker) -> None:
     """Neither the tests, nor the developers' tools, nor anybody's secrets are in the image."""
     found = docker.does("run", "--rm", "--network=none", "messenger", "find", "/app", "-maxdepth",
@@ -258,5 +306,29 @@ def test_compose_makes_a_server(docker: Docker, composed: Path) -> None:
         docker.composes(composed, "down", "--timeout", "20", seconds=100)
         docker.composes(composed, "up", "-d", "--no-build", seconds=200)
         until(lambda: docker.asks(8080, "/users/login", "-d", LOGIN), READY_SECONDS)
+    finally:
+        docker.composes(composed, "down", "--volumes", "--timeout", "20", seconds=100)
+
+
+def test_compose_is_backed_up_and_restored_as_shown(docker: Docker, composed: Path) -> None:
+    """Started by the lines of the README, and by those of docs/administration.md, a server is what
+    it was at its backup: where it is, and on a machine that has nothing but the files."""
+    docker.does("tag", "messenger", f"{composed.name}_messenger")
+    try:
+        docker.follows("README.md", "docker compose", composed)
+        until(lambda: docker.asks(8080, "/users", "-d", ANN), READY_SECONDS,
+              lambda: docker.composes(composed, "logs"))
+        assert "rules hold" in docker.follows(ADMINISTRATION, "docker compose exec", composed)
+        docker.asks(8080, "/users", "-d", BEN)
+        docker.follows(ADMINISTRATION, "docker compose run", composed)
+        until(lambda: docker.asks(8080, "/users/login", "-d", LOGIN), READY_SECONDS,
+              lambda: docker.composes(composed, "logs"))
+        with pytest.raises(Failed, match="401"):
+            docker.asks(8080, "/users/login", "-d", LOGIN_OF_BEN)
+
+        docker.composes(composed, "down", "--volumes", "--timeout", "20", seconds=100)
+        assert "is restored" in docker.follows(ADMINISTRATION, "docker compose run", composed)
+        until(lambda: docker.asks(8080, "/users/login", "-d", LOGIN), READY_SECONDS,
+              lambda: docker.composes(composed, "logs"))
     finally:
         docker.composes(composed, "down", "--volumes", "--timeout", "20", seconds=100)
