@@ -125,3 +125,11 @@ def test_page_of_operations_names_each_metric(served: list[Sample]) -> None:
     known = {name for name, _, _ in served}
     assert {re.sub("_total$", "", name) for name in told} == names_of(served)
     assert all(name in known for name in told if name.endswith("_total"))
+
+
+def test_page_of_operations_names_each_kind_of_commit(served: list[Sample]) -> None:
+    """What docs/operations.md says of `kind` are the values of that label."""
+    sentence = re.search(r"`kind` is\s([^.]+)\.", OPERATIONS)
+    assert sentence is not None
+    kinds = {labels["kind"] for _, labels, _ in served if "kind" in labels}
+    assert set(re.findall("`([^`]+)`", sentence[1])) == kinds
