@@ -36,10 +36,26 @@ keep_data_in_memory()
 shorten_stacks()
 numbers = itertools.count(1)
 
+TESTS = Path(__file__).parent
+# The files that take longest.
+LONGEST = [
+    "torture/test_torture.py", "api/test_web.py", "processes/test_start.py",
+    "invariants/test_invariants.py", "processes/test_listening.py",
+    "invariants/test_fuzz_api.py", "invariants/test_model.py", "api/test_access.py",
+    "processes/test_workers.py", "processes/test_backup.py", "processes/test_administer.py",
+    "processes/test_run.py", "processes/test_rolling.py", "plumbing/test_websocket.py",
+]
+
 
 def pytest_asyncio_loop_factories() -> dict[str, Any]:
     """Run every test on uvloop, as the server does: its transports are not asyncio's."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: else one worker is left with them in the end."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +69,7 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a PostgreSQL whose database `messenger_template` has the schema."""
+    """The URL of a PostgreSQL whose database TEMPLATE has the schema."""
     with cluster_with_template(lambda: tmp_path_factory.mktemp("data")) as url:
         yield url
 
@@ -214,7 +230,7 @@ async def raw(server: TestServer) -> AsyncIterator[Callable[..., Awaitable[RawLi
 # ---- Servers of their own processes
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that was started on nothing and stopped again: what it said, and its data."""
     server = Server(tmp_path_factory.mktemp("template"))
@@ -229,6 +245,12 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
+def data_folder(template: Server, tmp_path: Path) -> Path:
+    """The data folder of a server in the test's folder: its first start is over."""
+    return Path(shutil.copytree(template.data, tmp_path / "data"))
+
+
+@pytest.fixture
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     """Whatever a test starts in its folder has ended with it, and if not, ends now."""
     with nothing_left_in(tmp_path):
@@ -236,10 +258,9 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-async def running(template: Server, tmp_path: Path, patience: bool) -> AsyncIterator[Server]:
+async def running(data_folder: Path, patience: bool) -> AsyncIterator[Server]:
     """A started server, stopped after the test."""
-    shutil.copytree(template.data, tmp_path / "data")
-    server = Server(tmp_path)
+    server = Server(data_folder.parent)
     if not patience:
         server.program = ROOT / "messenger.py"
     yield await server.starts()

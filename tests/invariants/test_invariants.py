@@ -37,13 +37,13 @@ from support.valid_calls import ValidCalls, of_body, of_query, requests_about
 
 
 @pytest.fixture
-async def starts(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Server]]]:
+async def starts(data_folder: Path) -> AsyncIterator[Callable[..., Awaitable[Server]]]:
     """Start a server of its own process: `await starts(**settings)`; whatever is left of it ends
     with the test."""
     made: list[Server] = []
 
     async def start(**settings: Any) -> Server:
-        made.append(Server(tmp_path, **settings))
+        made.append(Server(data_folder.parent, **settings))
         return await made[-1].starts()
 
     yield start

@@ -247,10 +247,10 @@ async def test_frames_after_the_close_are_taken_in_turn_with_others(
 
 
 async def test_token_under_another_subprotocol_is_not_logged(
-    tmp_path: Path, people_of: Any
+    data_folder: Path, people_of: Any
 ) -> None:
     """A token that was offered under a subprotocol which the server does not know is in no log."""
-    server = await Server(tmp_path, ACCESS_LOG="on").starts()
+    server = await Server(data_folder.parent, ACCESS_LOG="on").starts()
     alice = await people_of(server, "alice")
     for protocols in (
         ("messenger.v2", alice.access), (alice.access,), (alice.access, "messenger.v1"),

@@ -450,10 +450,9 @@ async def test_data_folder_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 
 async def test_secret_key_file_that_is_too_short_is_one_line(
-    template: Server, tmp_path: Path
+    data_folder: Path, tmp_path: Path
 ) -> None:
     """A key that somebody shortened by hand is not used, and PostgreSQL is not left running."""
-    shutil.copytree(template.data, tmp_path / "data")
-    (tmp_path / "data/secret_key").write_text("short")
-    assert "secret_key" in await refused(tmp_path, DATA_DIR=tmp_path / "data")
+    (data_folder / "secret_key").write_text("short")
+    assert "secret_key" in await refused(tmp_path, DATA_DIR=data_folder)
     assert processes_in(tmp_path) == set()

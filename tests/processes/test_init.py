@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -50,10 +49,9 @@ def postgres_of(server: Server) -> tuple[int, set[int]]:
 
 
 @pytest.fixture
-async def contained(template: Server, tmp_path: Path) -> Any:
+async def contained(data_folder: Path) -> Any:
     """A server that is process 1, and its pid as it is seen from here."""
-    shutil.copytree(template.data, tmp_path / "data")
-    server = Server(tmp_path)
+    server = Server(data_folder.parent)
     server.before = CONTAINER
     await server.starts()
     [first] = [pid for pid in below(server.process.pid) if state_of(pid)[2] == server.process.pid]

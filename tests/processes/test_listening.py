@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import os
 import resource
-import shutil
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -29,39 +28,36 @@ REQUEST = b"GET /api/v1/health/liveness HTTP/1.1\r\nHost: x\r\n\r\n"
 REFUSING, WELL = "no connection is accepted", "connections are accepted again"
 
 
-async def test_hundreds_come_while_nobody_is_accepted(tmp_path: Path) -> None:
+async def test_hundreds_come_while_nobody_is_accepted(running: Server) -> None:
     """While the server is busy, hundreds connect: it accepts them once it has time."""
-    server = await Server(tmp_path).starts()
-    port = URL(server.url).port or 0
-    os.kill(server.process.pid, signal.SIGSTOP)
+    os.kill(running.process.pid, signal.SIGSTOP)
     coming = [socket.socket() for _ in range(COMING)]
     try:
         for each in coming:
             each.setblocking(False)
-        connecting = [asyncio.get_running_loop().sock_connect(each, ("127.0.0.1", port))
+        connecting = [asyncio.get_running_loop().sock_connect(each, ("127.0.0.1", running.port))
                       for each in coming]
         async with asyncio.timeout(50):  # whom there is no room for tries for minutes
             await asyncio.gather(*connecting)
     finally:
-        os.kill(server.process.pid, signal.SIGCONT)
+        os.kill(running.process.pid, signal.SIGCONT)
         for each in coming:
             each.close()
-    assert await server.stops() == 0
+    assert await running.stops() == 0
 
 
-async def test_server_takes_as_many_descriptors_as_it_may(tmp_path: Path) -> None:
+async def test_server_takes_as_many_descriptors_as_it_may(starts: Starts) -> None:
     """The soft limit of descriptors, which is low by default, is raised to the hard one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, soft), hard))
     try:
-        server = await Server(tmp_path).starts()
+        server = await starts()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     limits: dict[str, Any] = {}
     for line in Path(f"/proc/{server.process.pid}/limits").read_text().splitlines():
         if line.startswith("Max open files"):
             limits["soft"], limits["hard"] = line.split()[3:5]
-    assert await server.stops() == 0
     assert limits["soft"] == limits["hard"]
     assert limits["soft"] != "512"
 
@@ -193,18 +189,17 @@ async def test_half_open_connections_of_an_address_keep_no_other_out(starts: Sta
 
 
 @pytest.fixture
-async def starts(template: Server, tmp_path: Path) -> AsyncIterator[Starts]:
+async def starts(data_folder: Path) -> AsyncIterator[Starts]:
     """Start a server with some settings; it is stopped after the test."""
-    shutil.copytree(template.data, tmp_path / "data")
     made = []
 
     async def start(**settings: Any) -> Server:
-        made.append(Server(tmp_path, **settings))
+        made.append(Server(data_folder.parent, **settings))
         return await made[-1].starts()
 
     yield start
     for server in made:
-        await server.stops()
+        assert await server.stops() == 0
 
 
 async def status_at(host: str, port: int, path: str) -> int:

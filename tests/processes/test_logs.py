@@ -35,9 +35,9 @@ OWN = re.compile(r" INFO (migrations were applied: [\w, ]+|stopping)$")  # of no
 
 
 @pytest.fixture
-async def logging_server(tmp_path: Path) -> AsyncIterator[Server]:
+async def logging_server(data_folder: Path) -> AsyncIterator[Server]:
     """A server that logs every call, and limits what is asked."""
-    server = await Server(tmp_path, ACCESS_LOG="on", RATE_LIMITS="on").starts()
+    server = await Server(data_folder.parent, ACCESS_LOG="on", RATE_LIMITS="on").starts()
     yield server
     if server.process.returncode is None:
         await server.stops()
@@ -156,9 +156,11 @@ async def test_logs_hold_nothing_that_was_sent(logging_server: Server, people_of
     assert "\nUndefinedColumnError\n" in written
 
 
-async def test_access_log_has_the_calls_of_every_worker(tmp_path: Path, people_of: Any) -> None:
+async def test_access_log_has_the_calls_of_every_worker(
+    data_folder: Path, people_of: Any
+) -> None:
     """With several workers the calls of all are in one log, each on a line of its own."""
-    server = await Server(tmp_path, ACCESS_LOG="on", WORKERS=2).starts()
+    server = await Server(data_folder.parent, ACCESS_LOG="on", WORKERS=2).starts()
     person = await people_of(server, "somebody")
     line = Line(await person.client.ws_connect("/ws", headers=person.headers))
     await line.close()

@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -231,7 +232,7 @@ async def test_variables_of_libpq_do_not_count(
 ) -> None:
     """An embedded PostgreSQL, and one of one's own, are served whatever libpq would make of the
     environment, and by workers, too."""
-    (tmp_path / "embedded").mkdir()
+    shutil.copytree(template.data, tmp_path / "embedded/data")
     assert await serves(tmp_path / "embedded", **environ) == ""
     own = {"DATABASE_URL": place.url(), "SECRET_KEY": SECRET_KEY, "WORKERS": 2}
     assert await serves(tmp_path, **own, **environ) == ""

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,10 +25,9 @@ pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 @pytest.fixture
-async def pair(template: Server, tmp_path: Path) -> AsyncIterator[Server]:
+async def pair(data_folder: Path) -> AsyncIterator[Server]:
     """A server of two workers, with metrics."""
-    shutil.copytree(template.data, tmp_path / "data")
-    server = await Server(tmp_path, WORKERS=2, METRICS_PORT=free_port()).starts()
+    server = await Server(data_folder.parent, WORKERS=2, METRICS_PORT=free_port()).starts()
     async with asyncio.timeout(SOON_SECONDS):
         while len(sockets_at(server)) < 2:
             await asyncio.sleep(0.05)
