@@ -22,7 +22,7 @@ import pytest
 
 import messenger
 from plumbing import database
-from support.databases import with_database
+from support.databases import TEMPLATE, with_database
 from support.source import statements
 
 USERS, CHATS = 5_000, 10_000
@@ -199,7 +199,7 @@ def full_url(cluster: str) -> Iterator[str]:
     """The URL of a database with one large chat among many."""
     name = f"messenger_full_{os.getpid()}"
     with psycopg.connect(cluster, autocommit=True) as connection:
-        connection.execute(f"create database {name} template messenger_template".encode())
+        connection.execute(f"create database {name} template {TEMPLATE}".encode())
         url = with_database(cluster, name)
         with psycopg.connect(url, autocommit=True) as filling:
             filling.execute(SEED.encode())

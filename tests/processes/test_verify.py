@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from support.databases import fills_with_life, on_cluster, with_database
+from support.databases import TEMPLATE, fills_with_life, on_cluster, with_database
 from tools.verify import RULES, examine
 
 
@@ -19,7 +19,7 @@ def lively_url(cluster: str) -> Iterator[str]:
     url = with_database(cluster, name)
 
     async def make() -> None:
-        await on_cluster(cluster, f"create database {name} template messenger_template")
+        await on_cluster(cluster, f"create database {name} template {TEMPLATE}")
         connection = await asyncpg.connect(url)
         await fills_with_life(connection)
         await connection.close()

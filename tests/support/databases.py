@@ -18,6 +18,9 @@ from plumbing.embedded import Postgres
 from plumbing.marks import new_mark
 from plumbing.schema import migrate
 
+# Each worker of pytest has its own, though they may share a server.
+TEMPLATE = f"messenger_template_{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+
 
 def with_database(url: str, name: str) -> str:
     """Name another database of the same server."""
@@ -36,7 +39,7 @@ async def on_cluster(url: str, *statements: str) -> None:
 
 @contextlib.contextmanager
 def cluster_with_template(make_folder: Callable[[], Path]) -> Iterator[str]:
-    """Answer the URL of a PostgreSQL whose database `messenger_template` has the schema.
+    """Answer the URL of a PostgreSQL whose database TEMPLATE has the schema.
 
     TEST_DATABASE_URL names one of your own, whose role may create databases.
     """
@@ -48,11 +51,11 @@ def cluster_with_template(make_folder: Callable[[], Path]) -> Iterator[str]:
         url = given or postgres.dsn
         if postgres is not None:  # durability has tests with servers of their own
             runner.run(on_cluster(url, "alter system set fsync = off", "select pg_reload_conf()"))
-        runner.run(on_cluster(url, "drop database if exists messenger_template"))
-        runner.run(on_cluster(url, "create database messenger_template"))
-        migrate(with_database(url, "messenger_template"), messenger.SQL)
+        runner.run(on_cluster(url, f"drop database if exists {TEMPLATE}"))
+        runner.run(on_cluster(url, f"create database {TEMPLATE}"))
+        migrate(with_database(url, TEMPLATE), messenger.SQL)
         yield url
-        runner.run(on_cluster(url, "drop database messenger_template"))
+        runner.run(on_cluster(url, f"drop database {TEMPLATE}"))
         if postgres is not None:
             runner.run(postgres.stop())
 
@@ -68,7 +71,7 @@ class Databases:
 
     def _make(self) -> str:
         name = f"messenger_test_{os.getpid()}_{next(self._numbers)}"
-        self._run(f"create database {name} template messenger_template strategy file_copy")
+        self._run(f"create database {name} template {TEMPLATE} strategy file_copy")
         return name
 
     def _run(self, statement: str) -> None:
