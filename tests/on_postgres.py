@@ -19,8 +19,11 @@ from pathlib import Path
 
 import asyncpg
 
+from support.quick import quick_folder
+
 ROLE = "create role messenger login createdb nosuperuser nocreaterole"
 SHORT_PASS = [
+    "-n", "2", "--dist", "loadfile",
     *(
         f"tests/api/test_{name}.py"
         for name in ("accounts", "chats", "messages", "changes", "search")
@@ -84,7 +87,7 @@ async def prepare(url: str) -> str:
 def main() -> int:
     """Answer the status of pytest."""
     programs, options = binaries(sys.argv[1]), sys.argv[2:] or SHORT_PASS
-    folder = Path(tempfile.mkdtemp(prefix="messenger-postgres-"))
+    folder = Path(tempfile.mkdtemp(prefix="messenger-postgres-", dir=quick_folder()))
     url = f"postgresql://messenger@/postgres?host={folder}"
     server = start(programs, folder)
     try:
