@@ -5,7 +5,6 @@ import contextlib
 import itertools
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -228,11 +227,11 @@ ENVIRONMENT = [
 
 @pytest.mark.parametrize("environ", ENVIRONMENT, ids=lambda each: "+".join(each))
 async def test_variables_of_libpq_do_not_count(
-    template: Server, tmp_path: Path, place: Place, environ: dict[str, str]
+    tmp_path: Path, place: Place, environ: dict[str, str]
 ) -> None:
-    """An embedded PostgreSQL, and one of one's own, are served whatever libpq would make of the
-    environment, and by workers, too."""
-    shutil.copytree(template.data, tmp_path / "embedded/data")
+    """An embedded PostgreSQL, from its making on, and one of one's own are served whatever libpq
+    would make of the environment, and by workers, too."""
+    (tmp_path / "embedded").mkdir()
     assert await serves(tmp_path / "embedded", **environ) == ""
     own = {"DATABASE_URL": place.url(), "SECRET_KEY": SECRET_KEY, "WORKERS": 2}
     assert await serves(tmp_path, **own, **environ) == ""
