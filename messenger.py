@@ -289,8 +289,8 @@ class Body(Struct, forbid_unknown_fields=True):
 class NewUser(Body):
     """A registration.
 
-    email: To log in with, in capital or small letters; no other account may have it. Other users do
-        not see it.
+    email: The email to log in with, in capital or small letters; no other account may have it.
+        Other users do not see it.
     """
     email: Email
     username: Username
@@ -321,7 +321,7 @@ class ChangedUser(Body):
     email: A new email; needs `current_password`.
     password: A new password of 8 to 100 characters, counted in NFC; needs `current_password`.
     is_active: `false` signs the account out everywhere, until its next login.
-    current_password: The password until now: needed with a new email or password.
+    current_password: The current password; needed for a new email or password.
     """
     email: Email | UnsetType = UNSET
     username: Username | UnsetType = UNSET
@@ -352,20 +352,20 @@ class ChangedChat(Body):
 
 
 class NewParticipant(Body):
-    """Which user is put into a group, and in which role.
+    """Which user is added to a group, and in which role.
 
     role: Only the owner may give one. With `owner` the group has a new owner, and the old one
-        becomes an admin. Without a role, who joins is a member.
+        becomes an admin. Without a role, a new participant is a member.
     """
     user_id: UserId
     role: Role | None = None
 
 
 class GivenRole(Body):
-    """The role in which a user is put into a group.
+    """The role in which a user is added to a group.
 
     role: Only the owner may give one. With `owner` the group has a new owner, and the old one
-        becomes an admin. Without a role, who joins is a member.
+        becomes an admin. Without a role, a new participant is a member.
     """
     role: Role | None = None
 
@@ -477,10 +477,10 @@ class Message(Struct):
     reply_to: The message of the same chat that this one answers.
     created_at: When it was posted.
     edited_at: When it was last edited; null if it never was.
-    deleted_at: When it was deleted; null if it is not. What is left of it is a tombstone.
+    deleted_at: When it was deleted; null if it was not.
     position: The position of its last change.
-    read_by: Who has read it, without its sender; empty in chats of more than 100 participants.
-    read_count: How many participants read it, without its sender.
+    read_by: Who has read it, except its sender; empty in chats of more than 100 participants.
+    read_count: How many participants have read it, not counting its sender.
     """
     id: MessageId
     chat_id: ChatId
@@ -509,8 +509,8 @@ class Chat(Struct):
     last_rev: The number of the chat's last change; 0 before the first message.
     position: The position of that change.
     version: Grows with each change of the chat's name, or of who is in it and in which role.
-    unread_count: How many messages of others came after `last_read_seq`, without deleted ones;
-        counted up to 100.
+    unread_count: How many messages of others came after the user's `last_read_seq`, not counting
+        deleted ones; counted up to 100.
     """
     id: ChatId
     name: GroupName | None
@@ -543,7 +543,7 @@ class Read(Struct):
 class Health(Struct):
     """Whether the server runs, or can serve.
 
-    status: `alive`: it runs. `ready`: it can serve. `error`: it cannot.
+    status: `alive`: it runs. `ready`: it can serve. `error`: it cannot serve.
     """
     status: Literal["alive", "ready", "error"]
 
@@ -586,8 +586,8 @@ class SyncIn(FrameIn, tag="sync"):
     """Replay every change after a position or a number, of one chat or of several.
 
     chat_id: The chat of `after`. Required with it on `/ws`, optional on `/ws/{chat_id}`.
-    after: Of one chat: the position, or the bare number, after which to replay.
-    chats: Of several chats, by their ids: the position or the number after which to replay.
+    after: For one chat: the position, or the bare number, after which to replay.
+    chats: For several chats, by their ids: the position or the number after which to replay.
     """
     after: Number | Position | None = None
     chats: Annotated[dict[ChatId, Number | Position], Meta(max_length=SYNC_CHATS_MAX)] | None = None
@@ -640,7 +640,7 @@ class Hello(Struct):
 
     expires_at: When the token expires: send a fresh one before.
     server_time: The server's time.
-    ping_seconds: The server pings (RFC 6455) after so many seconds of silence.
+    ping_seconds: The server pings (RFC 6455) after this many seconds of silence.
     version: The server's version.
     """
     user_id: UserId
@@ -654,7 +654,7 @@ class Hello(Struct):
 class ChatPositions(Struct):
     """Where the chats of the user stand.
 
-    chats: By the id of each chat, its position and its version.
+    chats: Under the id of each chat, its position and its version.
     more: Whether another such frame follows with more chats.
     """
     chats: Annotated[dict[ChatId, tuple[Position, Version]], Meta(max_length=SYNC_CHATS_MAX)]
@@ -684,7 +684,7 @@ class Ready(Struct):
 class ChatUpdate(Struct):
     """What changed in a chat since the version before.
 
-    version: The chat's version after the change. Ignore an update with a smaller one than yours.
+    version: The chat's version after the change. If yours is larger, ignore the update.
     name: The name as it is now; null in a personal chat.
     participants: Those who joined or have another role, as they are now.
     left: Ids of those who left.
@@ -711,7 +711,7 @@ class ChatRemoved(Struct):
 
 
 class Expiry(Struct):
-    """How long the new token is good.
+    """How long the new token is valid.
 
     expires_at: When it expires.
     """
@@ -754,17 +754,17 @@ class MessageUpdatedOut(ServerFrame, tag="message_updated"):
 
 
 class ReadOut(ServerFrame, tag="read"):
-    """Somebody read up to a message. In chats of more than 100 only they and its sender get it."""
+    """Somebody read up to a message. Above 100 participants, only reader and sender get it."""
     data: Read
 
 
 class TypingOut(ServerFrame, tag="typing"):
-    """Somebody else is writing. In chats of more than 100 nobody gets it."""
+    """Somebody else is writing. In chats of more than 100 participants nobody gets it."""
     data: Typing
 
 
 class ChatOut(ServerFrame, tag="chat"):
-    """On `/ws`: the user came into this chat; `ready` and what is posted from then on follow."""
+    """On `/ws`: the user is now in this chat; `ready` and what is posted from then on follow."""
     data: Chat
 
 
@@ -2578,11 +2578,11 @@ async def end_oldest_sessions(app: web.Application, user_id: int) -> None:
 
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
-    """Renew the tokens of a session, by its refresh token, as Bearer or in the body.
+    """Renew a session's tokens, with its refresh token as Bearer or in the body.
 
-    A refresh token can be used once. Only a client that lost the answer may send it again: within
-    30 s while nobody has refreshed with the new one, later while neither new token was used. Any
-    other use of an old refresh token ends the session. Raises InvalidToken, TooManyChanges.
+    A refresh token can be used once. A client that lost the answer may send it again: within 30 s
+    if nobody has refreshed with the new one, later if neither new token was used. Any other use of
+    an old refresh token ends the session. Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
@@ -2709,8 +2709,8 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     """Delete your account.
 
     Its messages stay, without a sender, under the same `rev`; its sessions and sockets end. A group
-    that it owned passes to the admin who has been in it the longest. If it has no admin, it passes
-    to the member who has.
+    that it owned passes to the admin who has been in it the longest, or without admins to the
+    member who has.
     Raises UserNotFound, NotAllowed.
     """
     await check_self(request, user_id)
@@ -2780,7 +2780,7 @@ TURNS = web.AppKey("turns", WeakValueDictionary[int, asyncio.Lock])
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     """Create a group, or open the personal chat with another user.
 
-    Two users have one personal chat: if it is there already, this answers 200 with it.
+    Two users have one personal chat: if it exists already, this answers 200 with it.
     Raises InvalidInput, TooManyChanges.
     """
     me = request[ME]
@@ -2853,10 +2853,10 @@ async def list_participants(
 async def add_participant(
     request: web.Request, chat_id: ChatId, body: NewParticipant
 ) -> Answer[Participant]:
-    """Put a user into a group, or give a role to one who is in it.
+    """Add a user to a group, or give a role to one who is in it.
 
-    Every participant may put users in; only the owner gives roles, and with `owner` hands the group
-    on. For a user who is in it already this answers 200, with the role given now.
+    Every participant may add users. Only the owner gives roles, and hands the group over by giving
+    `owner`. If the user is in the group already, this answers 200, with the role as it is now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
     TooManyChanges.
     """
@@ -2872,9 +2872,9 @@ async def add_participant(
 async def add_participant_by_id(
     request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
 ) -> Answer[Participant]:
-    """Put a user, named by the path, into a group, or give them a role.
+    """Add the user that the path names to a group, or give them a role.
 
-    For a user who is in it already this answers 200, with the role given now.
+    If the user is in the group already, this answers 200, with the role as it is now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
     TooManyChanges.
     """
@@ -2883,9 +2883,10 @@ async def add_participant_by_id(
 
 
 async def remove_participant(request: web.Request, chat_id: ChatId, user_id: UserId) -> None:
-    """Leave a group, or take a user out of it.
+    """Leave a group, or remove a user from it.
 
-    The owner may take out everybody, an admin may take out members.
+    The owner may remove anybody; an admin may remove members. If the owner leaves, the admin who
+    has been in the group the longest becomes the owner, or without admins the member who has.
     Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat, TooManyChanges.
     """
     await alter_chat(request, REMOVE_PARTICIPANT, chat_id, user_id)
@@ -2973,7 +2974,7 @@ SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
 async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) -> Answer[Message]:
     """Post a message; it is on disk once this is answered.
 
-    Where the same id was posted before, this answers 200 with the message as it is now.
+    If you posted a message with this id before, this answers 200 with it, as it is now.
     Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput, TooManyMessages.
     """
     charge(request.app, TooManyMessages, request[ME])
@@ -3001,7 +3002,7 @@ async def change_message(
 ) -> Message:
     """Edit your message.
 
-    The same text again changes nothing. A deleted message is not found.
+    The same text again changes nothing. A deleted message cannot be edited: it is not found.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     charge(request.app, TooManyMessages, request[ME])
@@ -3012,8 +3013,8 @@ async def change_message(
 async def delete_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> None:
     """Delete a message.
 
-    Its sender may do so, in a group also the owner and the admins. A tombstone stays: the message
-    with an empty text. Deleting it again changes nothing.
+    Its sender may do so, and in a group also the owner and the admins. The message stays, with an
+    empty text. Deleting it again changes nothing.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     charge(request.app, TooManyMessages, (request[ME], "deleted"))
@@ -3034,8 +3035,8 @@ async def list_messages(
     Without `before` and `after` this is the newest page. A page is in the order of `seq`; its link
     `next` leads to older messages, `prev` to newer ones. With `q` it holds only messages that have
     every whole word of `q`, in capital or small letters, newest first, without deleted ones. In
-    scripts that put no spaces between words, such as Chinese, a message must have each run of `q`
-    as it stands.
+    scripts without spaces between words, such as Chinese, a message must have each unbroken piece
+    of `q` as it stands.
 
     before: Only messages with a smaller `seq` than this.
     after: Only messages with a larger `seq` than this; not together with `before` or `q`.

@@ -60,7 +60,7 @@ in the frame that answers.
 `message` and `message_updated` mean the same: store this message by its id, unless you have a copy
 with a larger `rev`. A client that reconnects sends the position that it has of a chat, by `?after=`
 or by `sync`. It then gets every change after that position, in order, then a `ready`, and then what
-is new. Which position to store is described in docs/protocol.md of the repository.
+is new. docs/protocol.md in the repository describes which position to store.
 
 The server closes with one of these codes:
 """
@@ -88,7 +88,7 @@ HEADERS: dict[str, tuple[Container[int], str]] = {
     "Upgrade": ((426,), "The protocol to upgrade to."),
     "WWW-Authenticate": ((401,), "How to sign in."),
     "X-Request-Id": (
-        range(600), "That of the request, if it is 1 to 64 of `A-Za-z0-9._-`, or else a new one."),
+        range(600), "The request's, if it is 1 to 64 of `A-Za-z0-9._-`, else a new one."),
 }
 BEARER = {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}
 ACCESS = {
