@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 
 import messenger
-from plumbing import endpoints
+from plumbing import endpoints, guard
 from plumbing.endpoints import Problem
 from plumbing.guard import Rate
 from plumbing.text import words_of
@@ -212,6 +213,31 @@ async def test_syncs_are_done_in_turn_with_others(
     for line in lines:
         await line.gives(bytes((0x81, 0x80 + len(frame), 0, 0, 0, 0, *frame)) * 100)
     assert await turns.most() <= messenger.REPLAYS_PER_USER
+
+
+async def test_rest_of_a_compressed_body_is_not_unfolded(client: TestClient[Any, Any]) -> None:
+    """A body that unfolds to 200 MB costs no more than what is read of it."""
+    packer, zeros = zlib.compressobj(), bytes(1_000_000)
+    bomb = b"".join([*(packer.compress(zeros) for _ in range(200)), packer.flush()])
+    calls = [
+        ("POST", "/users/login", 413), ("GET", "/health/liveness", 200), ("GET", "/users/me", 401)]
+    began = time.process_time()
+    for method, path, status in calls * 2:
+        headers = {"Content-Encoding": "deflate"}
+        async with client.request(
+            method, f"/api/v1{path}", data=bomb, headers=headers
+        ) as answer:
+            assert answer.status == status
+            await answer.read()
+    assert time.process_time() - began < 0.7  # of the processor; it took 2 s and more
+
+
+@pytest.mark.parametrize("name", ["\u0130." * 2_500, "\u00e4" * 3_900, "a." * 4_000])
+def test_long_origin_is_refused_unread(name: str) -> None:
+    """However long the origin is that somebody sends, it is refused at once."""
+    began = time.process_time()
+    assert {guard.read_origin(f"https://{name}{number}") for number in range(20)} == {None}
+    assert time.process_time() - began < 0.1  # of the processor; it took 0.5 s and more
 
 
 @pytest.mark.parametrize("text", [
