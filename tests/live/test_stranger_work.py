@@ -21,7 +21,7 @@ from plumbing import endpoints, guard
 from plumbing.endpoints import Problem
 from plumbing.guard import Rate
 from plumbing.text import words_of
-from support.people import HEAR_SECONDS, PASSWORD, Person
+from support.people import HEAR_SECONDS, PASSWORD, Person, follows
 from support.raw import RawLine
 from support.servers import ROOT, Server
 
@@ -238,6 +238,36 @@ def test_long_origin_is_refused_unread(name: str) -> None:
     began = time.process_time()
     assert {guard.read_origin(f"https://{name}{number}") for number in range(20)} == {None}
     assert time.process_time() - began < 0.1  # of the processor; it took 0.5 s and more
+
+
+async def test_chats_that_users_come_into_are_read_a_few_at_a_time(
+    alice: Person, bob: Person, carol: Person, monkeypatch: Any
+) -> None:
+    """Of chats that somebody makes, each is read once for all sockets of a user who came into it,
+    and few at once: the calls of others come in between."""
+    chats, lines = 6, [await follows(each) for each in (bob, carol) for _ in range(5)]
+    under_way, at_once, read, read_chat = 0, [0], [], messenger.read_chat
+
+    async def count(database: Any, chat_id: int, asker_id: int) -> Any:
+        nonlocal under_way
+        if asker_id == alice.id:
+            return await read_chat(database, chat_id, asker_id)
+        read.append((chat_id, asker_id))
+        under_way += 1
+        at_once.append(under_way)
+        await asyncio.sleep(0.05)
+        try:
+            return await read_chat(database, chat_id, asker_id)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(messenger, "read_chat", count)
+    made = await asyncio.gather(*[alice.founds(bob, carol) for _ in range(chats)])
+    for line in lines:
+        heard = [(await line.hears("chat"))["data"]["id"] for _ in made]
+        assert sorted(heard) == sorted(made)
+    assert len(read) == 2 * chats
+    assert max(at_once) <= messenger.JOINS_AT_ONCE
 
 
 @pytest.mark.parametrize("text", [
