@@ -232,6 +232,7 @@ SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read a
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket; one socket may follow any number
+REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
 JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
@@ -3393,6 +3394,8 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
         given[chat_of(socket, frame.chat_id)] = frame.after
     if socket.chat_id is not None:
         refused = dict.fromkeys(given.keys() - {socket.chat_id}, ChatNotFound())
+    if len(str(frame.ref)) * len(given) > REFS_CHARS_MAX:
+        raise invalid("$.ref", "is too long for so many chats")
     own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
     rooms, me = request.app[ROOMS], socket.asker.user_id
     refused |= await rooms.replaying.run(me, rooms.sync, socket, own, frame.ref)

@@ -270,6 +270,24 @@ async def test_chats_that_users_come_into_are_read_a_few_at_a_time(
     assert max(at_once) <= messenger.JOINS_AT_ONCE
 
 
+@pytest.mark.parametrize("ref", ["x" * 40_000, 10**4_000], ids=["text", "number"])
+async def test_ref_of_a_sync_does_not_come_back_for_very_many_chats(
+    alice: Person, ref: str | int
+) -> None:
+    """A long `ref` is refused once where it would come back for each of many chats; for one chat,
+    and a usual one for very many, it comes back."""
+    line = await follows(alice)
+    await line.sends(type="sync", chats={str(10**9 + each): 0 for each in range(100)}, ref=ref)
+    await line.sends(type="sync", chats={str(10**9): 0}, ref=ref)
+    refused, foreign = [await line.hears("error") for _ in range(2)]
+    assert refused["data"]["type"] == "invalid-input"
+    assert [each["loc"] for each in refused["data"]["errors"]] == ["$.ref"]
+    assert (foreign["data"]["type"], foreign["ref"]) == ("chat-not-found", ref)
+    many = range(10**9, 10**9 + 1_000)
+    await line.sends(type="sync", chats={str(each): 0 for each in many}, ref="x" * 36)
+    assert {(await line.hears("error"))["chat_id"] for _ in many} == set(many)
+
+
 @pytest.mark.parametrize("text", [
     '{"type":"nothing"}', '{"type":"message","text":5}', '{"type":"sync","chats":{"x":1}}',
     '{"type":"read","message_id":"x"}', "[" * 60, '{"type":"typing","x":1}',
