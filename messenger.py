@@ -3400,6 +3400,7 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     rooms, me = request.app[ROOMS], socket.asker.user_id
     refused |= await rooms.replaying.run(me, rooms.sync, socket, own, frame.ref)
     for chat_id, error in refused.items():
+        await asyncio.sleep(0)  # others come in between
         refuse_frame(socket, problem_of(socket, error), frame.ref, chat_id)
 
 

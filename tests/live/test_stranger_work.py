@@ -288,6 +288,23 @@ async def test_ref_of_a_sync_does_not_come_back_for_very_many_chats(
     assert {(await line.hears("error"))["chat_id"] for _ in many} == set(many)
 
 
+async def test_chats_of_a_sync_are_refused_in_turn_with_others(
+    alice: Person, monkeypatch: Any
+) -> None:
+    """Of the chats of a sync that are not the user's, not all are refused before anybody else has a
+    turn."""
+    line = await follows(alice)
+    turns, refuse_frame = Turns(1_000), messenger.refuse_frame
+
+    def count(*args: Any) -> None:
+        turns.done += 1
+        refuse_frame(*args)
+
+    monkeypatch.setattr(messenger, "refuse_frame", count)
+    await line.sends(type="sync", chats={str(10**9 + each): 0 for each in range(1_000)})
+    assert await turns.most() <= 2
+
+
 @pytest.mark.parametrize("text", [
     '{"type":"nothing"}', '{"type":"message","text":5}', '{"type":"sync","chats":{"x":1}}',
     '{"type":"read","message_id":"x"}', "[" * 60, '{"type":"typing","x":1}',
