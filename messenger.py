@@ -155,7 +155,7 @@ from plumbing.endpoints import (
     peek,
     read_cursor,
 )
-from plumbing.groups import GroupReader, GroupWriter, Outcome, by_place, columns_of
+from plumbing.groups import GroupReader, GroupWriter, OneByOne, Outcome, by_place, columns_of
 from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
 from plumbing.process import Tasks
@@ -233,6 +233,8 @@ SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read a
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket; one socket may follow any number
+REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
+JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
@@ -1316,6 +1318,8 @@ class Rooms:
         self._tasks = tasks
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self._look_ups = GroupReader(self._followed_by)
+        self._joins = guard.Slots(JOINS_AT_ONCE)
+        self._coming = OneByOne(tasks, self._try_join)  # by user: the chats that they came into
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
@@ -1372,7 +1376,8 @@ class Rooms:
         """Let a new socket join its rooms, in pieces: who is in very many chats delays nobody."""
         asked = socket.chat_id, socket.asker.user_id
         followed = await self._look_ups.get(asked)
-        self._check_followed(socket, len(followed))
+        if self._is_beyond(socket, len(followed)):
+            raise TooManySockets
         deadline = time.monotonic() + VERSION_SECONDS
         while True:
             if socket.chat_id is not None and not followed:
@@ -1394,13 +1399,13 @@ class Rooms:
             followed = rest
             await asyncio.sleep(0)
 
-    def _check_followed(self, socket: Socket, count: int) -> None:
-        """Raise TooManySockets where so many chats more are beyond what a user's sockets may follow
-        together: each of them takes memory.
+    def _is_beyond(self, socket: Socket, count: int) -> bool:
+        """Tell whether so many chats more on a socket are beyond what the sockets of its user may
+        follow together: each of them takes memory. One alone may follow any number.
         """
-        others = sum(len(each.rooms) for each in self._of_users[socket.asker.user_id])
-        if others and others + count > FOLLOWED_PER_USER_MAX:
-            raise TooManySockets
+        others = [each for each in self._of_users[socket.asker.user_id] if each is not socket]
+        followed = sum(len(each.rooms) for each in others)
+        return bool(followed) and followed + len(socket.rooms) + count > FOLLOWED_PER_USER_MAX
 
     async def _followed_by(
         self, asked: list[tuple[int | None, int]]
@@ -1462,39 +1467,62 @@ class Rooms:
         self.advance(chat_id, rev, version)
 
     def join_users(self, chat_id: int, user_ids: Iterable[int]) -> None:
-        """Let the sockets of users who came into a chat join its room, if they follow all chats."""
-        for user_id in user_ids:
-            for socket in self._of_users.get(user_id, ()):
-                if socket.chat_id is None and chat_id not in socket.rooms:
-                    self._tasks.spawn(self._try_join(socket, chat_id))
+        """Let the sockets of users who came into a chat join its room, if they follow all chats.
 
-    async def _try_join(self, socket: Socket, chat_id: int) -> None:
+        Each user joins one chat after the other, so who comes into very many delays nobody.
+        """
+        for user_id in user_ids:
+            if self._absent(user_id, chat_id):
+                self._coming.put(user_id, chat_id)
+
+    def _absent(self, user_id: int, chat_id: int) -> list[Socket]:
+        """List the sockets of a user that follow all chats, but this one not yet."""
+        return [socket for socket in self._of_users.get(user_id, ())
+                if socket.chat_id is None and chat_id not in socket.rooms]
+
+    async def _try_join(self, user_id: int, chat_id: int) -> None:
+        sockets = self._absent(user_id, chat_id)
         try:
-            await self._join_chat(socket, chat_id)
+            await self._join_chat(sockets, chat_id)
         except (ChatNotFound, Unavailable):
             pass  # the poll finds it again
         except Exception:
-            log.exception("a socket could not join a room, request %s", socket.request_id)
-            self.close(socket, GOING_AWAY)
+            log.exception("sockets could not join the room of chat %d", chat_id)
+            for socket in sockets:
+                self.close(socket, GOING_AWAY)
 
-    async def _join_chat(self, socket: Socket, chat_id: int) -> None:
-        """Show a socket a chat that its user came into, unless it joined already; then it is live.
+    async def _join_chat(self, sockets: list[Socket], chat_id: int) -> None:
+        """Show sockets of a user a chat that the user came into, unless they joined already; then
+        they are live.
 
         Raises ChatNotFound, Unavailable.
         """
-        if socket.joining is not None:  # `chats` comes first, and may tell of it
-            await socket.joining.wait()
+        for socket in sockets:
+            if socket.joining is not None:  # `chats` comes first, and may tell of it
+                await socket.joining.wait()
         deadline = time.monotonic() + VERSION_SECONDS
-        while chat_id not in socket.rooms and socket in self._sockets:
-            chat = await read_chat(self.database, chat_id, socket.asker.user_id)
+        while absent := [socket for socket in sockets
+                         if chat_id not in socket.rooms and socket in self._sockets]:
+            me = absent[0].asker.user_id
+            chat = await self._joins.run("", read_chat, self.database, chat_id, me)
             if self._knows_newer(chat_id, chat.version):
                 await self._wait_for_version([chat_id], deadline)  # the user may be out again
-            elif chat_id not in socket.rooms and socket in self._sockets:
-                socket.send(ChatOut(data=chat))
-                rev, mark = chat.last_rev, mark_of(chat.position)
-                self._join_room(socket, chat_id, rev, mark, chat.version)
-                self._put_replay(socket, chat_id, Replay(rev, rev, mark, [None]))
-                self._go_on(socket, socket.rooms[chat_id])
+            else:
+                for socket in absent:
+                    self._show_chat(socket, chat)
+
+    def _show_chat(self, socket: Socket, chat: Chat) -> None:
+        """Show a socket a chat and let it join, unless it did so meanwhile or is closed."""
+        if chat.id in socket.rooms or socket not in self._sockets:
+            return
+        if self._is_beyond(socket, 1):
+            self.close(socket, GOING_AWAY)  # it may come back where its user's others allow
+            return
+        socket.send(ChatOut(data=chat))
+        rev, mark = chat.last_rev, mark_of(chat.position)
+        self._join_room(socket, chat.id, rev, mark, chat.version)
+        self._put_replay(socket, chat.id, Replay(rev, rev, mark, [None]))
+        self._go_on(socket, socket.rooms[chat.id])
 
     def leave(self, socket: Socket) -> None:
         """Forget a socket; what is on its way to it is dropped."""
@@ -1560,7 +1588,7 @@ class Rooms:
         after = {chat_id: read_position("$.after", at) for chat_id, at in given.items()}
         for chat_id in after:
             try:
-                await self._join_chat(socket, chat_id)  # where its user came in a moment ago
+                await self._join_chat([socket], chat_id)  # where its user came in a moment ago
             except (ChatNotFound, Unavailable) as error:
                 refused[chat_id] = error
         marks: dict[int, str | None] = {}
@@ -1999,8 +2027,11 @@ class Watch:
             since = asked_at - self._rooms.polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
             self._rooms.end_sessions(row["id"] for row in ended)
-            for row in await self._database.rows(SELECT_JOINED, user_ids, since):
-                self._rooms.join_users(row["chat_id"], [row["user_id"]])
+            joined = await self._database.rows(SELECT_JOINED, user_ids, since)
+            for number, (chat_id, user_id) in enumerate(joined):
+                if number % 100 == 99:
+                    await asyncio.sleep(0)
+                self._rooms.join_users(chat_id, [user_id])
         self._rooms.polled_at = asked_at
 
     async def check_sockets(self) -> None:
@@ -3367,10 +3398,13 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
         given[chat_of(socket, frame.chat_id)] = frame.after
     if socket.chat_id is not None:
         refused = dict.fromkeys(given.keys() - {socket.chat_id}, ChatNotFound())
+    if len(str(frame.ref)) * len(given) > REFS_CHARS_MAX:
+        raise invalid("$.ref", "is too long for so many chats")
     own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
     rooms, me = request.app[ROOMS], socket.asker.user_id
     refused |= await rooms.replaying.run(me, rooms.sync, socket, own, frame.ref)
     for chat_id, error in refused.items():
+        await asyncio.sleep(0)  # others come in between
         refuse_frame(socket, problem_of(socket, error), frame.ref, chat_id)
 
 

@@ -14,6 +14,7 @@ import re
 import time
 import types
 import typing
+import zlib
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, TypeVar
@@ -35,6 +36,7 @@ from plumbing.validation import describe
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
 SLOT_SECONDS = 15  # for which a call waits until its asker has fewer under way
+ZLIB_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 SWITCHING = 101  # the status of a websocket
 PLACES = ("before", "after", "cursor")  # the parameters of a query that say where a page is
 PROBLEM_JSON = "application/problem+json"
@@ -283,17 +285,36 @@ def without_none(hint: Any) -> Any:
 
 
 async def read_body(request: web.Request) -> bytes:
-    """Read a body. Raises MalformedRequest, RequestTimeout, BodyTooLarge (by aiohttp)."""
+    """Read a body. Raises MalformedRequest, RequestTimeout, BodyTooLarge (also by aiohttp)."""
     try:
         async with asyncio.timeout(BODY_SECONDS):
             with uncounted():
-                return await request.read()
+                body = await request.read()
     except TimeoutError:
         raise RequestTimeout from None
-    except web.RequestPayloadError:
-        raise MalformedRequest("The body does not match its Content-Encoding.") from None
-    except ConnectionError:
-        raise MalformedRequest("The body arrived incomplete.") from None  # nobody hears it
+    except (web.RequestPayloadError, ConnectionError):  # of a lost one nobody hears it
+        raise MalformedRequest("The body arrived incomplete.") from None
+    encoding = request.headers.get("Content-Encoding", "").lower()
+    return unfold(body, encoding, request.client_max_size) if body else body
+
+
+def unfold(body: bytes, encoding: str, bytes_max: int) -> bytes:
+    """Undo the Content-Encoding of a body: `gzip` or `deflate`; any other is let pass.
+
+    Raises MalformedRequest, BodyTooLarge.
+    """
+    if encoding not in ZLIB_WINDOWS:
+        return body
+    unpacker = zlib.decompressobj(ZLIB_WINDOWS[encoding])
+    try:
+        unfolded = unpacker.decompress(body, bytes_max + 1)
+    except zlib.error:
+        unfolded = b""
+    if len(unfolded) > bytes_max:
+        raise BodyTooLarge
+    if not unpacker.eof:
+        raise MalformedRequest("The body does not match its Content-Encoding.")
+    return unfolded
 
 
 def read_path(kind: type, text: str, problem: type[Problem]) -> Any:

@@ -107,6 +107,41 @@ def by_place(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
     return found
 
 
+# ---- One by one
+
+Key = TypeVar("Key", bound=Hashable)
+Thing = TypeVar("Thing", bound=Hashable)
+
+
+class OneByOne(Generic[Key, Thing]):
+    """Does the things of each key one after the other, in a task for as long as there are any.
+
+    What is asked for again while it waits is done once; while it is being done, once more.
+    """
+
+    def __init__(self, tasks: Tasks, do: Callable[[Key, Thing], Awaitable[None]]) -> None:
+        self._tasks = tasks
+        self._do = do  # raises nothing
+        self._waiting: dict[Key, dict[Thing, None]] = {}  # in the order in which they came
+
+    def put(self, key: Key, thing: Thing) -> None:
+        """Ask for a thing to be done."""
+        if key not in self._waiting:
+            self._waiting[key] = {}
+            self._tasks.spawn(self._run(key))
+        self._waiting[key][thing] = None
+
+    async def _run(self, key: Key) -> None:
+        things = self._waiting[key]
+        try:
+            while things:
+                thing = next(iter(things))
+                del things[thing]
+                await self._do(key, thing)
+        finally:
+            del self._waiting[key]
+
+
 # ---- Commits in groups
 
 

@@ -57,6 +57,7 @@ TOKENS_REMEMBERED_MAX = 10_000
 TOKEN_CHARS_MAX = 2000
 SECRET_BYTES_MIN = 32
 ORIGINS_REMEMBERED_MAX = 1000
+ORIGIN_CHARS_MAX = 300  # a name in DNS has 253
 HEADERS_ASKED_MAX = 32  # which a page may ask to send beside the usual ones
 PREFLIGHT_SECONDS = 600  # for which a browser remembers what it was allowed
 
@@ -161,6 +162,8 @@ class PromptConnection(web.RequestHandler):
     """A connection that is closed unless the headers of a request are whole within HEAD_SECONDS,
     and bytes of an answer that waits to be sent are taken every STALLED_SECONDS.
 
+    Bodies come as they were sent, compressed or not: aiohttp unfolds without bound what it drops.
+
     aiohttp has one timer for a connection that awaits a request, and what comes of the headers does
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
@@ -168,7 +171,7 @@ class PromptConnection(web.RequestHandler):
     __slots__ = ("_progress", "leave")
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, **options | {"auto_decompress": False})
         self.leave: Callable[[], None] = nothing  # called once the connection has ended
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
 
@@ -616,7 +619,8 @@ def read_origin(text: str) -> str | None:
 
     Scheme and host are in small letters, the host in ASCII (IDNA); a scheme's own port is left out.
     """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@\\]+", text):
+    is_short = len(text) <= ORIGIN_CHARS_MAX  # first: to encode a long name takes quadratic time
+    if not is_short or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/?#@\\]+", text):
         return None
     try:
         url = URL(text)

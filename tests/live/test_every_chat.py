@@ -922,6 +922,28 @@ async def test_chats_that_the_sockets_of_a_user_follow_are_bounded(
             await asyncio.sleep(0.01)
 
 
+async def test_chats_that_open_sockets_come_to_follow_are_bounded(
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a user comes into so many chats that their open sockets would follow too many, all of
+    them but one are closed, to come back; that one follows any number."""
+    monkeypatch.setattr(messenger, "FOLLOWED_PER_USER_MAX", 3)
+    lines = [await follows(alice) for _ in range(3)]
+    made = [await bob.founds(alice) for _ in range(5)]
+    heard, codes = [], []
+    for line in lines:
+        chats: list[int] = []
+        async with asyncio.timeout(SOON_SECONDS):
+            while len(chats) < len(made) and not line.ws.closed:
+                frame = await line.ws.receive()
+                if frame.type is aiohttp.WSMsgType.TEXT and frame.json()["type"] == "chat":
+                    chats.append(frame.json()["data"]["id"])
+        heard.append(chats)
+        codes.append(line.ws.close_code)
+    assert sorted(codes, key=str) == [1001, 1001, None]
+    assert heard[codes.index(None)] == made
+
+
 async def is_refused(person: Person) -> bool:
     """Tell whether a socket on all chats of somebody is refused right now."""
     try:

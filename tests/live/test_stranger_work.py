@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient
 
 import messenger
-from plumbing import endpoints
+from plumbing import endpoints, guard
 from plumbing.endpoints import Problem
 from plumbing.guard import Rate
 from plumbing.text import words_of
-from support.people import HEAR_SECONDS, PASSWORD, Person
+from support.people import HEAR_SECONDS, PASSWORD, Person, follows
 from support.raw import RawLine
 from support.servers import ROOT, Server
 
@@ -212,6 +213,96 @@ async def test_syncs_are_done_in_turn_with_others(
     for line in lines:
         await line.gives(bytes((0x81, 0x80 + len(frame), 0, 0, 0, 0, *frame)) * 100)
     assert await turns.most() <= messenger.REPLAYS_PER_USER
+
+
+async def test_rest_of_a_compressed_body_is_not_unfolded(client: TestClient[Any, Any]) -> None:
+    """A body that unfolds to 200 MB costs no more than what is read of it."""
+    packer, zeros = zlib.compressobj(), bytes(1_000_000)
+    bomb = b"".join([*(packer.compress(zeros) for _ in range(200)), packer.flush()])
+    calls = [
+        ("POST", "/users/login", 413), ("GET", "/health/liveness", 200), ("GET", "/users/me", 401)]
+    began = time.process_time()
+    for method, path, status in calls * 2:
+        headers = {"Content-Encoding": "deflate"}
+        async with client.request(
+            method, f"/api/v1{path}", data=bomb, headers=headers
+        ) as answer:
+            assert answer.status == status
+            await answer.read()
+    assert time.process_time() - began < 0.7  # of the processor; it took 2 s and more
+
+
+@pytest.mark.parametrize("name", ["\u0130." * 2_500, "\u00e4" * 3_900, "a." * 4_000])
+def test_long_origin_is_refused_unread(name: str) -> None:
+    """However long the origin is that somebody sends, it is refused at once."""
+    began = time.process_time()
+    assert {guard.read_origin(f"https://{name}{number}") for number in range(20)} == {None}
+    assert time.process_time() - began < 0.1  # of the processor; it took 0.5 s and more
+
+
+async def test_chats_that_users_come_into_are_read_a_few_at_a_time(
+    alice: Person, bob: Person, carol: Person, monkeypatch: Any
+) -> None:
+    """Of chats that somebody makes, each is read once for all sockets of a user who came into it,
+    and few at once: the calls of others come in between."""
+    chats, lines = 6, [await follows(each) for each in (bob, carol) for _ in range(5)]
+    under_way, at_once, read, read_chat = 0, [0], [], messenger.read_chat
+
+    async def count(database: Any, chat_id: int, asker_id: int) -> Any:
+        nonlocal under_way
+        if asker_id == alice.id:
+            return await read_chat(database, chat_id, asker_id)
+        read.append((chat_id, asker_id))
+        under_way += 1
+        at_once.append(under_way)
+        await asyncio.sleep(0.05)
+        try:
+            return await read_chat(database, chat_id, asker_id)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(messenger, "read_chat", count)
+    made = await asyncio.gather(*[alice.founds(bob, carol) for _ in range(chats)])
+    for line in lines:
+        heard = [(await line.hears("chat"))["data"]["id"] for _ in made]
+        assert sorted(heard) == sorted(made)
+    assert len(read) == 2 * chats
+    assert max(at_once) <= messenger.JOINS_AT_ONCE
+
+
+@pytest.mark.parametrize("ref", ["x" * 40_000, 10**4_000], ids=["text", "number"])
+async def test_ref_of_a_sync_does_not_come_back_for_very_many_chats(
+    alice: Person, ref: str | int
+) -> None:
+    """A long `ref` is refused once where it would come back for each of many chats; for one chat,
+    and a usual one for very many, it comes back."""
+    line = await follows(alice)
+    await line.sends(type="sync", chats={str(10**9 + each): 0 for each in range(100)}, ref=ref)
+    await line.sends(type="sync", chats={str(10**9): 0}, ref=ref)
+    refused, foreign = [await line.hears("error") for _ in range(2)]
+    assert refused["data"]["type"] == "invalid-input"
+    assert [each["loc"] for each in refused["data"]["errors"]] == ["$.ref"]
+    assert (foreign["data"]["type"], foreign["ref"]) == ("chat-not-found", ref)
+    many = range(10**9, 10**9 + 1_000)
+    await line.sends(type="sync", chats={str(each): 0 for each in many}, ref="x" * 36)
+    assert {(await line.hears("error"))["chat_id"] for _ in many} == set(many)
+
+
+async def test_chats_of_a_sync_are_refused_in_turn_with_others(
+    alice: Person, monkeypatch: Any
+) -> None:
+    """Of the chats of a sync that are not the user's, not all are refused before anybody else has a
+    turn."""
+    line = await follows(alice)
+    turns, refuse_frame = Turns(1_000), messenger.refuse_frame
+
+    def count(*args: Any) -> None:
+        turns.done += 1
+        refuse_frame(*args)
+
+    monkeypatch.setattr(messenger, "refuse_frame", count)
+    await line.sends(type="sync", chats={str(10**9 + each): 0 for each in range(1_000)})
+    assert await turns.most() <= 2
 
 
 @pytest.mark.parametrize("text", [

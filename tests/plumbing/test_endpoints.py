@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -188,6 +189,22 @@ async def test_slow_body_is_408(hasty: Any) -> None:
             await asyncio.wait([heard], timeout=0.2)
         status, _, body = await heard
         assert (status, json.loads(body)["type"]) == (408, "request-timeout")
+
+
+@pytest.mark.parametrize(("encoding", "window"), [("gzip", 31), ("deflate", 15), ("", 0)])
+def test_compressed_body_is_unfolded(encoding: str, window: int) -> None:
+    """A body comes out as it was before its encoding, if it is whole and not too large then."""
+    def folded(text: bytes) -> bytes:
+        packer = zlib.compressobj(wbits=window or 15)
+        return packer.compress(text) + packer.flush() if window else text
+
+    assert endpoints.unfold(folded(b"{}" * 50), encoding, 100) == b"{}" * 50
+    if window:
+        with pytest.raises(endpoints.BodyTooLarge):
+            endpoints.unfold(folded(b"{}" * 50 + b" "), encoding, 100)
+        for broken in (folded(b"{}")[:-1], b"{}", folded(b"{}")[1:]):
+            with pytest.raises(endpoints.MalformedRequest):
+                endpoints.unfold(broken, encoding, 100)
 
 
 def test_next_page_begins_after_the_last_row() -> None:

@@ -11,7 +11,8 @@ from aiohttp import web
 
 import messenger
 from plumbing import database
-from plumbing.groups import GroupReader
+from plumbing.groups import GroupReader, OneByOne
+from plumbing.process import Tasks
 from support.people import SOON_SECONDS, Line, Person
 from support.posts import numbers_of, post, written
 
@@ -33,6 +34,30 @@ async def commits(app: web.Application, sql: asyncpg.Connection) -> int:
     await sql.execute("select pg_stat_clear_snapshot()")
     count = "select xact_commit from pg_stat_database where datname = current_database()"
     return int(await sql.fetchval(count))
+
+
+async def test_things_of_a_key_are_done_one_by_one() -> None:
+    """The things of a key are done in the order in which they were asked for, one at a time and
+    each once; those of another key meanwhile."""
+    done: list[tuple[str, int]] = []
+    free = {"a": asyncio.Semaphore(0), "b": asyncio.Semaphore(0)}
+
+    async def do(key: str, thing: int) -> None:
+        await free[key].acquire()
+        done.append((key, thing))
+
+    one_by_one = OneByOne(Tasks(), do)
+    for key, thing in (("a", 1), ("a", 2), ("a", 3), ("a", 2), ("b", 1)):
+        one_by_one.put(key, thing)
+    for key in ("b", "a", "a"):
+        free[key].release()
+        await asyncio.sleep(0.01)
+    one_by_one.put("a", 3)  # which is being done: something may be new since
+    one_by_one.put("b", 1)
+    for key in ("a", "a", "b"):
+        free[key].release()
+        await asyncio.sleep(0.01)
+    assert done == [("b", 1), ("a", 1), ("a", 2), ("a", 3), ("a", 3), ("b", 1)]
 
 
 async def test_bad_item_fails_alone(
