@@ -1590,7 +1590,7 @@ class Rooms:
             try:
                 await self._join_chat([socket], chat_id)  # where its user came in a moment ago
             except (ChatNotFound, Unavailable) as error:
-                refused[chat_id] = error
+                refused[chat_id] = type(error)(str(error))  # without its frames, which hold this
         marks: dict[int, str | None] = {}
         asked: dict[int, int] = {}
         for chat_id, room in socket.rooms.items():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import re
 import subprocess
@@ -286,6 +287,21 @@ async def test_ref_of_a_sync_does_not_come_back_for_very_many_chats(
     many = range(10**9, 10**9 + 1_000)
     await line.sends(type="sync", chats={str(each): 0 for each in many}, ref="x" * 36)
     assert {(await line.hears("error"))["chat_id"] for _ in many} == set(many)
+
+
+async def test_refusals_of_a_sync_are_no_garbage(alice: Person) -> None:
+    """What a sync refuses is gone with it, and waits for no collection, which stops everything."""
+    line, many = await follows(alice), range(10**9, 10**9 + 100)
+    gc.collect()
+    gc.disable()
+    try:
+        await line.sends(type="sync", chats={str(each): 0 for each in many})
+        await line.sends(type="ping")
+        await line.hears("pong")
+        left = [each for each in gc.get_objects() if isinstance(each, messenger.ChatNotFound)]
+    finally:
+        gc.enable()
+    assert len(left) <= 1
 
 
 async def test_chats_of_a_sync_are_refused_in_turn_with_others(
