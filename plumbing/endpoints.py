@@ -501,6 +501,7 @@ def answer_problems(
         began = time.perf_counter()
         try:
             check_expectation(request)
+            check_dates(request)
             refuse_foreign_page(request)
             answer = await handler(request)
         except (ConnectionError, asyncio.CancelledError):
@@ -527,6 +528,16 @@ def check_expectation(request: web.Request) -> None:
     """Raise ExpectationFailed where a client expects what nobody here does."""
     if request.headers.get("Expect", "").lower() not in ("", "100-continue"):
         raise ExpectationFailed
+
+
+def check_dates(request: web.Request) -> None:
+    """Raise MalformedRequest where a header names a date that there is not, which aiohttp finds out
+    when it is too late to answer.
+    """
+    try:
+        _ = request.if_modified_since, request.if_unmodified_since, request.if_range
+    except (OverflowError, ValueError):
+        raise MalformedRequest("A header has a date that does not exist.") from None
 
 
 async def continue_if_expected(route: web.AbstractRoute, request: web.Request) -> None:

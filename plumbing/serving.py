@@ -6,6 +6,7 @@ Everything ends with the stack that it was started on, the last first.
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import sys
@@ -198,6 +199,7 @@ class Program(Generic[SettingsT]):
             if not is_worker:
                 stack.callback(log.info, "stopping")
                 self.tell_start(settings, process.url_of(listener), place.where)
+            gc.freeze()  # what is here from the start stays: no collection looks at it again
             await asyncio.Event().wait()
 
     async def _serve_by_workers(

@@ -233,3 +233,21 @@ def test_fields_are_read_as_far_as_they_can_be(
 ) -> None:
     """Fields of the right types are found; of anything else, whatever it is, nothing."""
     assert endpoints.peek(text, a=(int,), b=(str, int)) == found
+
+
+@pytest.mark.parametrize("name", ["If-Modified-Since", "If-Unmodified-Since", "If-Range"])
+@pytest.mark.parametrize("year", ["99999999999999999999", "9999999"])
+async def test_date_that_does_not_exist_is_answered(
+    server: TestServer, name: str, year: str
+) -> None:
+    """A request with a date beyond the calendar is refused or answered, and not hung up on."""
+    for path in ("/", "/docs", "/api/v1/openapi.json", "/api/v1/health/liveness"):
+        raw = await RawConnection.opens(server.port or 0, (
+            f"GET {path} HTTP/1.1\r\nHost: a\r\nRange: bytes=0-1\r\n"
+            f"{name}: Sun, 06 Nov {year} 08:49:37 GMT\r\n\r\n").encode())
+        try:
+            status, _, body = await raw.hears()
+        finally:
+            raw.close()
+        assert status in (200, 206, 400), path
+        assert status < 400 or json.loads(body)["type"] == "malformed-request"
