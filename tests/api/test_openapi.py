@@ -10,13 +10,14 @@ import sys
 import typing
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import asyncpg
 import msgspec
 import openapi_spec_validator
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient
 from jsonschema import Draft202012Validator
 
@@ -770,7 +771,9 @@ async def try_slow_bodies(
 
 
 async def is_unavailable_everywhere(alice: Person, chat: int) -> None:
-    """Get from each endpoint what it answers while the database cannot be reached."""
+    """Get from each endpoint what it answers while the database cannot be reached; all of them ask
+    it whether the session is alive."""
+    cast("web.Application", alice.client.app)[messenger.SESSIONS].forget()
     ids = {"chat_id": chat, "user_id": alice.id, "message_id": NOBODYS, "session_id": 1}
     known = {"refresh": {"refresh_token": alice.refresh}}
     await asyncio.gather(*(
