@@ -184,6 +184,7 @@ BEHIND = prometheus_client.Gauge(
 # What an administrator may set, each from the environment variable of its name in capitals, and
 # the bounds that are part of the contract or guard the process.
 
+
 class Settings(ServerSettings, frozen=True, kw_only=True):
     """What is set from outside; docs/settings.md says what each is for."""
 

@@ -387,11 +387,11 @@ def bind(
     """
     signature = Signature.of(endpoint)
     own = slots.of(endpoint)
-    address_of: Callable[[web.Request], Hashable] = slots.address_of
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with RequestDeadline():
-            asker = address_of(request) if endpoint.public else await authenticate(request)
+            asker: Hashable = (
+                slots.address_of(request) if endpoint.public else await authenticate(request))
             arguments = {
                 name: read_path(kind, request.match_info[name], path_problems[name])
                 for name, kind in signature.path.items()

@@ -219,14 +219,17 @@ class PromptConnection(web.RequestHandler):
 
         After some refusals it does so later: else a flood of them would take all our time.
         """
-        seconds = 0.0
+        rests = False
         try:
             answer, reset = await super()._handle_request(request, *others)
-            seconds = REST_SECONDS if answer.status in RESTING else 0.0
+            rests = answer.status in RESTING
             return answer, reset
         finally:
-            if GIVE_BACK in request:
-                self._loop.call_later(seconds, request[GIVE_BACK])
+            give_back = request.get(GIVE_BACK, nothing)
+            if rests:
+                self._loop.call_later(REST_SECONDS, give_back)
+            else:
+                give_back()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.

@@ -111,7 +111,7 @@ async def run_workers(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Store:
     """The database that a program serves, and the key that signs its tokens."""
 
     url: str
@@ -120,17 +120,17 @@ class Place:
     name: str  # in words: what is blamed while it cannot be reached
 
 
-async def open_place(settings: ServerSettings, stack: AsyncExitStack) -> Place:
+async def open_store(settings: ServerSettings, stack: AsyncExitStack) -> Store:
     """Find the database of one's own, or start the embedded one. Raises StartError."""
     if settings.database:
         where, name = "your PostgreSQL (DATABASE_URL)", "DATABASE_URL"
-        return Place(settings.database, settings.secret_key, where, name)
+        return Store(settings.database, settings.secret_key, where, name)
     server = Postgres(Path(settings.data_dir))
     stack.push_async_callback(server.stop)
     await server.start()
     secret_key = settings.secret_key or guard.kept_secret(server.folder / "secret_key")
     where = f"{server.folder} (embedded PostgreSQL)"
-    return Place(server.dsn, secret_key, where, "the embedded PostgreSQL")
+    return Store(server.dsn, secret_key, where, "the embedded PostgreSQL")
 
 
 async def start_sites(
@@ -188,25 +188,25 @@ class Program(Generic[SettingsT]):
             listener = stack.enter_context(
                 process.hold_port(settings.host, settings.port) if has_workers
                 else process.listen_on(settings.host, settings.port, shared=is_worker))
-            place = await open_place(settings, stack)
+            store = await open_store(settings, stack)
             if not is_worker:
-                await migrate_when_up(place.url, self.sql, place.name)
+                await migrate_when_up(store.url, self.sql, store.name)
             if has_workers:
-                await self._serve_by_workers(settings, stack, listener, place)
+                await self._serve_by_workers(settings, stack, listener, store)
             else:
-                app = self.make_app(settings, place.url, place.secret_key)
+                app = self.make_app(settings, store.url, store.secret_key)
                 await start_sites(settings, stack, listener, app, self.close_sockets)
             if not is_worker:
                 stack.callback(log.info, "stopping")
-                self.tell_start(settings, process.url_of(listener), place.where)
+                self.tell_start(settings, process.url_of(listener), store.where)
             gc.freeze()  # what is here from the start stays: no collection looks at it again
             await asyncio.Event().wait()
 
     async def _serve_by_workers(
-        self, settings: SettingsT, stack: AsyncExitStack, listener: Listener, place: Place
+        self, settings: SettingsT, stack: AsyncExitStack, listener: Listener, store: Store
     ) -> None:
         port = listener.getsockname()[1]
-        own = {"DATABASE_URL": place.url, "SECRET_KEY": place.secret_key, "PORT": str(port),
+        own = {"DATABASE_URL": store.url, "SECRET_KEY": store.secret_key, "PORT": str(port),
                "WORKERS": "1"}
         metrics_at = settings.metrics_host, settings.metrics_port
         command = [sys.executable, str(self.file)]
