@@ -84,7 +84,8 @@ $$;
 create or replace function found_messages(
     chat bigint, before bigint, at_most int, wanted text[])
 returns table (seq bigint) language plpgsql stable
-set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
+set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off
+set enable_bitmapscan = on set jit = off  -- a GIN index knows nothing but bitmaps
 as $$
 #variable_conflict use_column
 declare

@@ -46,12 +46,14 @@ join chats c on c.id = m.chat_id
 left join users u on u.id = m.sender_id and u.deleted_at is null;
 commit;
 
--- One row is one Participant, with the order of joining.
+-- One row is one Participant, with the order of joining. `offset 0`: each user is looked up; else
+-- the planner may read all.
 begin;
 create or replace view participant_view as
 select p.chat_id, p.user_id, u.username, p.role, p.last_read_seq, p.ordinal, p.version
 from participants p
-join users u on u.id = p.user_id and u.deleted_at is null;
+cross join lateral (
+    select u.username from users u where u.id = p.user_id and u.deleted_at is null offset 0) u;
 commit;
 
 -- One row is one Chat as one of its participants (reader_id) sees it. Servers of the last release

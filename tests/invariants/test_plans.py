@@ -3,7 +3,8 @@
 Each SQL constant is run on a database where one chat has most of the messages, which is the worst
 case for the planner: that a message is of this chat then says next to nothing. EXPLAIN shows the
 plans, but not those within functions; so PostgreSQL's own counters are asked as well, which count
-every scan of a table and every row that was touched, functions included.
+every scan of a table and every row that was touched, functions included. All of it holds whatever
+the planner knows of the tables, which is seldom what they are now.
 
 What is held here for sixty thousand messages holds for a million: no statement touches more
 rows than its page needs, wherever in the chat that is; and the more rows there are, the dearer is
@@ -34,12 +35,13 @@ ROWS_MAX = 2_500
 
 COMMON = 2_000  # messages that hold the same words: up to a stretch of them is looked through
 
-BIG, EMPTY = 1, CHATS  # chats: the large one; one without participants
+BIG, CROWD, EMPTY = 1, 41, CHATS  # chats: the large one; one of many people; one of nobody
 READER, LEAVER, DELETED = 1, 2, 3  # users: one in many chats; one in few, who deleted the account
 JOINER = USERS  # in no chat
+CROWDED = USERS - 1  # in the crowd alone
 FAR, NEAR = 50, MESSAGES - 50  # places in the large chat, near its two ends
 
-SEED = f"""
+SMALL_CHATS = f"""
 insert into users (email, email_key, username, username_key, password_hash)
 select e, e, n, n, 'hash'
 from (select 'u' || g || '@example.com' as e, 'u' || g as n from generate_series(1, {USERS}) g) u;
@@ -51,52 +53,67 @@ insert into attempts (key, at)
 select 'login:u' || g % {USERS}, now() - g * interval '1 minute' from generate_series(1, {USERS}) g;
 
 insert into chats (
-    is_group, name, version, participant_count, low_user_id, high_user_id, active_at)
-select g % 2 = 1, 'chat', {CHATS} + 1, case g when {BIG} then 50 when {EMPTY} then 0 else 2 end,
+    is_group, name, version, participant_count, low_user_id, high_user_id, active_at,
+    last_rev, last_seq)
+select g % 2 = 1, 'chat', {CHATS} + 1, case g when {BIG} then 50 when {CROWD} then 3000
+       when {EMPTY} then 0 else 2 end,
        case when g % 2 = 0 then g end, case when g % 2 = 0 then g + 1 end,
-       now() - g * interval '1 second'
+       now() - g * interval '1 second', {MESSAGES_EACH}, {MESSAGES_EACH}
 from generate_series(1, {CHATS}) g;
 insert into participants (chat_id, user_id, role, joined_at)
+select g, case when g <= 40 then {READER} else g % 4000 + 60 end, 'owner', now() - interval '1 day'
+from generate_series(2, {CHATS} - 1) g;
+insert into departures (chat_id, version, user_id)
+select case when g <= 1000 then {BIG} else g end, g, g from generate_series(1, {CHATS}) g;
+insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
+select c, 1, 1, md5(c || '.1')::uuid, c % {USERS} + 1, 'some words', now()
+from generate_series(2, {CHATS}) c;
+insert into reads (chat_id, user_id, from_seq, seq, read_at)
+select c, c % 4000 + 60, 0, 1, now() from generate_series(100, 3000) c;
+insert into message_words (chat_id, seq, words)
+select c, 1, search_keys(c, 0, array['some', 'words']) from generate_series(100, 3000) c;
+insert into search_positions (chat_id, rev)
+select c, case c when {BIG} then {NEAR} else {MESSAGES_EACH} end
+from generate_series(1, {CHATS}) c;
+"""
+
+LARGE_CHAT = f"""
+insert into participants (chat_id, user_id, role, joined_at)
+select {CROWD}, g, 'member', now() - interval '1 day' from generate_series(2001, {CROWDED}) g
+union all
 select {BIG}, g, case g when 1 then 'owner' else 'member' end, now() - interval '1 day'
 from generate_series(1, 50) g
-union all
-select g, case when g <= 40 then {READER} else g % 4000 + 60 end, 'owner', now() - interval '1 day'
-from generate_series(2, {CHATS} - 1) g
 union all
 select g, case when g <= 20 then {DELETED} else (g + 7) % 4000 + 60 end, 'member',
        now() - interval '1 day'
 from generate_series(2, {CHATS} - 1) g;
-insert into departures (chat_id, version, user_id)
-select case when g <= 1000 then {BIG} else g end, g, g from generate_series(1, {CHATS}) g;
-
 insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
 select {BIG}, g, case when g % 100 = 0 then {MESSAGES} + g / 100 else g end,
        md5('big' || g)::uuid, g % 50 + 1, 'some words', now()
 from generate_series(1, {MESSAGES}) g;
 insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
 select c, g, g, md5(c || '.' || g)::uuid, c % {USERS} + 1, 'some words', now()
-from generate_series(2, {CHATS}) c, generate_series(1, {MESSAGES_EACH}) g;
-update chats c set last_rev = m.rev, last_seq = m.seq
-from (select chat_id, max(rev) as rev, max(seq) as seq from messages group by chat_id) m
-where c.id = m.chat_id;
+from generate_series(2, {CHATS}) c, generate_series(2, {MESSAGES_EACH}) g;
+update chats set last_rev = {MESSAGES} + {MESSAGES} / 100, last_seq = {MESSAGES} where id = {BIG};
 insert into revisions (chat_id, rev, mark)
 select {BIG}, {MESSAGES} + g, 'mark' from generate_series(1, {MESSAGES} / 100) g;
 insert into reads (chat_id, user_id, from_seq, seq, read_at)
 select {BIG}, u, s * 1000 - 1000, s * 1000, now()
 from generate_series(1, 50) u, generate_series(1, {MESSAGES} / 1000) s;
-insert into reads (chat_id, user_id, from_seq, seq, read_at)
-select c, c % 4000 + 60, 0, 1, now() from generate_series(100, 3000) c;
 update participants set last_read_seq = {MESSAGES} - 10 where chat_id = {BIG} and user_id > 1;
-insert into search_positions (chat_id, rev)
-select c, case c when {BIG} then {NEAR} else {MESSAGES_EACH} end
-from generate_series(1, {CHATS}) c;
 insert into message_words (chat_id, seq, words)
 select {BIG}, g, search_keys({BIG}, g >> 16, case when g <= {COMMON} then array['some', 'words']
                                                   else array['w' || g] end)
 from generate_series(1, 20000) g;
-insert into message_words (chat_id, seq, words)
-select c, 1, search_keys(c, 0, array['some', 'words']) from generate_series(100, 3000) c;
 """
+
+# What the planner knows of the tables: what is there; nothing; what was there before one chat of
+# many, each with a message, became the large one.
+STATISTICS = {
+    "of what is there": (SMALL_CHATS, LARGE_CHAT, "vacuum analyze"),
+    "none": (SMALL_CHATS, LARGE_CHAT),
+    "of small chats": (SMALL_CHATS, "vacuum analyze", LARGE_CHAT),
+}
 
 # What each statement is asked, at the far end where it pages: the arguments by its name.
 ID = UUID(int=0)
@@ -123,7 +140,7 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "SELECT_PARTICIPANTS": [(BIG, READER, 0, PAGE)],
         "SELECT_MESSAGE": [(BIG, READER, stored)],
-        "SELECT_MEMBERSHIP": [(BIG, READER)],
+        "SELECT_MEMBERSHIP": [(BIG, READER), (CROWD, CROWDED)],
         "SELECT_FOLLOWED": [([None], [READER]), ([BIG], [READER])],
         "SELECT_JOINED": [([READER, JOINER], 11)],
         "CHECK_WRITABLE": [()],
@@ -151,7 +168,8 @@ def arguments(stored: UUID) -> dict[str, list[tuple[Any, ...]]]:
              [stored, None, ID], "m"),
         ],
         "POST_MESSAGE": [
-            (BIG, READER, uuid4(), "text", None, "m"), (2, READER, uuid4(), "text", ID, "m")],
+            (BIG, READER, uuid4(), "text", None, "m"), (2, READER, uuid4(), "text", ID, "m"),
+            (CROWD, CROWDED, uuid4(), "text", None, "m")],
         "SELECT_MARKS": [(READER, [BIG, 2, EMPTY], [FAR, 1, 1])],
         "SELECT_FREE_CHATS": [([BIG, 2, 3],)],
         "SELECT_FREE_PARTICIPANTS": [([BIG, 2, 3], [READER, READER, JOINER])],
@@ -194,24 +212,29 @@ COUNTERS = """
       and c.relname !~ 'yoyo'"""
 
 
-@pytest.fixture(scope="module")
-def full_url(cluster: str) -> Iterator[str]:
-    """The URL of a database with one large chat among many."""
+@pytest.fixture(scope="module", params=STATISTICS)
+def full_url(cluster: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a database with one large chat among many, for each kind of statistics."""
     name = f"messenger_full_{os.getpid()}"
     with psycopg.connect(cluster, autocommit=True) as connection:
         connection.execute(f"create database {name} template {TEMPLATE}".encode())
         url = with_database(cluster, name)
         with psycopg.connect(url, autocommit=True) as filling:
-            filling.execute(SEED.encode())
-            filling.execute("vacuum analyze")
+            tables = filling.execute("select relname from pg_class where relkind = 'r' and "
+                                     "relnamespace = 'public'::regnamespace").fetchall()
+            for (table,) in tables:  # so that the statistics stay what they are
+                filling.execute(f"alter table {table} set (autovacuum_enabled = off)".encode())
+            for step in STATISTICS[request.param]:
+                filling.execute(step.encode())
         yield url
         connection.execute(f"drop database {name} with (force)".encode())
 
 
 @pytest.fixture
 async def full(full_url: str) -> AsyncIterator[asyncpg.Connection]:
-    """A connection to that database; what is done there is taken back."""
-    connection = await asyncpg.connect(full_url, server_settings={"jit": "off"})
+    """A connection to that database, which plans as the server's do; what is done there is taken
+    back."""
+    connection = await asyncpg.connect(full_url, server_settings={"jit": "off", **database.PLANS})
     transaction = connection.transaction()
     await transaction.start()
     yield connection
@@ -243,22 +266,13 @@ async def complaints(sql: asyncpg.Connection, text: str, given: tuple[Any, ...])
 
 
 async def all_complaints(sql: asyncpg.Connection) -> set[str]:
-    """What is wrong with any statement: planned for what it is asked, for anything, and as the
-    server has it planned.
-    """
+    """What is wrong with any statement."""
     found = set()
-    for settings in (
-        {"plan_cache_mode": "force_custom_plan"}, {"plan_cache_mode": "force_generic_plan"},
-        database.PLANS,
-    ):
-        for name, value in settings.items():
-            await sql.execute(f"set {name} = {value}")
-        await sql.execute("discard plans")
-        for name, text, given in await asked(sql):
-            transaction = sql.transaction()
-            await transaction.start()
-            found |= {f"{name} {why}" for why in await complaints(sql, text, given)}
-            await transaction.rollback()
+    for name, text, given in await asked(sql):
+        transaction = sql.transaction()
+        await transaction.start()
+        found |= {f"{name} {why}" for why in await complaints(sql, text, given)}
+        await transaction.rollback()
     return found
 
 
@@ -276,8 +290,7 @@ async def test_every_statement_touches_few_rows(full: asyncpg.Connection) -> Non
 
 
 async def test_every_plan_goes_through_an_index(full: asyncpg.Connection) -> None:
-    """EXPLAIN shows no scan of a whole table, neither in a plan for given arguments nor in a
-    generic one."""
+    """EXPLAIN shows no scan of a whole table."""
     found = set()
     for name, text, given in await asked(full):
         told = await full.fetchval(f"explain (format json) {text}", *given)
@@ -290,10 +303,11 @@ async def test_every_plan_goes_through_an_index(full: asyncpg.Connection) -> Non
     [
         ("drop index messages_changed", "SELECT_MISSED touches"),
         ("alter table messages drop constraint messages_id", "POST_MESSAGES touches"),
-        ("drop index participants_of_user", "SELECT_FOLLOWED reads all of participants"),
+        ("drop index sessions_of_user", "SELECT_SESSIONS touches"),
     ],
 )
 async def test_a_missing_index_is_seen(full: asyncpg.Connection, change: str, seen: str) -> None:
     """Where one of its indexes is missing, a statement does what the tests before complain of."""
     await full.execute(change)
-    assert any(why.startswith(seen) for why in await all_complaints(full))
+    found = await all_complaints(full)
+    assert [why for why in found if why.startswith(seen)], found
