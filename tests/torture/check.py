@@ -34,9 +34,10 @@ class Check:
         """Let everybody pause and come to the end of every chat; look at each device's store."""
         self.run.open.clear()
         try:
-            if not await self.run.until(self.run.is_settled, self.run.patience):
+            if await self.run.settles(self.run.patience):
+                await self.stores()
+            else:
                 self.blame("missed", "somebody is not live, though all is quiet")
-            await self.stores()
         finally:
             self.run.open.set()
 

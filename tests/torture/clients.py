@@ -444,6 +444,17 @@ class Run:
             await asyncio.sleep(0.005)
         return holds()
 
+    async def settles(self, seconds: float) -> bool:
+        """Wait until all is settled; tell whether it came to that. It is given so long again, a few
+        times, as long as there are deliveries: a long history is told anew where the database has
+        another.
+        """
+        for _ in range(5):
+            delivered = self.tally.delivered
+            if await self.until(self.is_settled, seconds) or self.tally.delivered == delivered:
+                break
+        return self.is_settled()
+
     def is_settled(self) -> bool:
         """Tell whether nobody waits for anything and every device is live wherever it may be."""
         return not self.unanswered and not self.unchanged and not self.busy and all(

@@ -208,7 +208,7 @@ class Faults:
         for device in self.random.sample(self.run.devices, len(self.run.devices) // 2):
             self.run.spawn(device.hang_up())
         await asyncio.sleep(0.5)
-        if not await self.run.until(self.run.is_settled, BACK_SECONDS):
+        if not await self.run.settles(BACK_SECONDS):
             self.tally.blame("missed", "somebody is not live, though all is quiet")
 
     async def _time_delivery(self, chat: Chat) -> None:
