@@ -154,8 +154,9 @@ async def test_durability_stays_on(server):
 async def test_only_the_owner_can_come_in(server, folder):
     """There is no TCP, and neither the socket's folder nor the cluster is open to others."""
     assert await ask(server.dsn, "show listen_addresses") == ""
-    for name in ("socket", "postgres"):
-        found = (folder / name).stat()
+    sockets = Path(await ask(server.dsn, "show unix_socket_directories"))
+    for place in (sockets, folder / "postgres"):
+        found = place.stat()
         assert (stat.S_IMODE(found.st_mode), found.st_uid) == (0o700, os.geteuid())
 
 
