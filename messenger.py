@@ -1095,14 +1095,9 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
             union all
             select p.* from page c
             cross join lateral (
-                select p.chat_id, p.user_id, p.role, p.last_read_seq, p.ordinal,
-                       null::timestamptz, u.username
-                from participants p
-                -- offset 0: each is looked up; else the planner may read all users
-                cross join lateral (
-                    select u.username from users u
-                    where u.id = p.user_id and u.deleted_at is null offset 0) u
-                where p.chat_id = c.id order by p.ordinal limit 100) p
+                select v.chat_id, v.user_id, v.role, v.last_read_seq, v.ordinal,
+                       null::timestamptz, v.username
+                from participant_view v where v.chat_id = c.id order by v.ordinal limit 100) p
             where c.participant_count > 100
             order by chat_id, ordinal
         ) p
