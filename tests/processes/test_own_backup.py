@@ -99,13 +99,18 @@ async def test_what_is_replaced_stays_until_the_next_restore(
     await on_cluster(cluster, f"drop database {kept.database}")
 
 
+def newer_migrations(_folder: str, names: list[str]) -> list[str]:
+    """Name the migrations beyond a schema without versions."""
+    return [name for name in names if name[0].isdigit() and name >= "0008"]
+
+
 async def test_backup_of_the_release_before_is_brought_up_to_date(
     database_url: str, empty_url: str, tmp_path: Path
 ) -> None:
     """A backup of an older schema is restored as a database of this one's, in which nothing is
     wrong."""
     older = tmp_path / "older"
-    shutil.copytree(messenger.SQL, older, ignore=shutil.ignore_patterns("0008*", "0009*", "001*"))
+    shutil.copytree(messenger.SQL, older, ignore=newer_migrations)
     await asyncio.to_thread(migrate, empty_url, older)
     connection = await asyncpg.connect(empty_url)
     await fills_with_life(connection)
