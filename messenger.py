@@ -1704,6 +1704,8 @@ class Rooms:
     def publish(self, hint: Hint, posted: Posts | None = None) -> None:
         """Act on a hint here, and pass it on to the other processes."""
         self._act_on(hint, posted)
+        if self._bus.is_alone():
+            return
         key: object = object()
         if isinstance(hint, ChatHint) and not hint.joined:
             key = (hint.chat_id, hint.version)  # it only says how far a chat is: the newest counts

@@ -37,7 +37,7 @@ class Bus:
     transaction it would hold PostgreSQL's one queue lock while the commit is flushed to disk.
 
     Every few seconds each process greets the others; who has heard nobody for a while is alone, and
-    does not notify.
+    need not notify.
     """
 
     channel = "messenger"
@@ -51,13 +51,15 @@ class Bus:
         self._sending: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
 
+    def is_alone(self) -> bool:
+        """Tell whether nobody else has been heard for a while."""
+        return time.monotonic() > self._alone_at
+
     def notify(self, key: Hashable, hint: bytes) -> None:
         """Send a JSON hint to the other processes soon; a newer one of its key replaces it.
 
-        Never raises, never waits.
+        Never raises, never waits. To be asked first: `is_alone`.
         """
-        if time.monotonic() > self._alone_at:
-            return
         self._pending[key] = hint
         if self._sending is None:
             self._sending = asyncio.create_task(self._send())

@@ -43,6 +43,7 @@ PROBLEM_JSON = "application/problem+json"
 RETRY_SECONDS = 1  # after which to try again, where nothing better is known
 ENCODER = msgspec.json.Encoder()
 OBJECT = msgspec.json.Decoder(dict[str, Any])
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what is no JSON raises
 
 ShapeT = TypeVar("ShapeT")
 log = logging.getLogger("messenger.endpoints")
@@ -168,20 +169,22 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
 
     Raises MalformedRequest for what is no JSON, InvalidInput for JSON of another shape.
     """
-    refusal: Problem = MalformedRequest("What was sent is not JSON.")
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    refusal: Problem
+    try:
         try:
             return decoder.decode(text)
         except msgspec.ValidationError as error:
             msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
             refusal = invalid(*describe(error, decoder.type))
+    except UNREADABLE:
+        refusal = MalformedRequest("What was sent is not JSON.")
     raise refusal
 
 
 def peek(text: bytes | str, **kinds: Sequence[type]) -> dict[str, Any]:
     """Read fields of a JSON object as far as it can be read: None for one of another type."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    with contextlib.suppress(*UNREADABLE):
         found = OBJECT.decode(text)
     return {name: found[name] if type(found.get(name)) in kinds[name] else None for name in kinds}
 

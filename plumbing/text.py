@@ -32,6 +32,7 @@ _UNSPACED = (
 
 SHOWS_NOTHING = re.compile(f"[\u200b{_SHOWS_NOTHING}]")
 RUN = re.compile(f"[{_UNSPACED}]+")
+ASCII_WORD = re.compile("[a-z0-9]+")
 # Within a run also U+200B shows nothing; elsewhere it parts two words.
 UNSEEN = re.compile(f"[{_SHOWS_NOTHING}]+|(?<=[{_UNSPACED}])\u200b+(?=[{_UNSPACED}])")
 
@@ -72,6 +73,8 @@ def words_and_runs(text: str) -> tuple[list[str], list[str]]:
     """Take a text apart, folded: into words, which are letters and digits with their marks, and,
     of scripts that put no spaces between words, into runs of them.
     """
+    if text.isascii():  # most are; what follows finds the same
+        return ASCII_WORD.findall(text.lower()), []
     kept, last = [], " "
     for c in folded(stream_safe(UNSEEN.sub("", text))):
         kind = unicodedata.category(c)[0]

@@ -63,7 +63,7 @@ class FragmentReader(WebSocketReader):
     def _handle_frame(
         self, fin: bool, opcode: int, payload: bytes | bytearray, compressed: int
     ) -> None:
-        super()._handle_frame(fin, opcode, payload, compressed)
+        WebSocketReader._handle_frame(self, fin, opcode, payload, compressed)  # each frame pays
         if opcode in DATA and not fin:
             self._tell(FRAGMENT, 0)
 

@@ -99,3 +99,10 @@ def test_index_is_wrong_only_about_the_order_of_a_run() -> None:
     assert not words_wanted(["row", "x" * 101], []) <= words_of("brown " + "x" * 100)
     assert words_wanted([], ["上海东"]) <= words_of("上海 海东")
     assert not holds_runs("上海 海东", ["上海东"])
+
+
+def test_ascii_is_taken_apart_like_any_text() -> None:
+    """The short way through a text of ASCII finds what the long way does, of every character."""
+    text = " ".join(f"a{chr(c)}B" for c in range(128))
+    words, runs = words_and_runs(f"{text} é")
+    assert ([*words_and_runs(text)[0], "é"], []) == (words, runs)
