@@ -2518,7 +2518,7 @@ END_OLDEST_SESSIONS = """  -- user_id, kept
     -- sessions_of_user
     -- Ends those that were used longest ago, where a user has more than may be kept; first those
     -- that seem to be used in the future, since they are no newer than a login of now.
-    update sessions set ended_at = now() where ended_at is null and id = any (array(
+    update sessions set ended_at = now() where id = any (array(
         select s.id from sessions s where s.user_id = $1 and s.ended_at is null
         order by s.last_used_at > now() + interval '1 minute', s.last_used_at desc, s.id desc
         offset $2))
