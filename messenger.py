@@ -235,6 +235,8 @@ BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live s
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket; one socket may follow any number
 REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
+OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat at their end ...
+READY_CHARS = 20  # ... and as many more for each
 JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
@@ -1223,13 +1225,17 @@ class Replay:
     mark: str  # ... and its mark
     refs: list[Ref | None]  # of each `ready` that is due at the end
 
+    def owed_chars(self) -> int:
+        """Tell how much it has to remember for its end."""
+        return sum(READY_CHARS + len(str(ref)) for ref in self.refs)
+
 
 class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
     __slots__ = (
-        "answered", "asker", "catching_up", "chat_id", "joining", "key", "replays", "request_id",
-        "rooms", "unanswered")
+        "answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_chars", "replays",
+        "request_id", "rooms", "unanswered")
 
     def __init__(self, request: web.Request, chat_id: int | None) -> None:
         super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
@@ -1240,6 +1246,7 @@ class Socket(Connection):
         self.joining: asyncio.Event | None = None  # its rooms, at the start
         self.rooms: dict[int, Room] = {}
         self.replays: dict[int, Replay] = {}
+        self.owed_chars = 0  # of them all
         self.catching_up: asyncio.Task[None] | None = None
         self.unanswered = 0  # frames whose commit is still under way
         self.answered: asyncio.Future[None] | None = None  # who waits until there are fewer
@@ -1247,6 +1254,13 @@ class Socket(Connection):
     def send(self, frame: ServerFrame) -> None:
         """Write a frame."""
         self.write(encode_frame(frame))
+
+    def end_replay(self, chat_id: int) -> Replay | None:
+        """Let there be no replay of a chat; answer the one that there was."""
+        replay = self.replays.pop(chat_id, None)
+        if replay is not None:
+            self.owed_chars -= replay.owed_chars()
+        return replay
 
 
 @dataclass(slots=True)
@@ -1535,7 +1549,7 @@ class Rooms:
 
     def _leave_room(self, socket: Socket, chat_id: int) -> None:
         room = socket.rooms.pop(chat_id, None)
-        socket.replays.pop(chat_id, None)
+        socket.end_replay(chat_id)
         if room is None:
             return
         room.sockets.discard(socket)
@@ -1624,10 +1638,12 @@ class Rooms:
         A replay that is under way goes on from the smaller number. Answers the one that there is.
         """
         socket.rooms[chat_id].live.discard(socket)
+        socket.owed_chars += replay.owed_chars()
         if before := socket.replays.get(chat_id):
             start = min(before, replay, key=attrgetter("at"))
+            before.refs += replay.refs
             replay = Replay(
-                min(before.since, replay.since), start.at, start.mark, before.refs + replay.refs)
+                min(before.since, replay.since), start.at, start.mark, before.refs)
         socket.replays[chat_id] = replay
         return replay
 
@@ -1644,7 +1660,7 @@ class Rooms:
 
     def go_live(self, socket: Socket, room: Room) -> None:
         """Let a socket be live: it has everything up to `delivered`. Nothing may await here."""
-        replay = socket.replays.pop(room.chat_id, None)
+        replay = socket.end_replay(room.chat_id)
         room.live.add(socket)
         for ref in replay.refs if replay else [None]:
             socket.send(room.ready(ref))
@@ -3398,6 +3414,8 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
         refused = dict.fromkeys(given.keys() - {socket.chat_id}, ChatNotFound())
     if len(str(frame.ref)) * len(given) > REFS_CHARS_MAX:
         raise invalid("$.ref", "is too long for so many chats")
+    if socket.owed_chars > OWED_CHARS_MAX:
+        raise TooManyFrames.until(RETRY_SECONDS)
     own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
     rooms, me = request.app[ROOMS], socket.asker.user_id
     refused |= await rooms.replaying.run(me, rooms.sync, socket, own, frame.ref)

@@ -40,6 +40,7 @@ from plumbing.process import (
 from plumbing.text import composed
 
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
+BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
 STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
@@ -163,17 +164,20 @@ class PromptConnection(web.RequestHandler):
     and bytes of an answer that waits to be sent are taken every STALLED_SECONDS.
 
     Bodies come as they were sent, compressed or not: aiohttp unfolds without bound what it drops.
+    One of many small chunks is not parsed in a single turn of the loop.
 
     aiohttp has one timer for a connection that awaits a request, and what comes of the headers does
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("_progress", "leave")
+    __slots__ = ("_progress", "_resumption", "leave")
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options | {"auto_decompress": False})
+        super().__init__(
+            *args, **options | {"auto_decompress": False, "read_bufsize": BUFFER_BYTES})
         self.leave: Callable[[], None] = nothing  # called once the connection has ended
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
+        self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: a first request has to come at all."""
@@ -184,6 +188,7 @@ class PromptConnection(web.RequestHandler):
         """End: another may come instead."""
         super().connection_lost(exc)
         self._expect_nothing()
+        self._cancel_resumption()
         self.leave()
 
     def pause_writing(self) -> None:
@@ -196,6 +201,25 @@ class PromptConnection(web.RequestHandler):
         """Expect no more progress: most was taken."""
         super().resume_writing()
         self._expect_nothing()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Go on with what has come of a body, but not in this turn: whoever empties the stream of
+        a body would go on until all that has come is parsed.
+        """
+        if self._upgraded or not resume_parser:
+            self._cancel_resumption()
+            super().resume_reading(resume_parser)
+        elif self._resumption is None:
+            self._resumption = self._loop.call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._resumption = None
+        super().resume_reading()
+
+    def _cancel_resumption(self) -> None:
+        if self._resumption is not None:
+            self._resumption.cancel()
+            self._resumption = None
 
     def _expect_progress(self, unsent_before: int) -> None:
         """Cut the connection unless some of what was unsent has been taken; look again later."""

@@ -56,9 +56,22 @@ def test_page_lists_every_frame() -> None:
         in_document[side].add(kind)
     section = PAGE.split("## Every frame")[1].split("\n## ")[0]
     sent = set(re.findall(r'(?m)^\| `{"type": "(\w+)"', section))
-    heard = {kind for cell in re.findall(r"(?m)^\| (`\w+`(?:, `\w+`)*) \|", section)
-             for kind in re.findall(r"\w+", cell)}
+    heard = set(re.findall(r"(?m)^\| `(\w+)` \|", section))
     assert {"client": sent, "server": heard} == in_document
+
+
+def test_page_tells_what_each_frame_of_the_server_has() -> None:
+    """Where the table names the fields of a frame's `data`, they are those of the document."""
+    schemas = documents()[1].content["components"]["schemas"]
+    section = PAGE.split("## Every frame")[1].split("\n## ")[0]
+    told = re.findall(r"(?m)^\| `(\w+)` \|.*\| (.*) \|$", section)
+    assert len(told) >= 15
+    for frame, cell in told:
+        name = "".join(part.title() for part in frame.split("_")) + "Out"
+        data = schemas[name]["properties"]["data"]
+        fields = {field for each in data.get("anyOf", [data])
+                  for field in schemas[each["$ref"].rpartition("/")[2]].get("properties", ())}
+        assert set(re.findall(r"`(\w+)`", cell)) in (fields, set()), frame
 
 
 class Client:

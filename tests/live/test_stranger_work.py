@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -214,6 +215,37 @@ async def test_syncs_are_done_in_turn_with_others(
     for line in lines:
         await line.gives(bytes((0x81, 0x80 + len(frame), 0, 0, 0, 0, *frame)) * 100)
     assert await turns.most() <= messenger.REPLAYS_PER_USER
+
+
+async def test_syncs_that_are_repeated_are_bounded(
+    alice: Person, bob: Person, raw: Any, monkeypatch: Any
+) -> None:
+    """While a replay is under way only so much is kept of the syncs that repeat it; each that was
+    accepted gets its answer, and then there is room again."""
+    chat, let_go, replay_page = await alice.opens(bob), asyncio.Event(), messenger.replay_page
+
+    async def hold(*args: Any) -> None:
+        await let_go.wait()
+        await replay_page(*args)
+
+    monkeypatch.setattr(messenger, "OWED_CHARS_MAX", 50_000)
+    monkeypatch.setattr(messenger, "replay_page", hold)
+    line = await raw(alice, chat)
+    await alice.says(chat, "hello")
+    await line.hears("message")
+    for round_ in range(2):
+        let_go.clear()
+        for number in range(20):
+            ref = f"{round_} {number} {'x' * 9_000}"
+            await line.sends(0x81, json.dumps({"type": "sync", "after": 0, "ref": ref}).encode())
+        told = [await line.hears("replay", "error") for _ in range(20)]
+        kinds = [each["type"] for each in told]
+        assert kinds == ["replay"] * 6 + ["error"] * 14
+        assert {each["data"]["type"] for each in told[6:]} == {"too-many-frames"}
+        assert {each["data"]["retry_after"] for each in told[6:]} == {1}
+        let_go.set()
+        for each in told[:6]:
+            assert (await line.hears("ready"))["ref"] == each["ref"]
 
 
 async def test_rest_of_a_compressed_body_is_not_unfolded(client: TestClient[Any, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -44,6 +45,41 @@ ALLOWED, FOREIGN = "https://app.example.com", "https://evil.example"
 
 
 # ---- Connections
+
+
+async def test_body_of_many_chunks_is_parsed_in_many_turns(
+    aiohttp_client: Callable[..., Awaitable[Client]],
+) -> None:
+    """While a body comes in chunks of one byte, others have their turn after some thousand."""
+    chunks, turns, sent = 60_000, 0, threading.Event()
+
+    async def take(request: web.Request) -> web.Response:
+        nonlocal turns
+        await asyncio.to_thread(sent.wait)
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count())
+        size = len(await request.read())
+        counting.cancel()
+        return web.Response(text=str(size))
+
+    def send(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), SOON_SECONDS) as client:
+            client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+                           + b"1\r\nx\r\n" * chunks + b"0\r\n\r\n")
+            sent.set()
+            return client.recv(65_536)
+
+    app = web.Application()
+    app.router.add_post("/", take)
+    client = await aiohttp_client(app)
+    assert str(chunks).encode() in await asyncio.to_thread(send, client.port)
+    assert turns > 10
 
 
 def test_connections_of_each_address_are_bounded() -> None:
