@@ -22,6 +22,7 @@ BOOT_SECONDS = 90
 EXPOSURE_MAX = 20  # of systemd-analyze security, in tenths: 100 is a service without any guard
 ANN = '{"email": "ann@example.com", "username": "ann", "password": "correct horse"}'
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ADMINISTRATION = (ROOT / "docs/administration.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -217,6 +218,17 @@ def test_readme_administers_the_service(booted: Booted) -> None:
     assert "ann@example.com" in booted.does(*line.split(), "list")
 
 
+def test_nightly_line_makes_a_backup(booted: Booted) -> None:
+    """What docs/administration.md puts into a file for cron makes a backup of the day, with its
+    key, which ./run verify accepts."""
+    [line] = re.findall(r"(?m)^15 3 \* \* \* root (.*)$", ADMINISTRATION)
+    booted.does("sh", "-c", line.replace("\\%", "%"))  # cron takes a bare % for the end of a line
+    file = f"/var/lib/messenger/messenger-{booted.does('date', '+%u').strip()}.backup"
+    assert booted.does("ls", file, f"{file}.key").split() == [file, f"{file}.key"]
+    [command] = re.findall(r"systemd-run .*/run (?=backup)", line)
+    booted.does(*command.split(), "verify", file, seconds=120)
+
+
 def test_service_comes_back_and_stops(booted: Booted) -> None:
     """After `kill -9` it is back with what it had; stopped, it leaves no process and no failure."""
     before = booted.main_pid()
@@ -229,3 +241,13 @@ def test_service_comes_back_and_stops(booted: Booted) -> None:
     assert "postgres" not in booted.does("sh", "-c", "cat /proc/[0-9]*/comm")
     booted.does("systemctl", "start", "messenger")
     until(booted.is_ready, BOOT_SECONDS)
+
+
+def test_uninstalling_leaves_nothing(booted: Booted) -> None:
+    """The lines of docs/administration.md take away all that the script installed."""
+    [lines] = re.findall(r"## Uninstall\n.*?```sh\n(.*?)```", ADMINISTRATION, re.DOTALL)
+    booted.does("sh", "-euc", lines.replace("sudo ", ""), seconds=120)
+    booted.does("systemctl", "daemon-reload")
+    places = "/opt/messenger /etc/messenger.env /var/lib/messenger"
+    assert booted.does("sh", "-c", f"ls -d {places} 2>&-; id -u messenger 2>&-; true") == ""
+    assert "messenger" not in booted.does("systemctl", "list-unit-files", "--no-legend")
