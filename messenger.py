@@ -90,7 +90,7 @@ import os
 import secrets
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -227,6 +227,8 @@ ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
 
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
+PARTICIPANTS_A_CHANGE = 50  # with so many a new group counts for one change more
+AUTH_FRAMES = 100  # that an `auth` counts for, whose token takes long to check
 FRAMES_AT_ONCE = 16  # taken from one socket, until the others had their turn
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
 REFUSALS_PER_SECOND = 10
@@ -239,11 +241,12 @@ OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat
 READY_CHARS = 20  # ... and as many more for each
 JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
+REPLAY_BYTES = 64 * 1024  # of them, but for the last, are written before the socket has taken them
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
-SEARCH_READS_MAX = 10  # for a page, where what the index names is not what was asked for
+SEARCH_SECONDS = 0.5  # for a page, where what the index names is not what was asked for
 INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
 INDEX_REST = 9  # times as long as the background indexing worked
 UPKEEP_SECONDS = 60
@@ -1033,9 +1036,11 @@ def address_of(request: web.Request) -> str:
     return guard.client_address(request, request.app[PROXIES])
 
 
-def charge(app: web.Application, problem: type[Problem], key: Hashable) -> None:
+def charge(
+    app: web.Application, problem: type[Problem], key: Hashable, weight: float = 1
+) -> None:
     """Count against a limit of this process. Raises the problem beyond it."""
-    if app[SETTINGS].rate_limits == "on" and (wait := app[RATES][problem].charge(key)):
+    if app[SETTINGS].rate_limits == "on" and (wait := app[RATES][problem].charge(key, weight)):
         raise problem.until(wait)
 
 
@@ -1902,7 +1907,7 @@ async def replay_page(rooms: Rooms, socket: Socket) -> None:
         return
     frames = bytearray()
     for message in missed:
-        if len(frames) > BEHIND_BYTES:
+        if len(frames) > REPLAY_BYTES:
             break  # the rest is read again, once this is taken
         frames += encode_change(message, replay.since)
         replay.at, replay.mark = message.rev, mark_of(message.position)
@@ -2373,6 +2378,9 @@ class ReadWriter(ChatWriter[NewRead, Read]):
         return outcomes
 
 
+FoundT = TypeVar("FoundT")
+
+
 class SearchIndex:
     """Takes in the words of messages a little later than the messages, so that posts do not wait.
 
@@ -2383,6 +2391,7 @@ class SearchIndex:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: set[int] = set()  # chats in which something changed
+        self._texts = guard.Slots(1)  # long ones take milliseconds
 
     def note(self, chat_ids: Iterable[int]) -> None:
         """Take note of chats in which something changed: they are indexed soon."""
@@ -2397,16 +2406,22 @@ class SearchIndex:
                 raise Unavailable("The chat is still being indexed.")
             words, count = [], 0
             for row in rows:
-                found = words_of(row["text"])
+                found = await self.take_apart(words_of, row["text"])
                 words.append(" ".join(found))
                 count += len(found)
                 if count > INDEX_WORDS_MAX:
                     break
-                await asyncio.sleep(0)  # others come first: a long text takes a millisecond
             seqs = [row["seq"] for row in rows[:len(words)]]
             upto = rows[len(words) - 1]["rev"]
             await self._database.rows(
                 INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
+
+    async def take_apart(self, work: Callable[..., FoundT], *args: Any) -> FoundT:
+        """Do what has to look through a text: one of all of them in a turn of the loop."""
+        async def look_through() -> FoundT:
+            return work(*args)
+
+        return await self._texts.run("", look_through)
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""
@@ -2556,7 +2571,7 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
     settings = request.app[SETTINGS]
     if settings.registration == "closed":
         raise RegistrationClosed
-    email, email_key = checked_email(body.email)
+    email, email_key = await check_email(request, body.email)
     username, username_key = checked_username(body.username)
     password, address = checked_password(body.password), address_of(request)
     await count_attempt(request, f"register:{address}", settings.registrations_per_address)
@@ -2564,6 +2579,19 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
     row = await request.app[DATABASE].row(
         INSERT_USER, email, email_key, username, username_key, hashed)
     return created(User(**row), f"/api/v1/users/{row['id']}")
+
+
+async def check_email(request: web.Request, email: str) -> tuple[str, str]:
+    """Answer an email and its key, by which it is unique. Raises InvalidInput.
+
+    A domain in other letters than ASCII takes milliseconds: of each address one at a time.
+    """
+    async def check() -> tuple[str, str]:
+        return checked_email(email)
+
+    if email.isascii():
+        return checked_email(email)
+    return await request.app[PASSWORDS].counting.run(address_of(request), check)
 
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
@@ -2588,7 +2616,7 @@ async def login(request: web.Request, body: Login) -> Tokens:
     settings, address = request.app[SETTINGS], address_of(request)
     address_key = f"login from:{address}"
     try:
-        email_key = checked_email(body.email)[1]
+        email_key = (await check_email(request, body.email))[1]
     except InvalidInput:
         email_key = ""  # nobody's
     account_key = f"login:{email_key}"
@@ -2708,7 +2736,7 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
     await check_self(request, user_id)
     charge(app, TooManyChanges, (me.user_id, CHANGE_USER))
     nothing = (None, None)
-    email = nothing if body.email is UNSET else checked_email(body.email)
+    email = nothing if body.email is UNSET else await check_email(request, body.email)
     username = nothing if body.username is UNSET else checked_username(body.username)
     password = None if body.password is UNSET else checked_password(body.password)
     verified = hashed = None
@@ -2829,7 +2857,8 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     Raises InvalidInput, TooManyChanges.
     """
     me = request[ME]
-    charge(request.app, TooManyChanges, (me, CREATE_GROUP))
+    size = min(len(body.participant_ids), GROUP_PARTICIPANTS_MAX)
+    charge(request.app, TooManyChanges, (me, CREATE_GROUP), 1 + size // PARTICIPANTS_A_CHANGE)
     others = list(dict.fromkeys(user_id for user_id in body.participant_ids if user_id != me))
     if body.is_group:
         if body.name is None:
@@ -3121,38 +3150,31 @@ async def search_messages(
     """Find the messages of a chat that hold all of some words. Raises ChatNotFound, InvalidInput.
 
     The index tells in which messages the pairs of a run are. That they stand one after the other
-    is seen here; a page whose messages are all others goes on to the next, too.
+    is seen here. Where that takes long the page ends before it is full, and links to the next.
     """
-    me, database = request[ME], request.app[DATABASE]
+    me, database, index = request[ME], request.app[DATABASE], request.app[INDEX]
     words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
     wanted = words_wanted(words, runs)
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
-        await request.app[INDEX].index(chat_id)
+        await index.index(chat_id)
+    until = time.monotonic() + SEARCH_SECONDS
+    long_runs = [run for run in runs if len(run) > 2]
     found: list[Message] = []
-    for _ in range(SEARCH_READS_MAX):
+    is_enough, goes_on = False, True
+    while goes_on and not is_enough:
         rows = await database.rows(
             SELECT_MESSAGES_FOUND, chat_id, me, before, list(wanted), limit + 1)
         if not rows:
             raise ChatNotFound
-        named = await messages_of(database, chat_id, rows[:limit])
-        found += await holding(named, [run for run in runs if len(run) > 2])
-        if len(rows) <= limit or len(found) >= limit:
-            break
-        before = named[-1].seq
-    more = beyond(found, limit, lambda message: {"before": message.seq})
-    more = more or beyond(rows, limit, lambda row: {"before": row["seq"]})
-    return page(request, found[:limit], next=more)
-
-
-async def holding(messages: list[Message], runs: list[str]) -> list[Message]:
-    """List those of some messages that hold each of some runs as it stands."""
-    if not runs:
-        return messages
-    found = []
-    for message in messages:
-        found += [message] if holds_runs(message.text, runs) else []
-        await asyncio.sleep(0)  # others come first: a long text takes a millisecond
-    return found
+        named = deque(await messages_of(database, chat_id, rows[:limit]))
+        while named and not is_enough:
+            message = named.popleft()
+            before = message.seq
+            if not long_runs or await index.take_apart(holds_runs, message.text, long_runs):
+                found.append(message)
+            is_enough = len(found) == limit or time.monotonic() > until
+        goes_on = len(rows) > limit or bool(named)
+    return page(request, found, next={"before": before} if goes_on else None)
 
 
 async def list_changes(
@@ -3426,6 +3448,7 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
 
 async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None:
     """Let the socket belong to a fresh token's session."""
+    charge(request.app, TooManyFrames, socket.key, AUTH_FRAMES)
     asker = await request.app[SESSIONS].asker(frame.token)
     if asker.user_id != socket.asker.user_id:
         raise Unauthorized("The token is another user's.")
@@ -3575,7 +3598,9 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
     limits = settings.calls_per_user, settings.reads_per_user, settings.calls_per_address
     light, heavy, unknown = [guard.Slots(settings.bound(limit)) for limit in limits]
-    slots = CallSlots(light, heavy, unknown, address_of)
+    # More of them could not read at once, and would only take turns with everybody's light calls.
+    reading = guard.Slots(settings.database_connections)
+    slots = CallSlots(light, heavy, unknown, reading, address_of)
     if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
         app.middlewares.append(process.log_access(address_of))
     app.middlewares.extend([

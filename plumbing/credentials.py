@@ -11,6 +11,7 @@ from plumbing.endpoints import composed_text, invalid
 from plumbing.text import SHOWS_NOTHING, folded
 from plumbing.validation import NO_NUL
 
+LABEL_CHARS_MAX = 63  # between the dots of a domain (RFC 1035, section 2.3.4)
 EMAIL_CHARS_MAX = 254
 USERNAME_CHARS_MAX = 50
 USERNAME_MARKS_MAX = 3  # on one letter
@@ -38,7 +39,9 @@ email_validator.SPECIAL_USE_DOMAIN_NAMES.clear()
 def checked_email(email: str) -> tuple[str, str]:
     """Answer an email and its key, by which it is unique. Raises InvalidInput."""
     try:
-        if len(email) > EMAIL_CHARS_MAX:  # first: to normalise many marks takes quadratic time
+        labels = email.rpartition("@")[2].split(".")
+        # First: to normalise many marks takes quadratic time, to encode a long label milliseconds.
+        if len(email) > EMAIL_CHARS_MAX or max(map(len, labels)) > LABEL_CHARS_MAX:
             raise email_validator.EmailSyntaxError
         valid = email_validator.validate_email(email, check_deliverability=False).normalized
     except email_validator.EmailNotValidError:

@@ -96,11 +96,13 @@ def read_network(text: str) -> Network:
 def read_address(node: str) -> Address | None:
     """Read an address as proxies write it, maybe with a port; None for what is none.
 
-    Like `192.0.2.60`, `192.0.2.60:4711`, `2001:db8::17` or `[2001:db8::17]:4711` (RFC 7239).
+    Like `192.0.2.60`, `192.0.2.60:4711`, `2001:db8::17` or `[2001:db8::17]:4711` (RFC 7239). The
+    zone of an address (`%eth0`), which may be any text, is left out.
     """
     match = re.fullmatch(r"\[([^\]]+)\](?::\d+)?|([\d.]+):\d+|(.+)", node.strip())
     try:
-        address = ipaddress.ip_address(match[match.lastindex or 0] if match else "")
+        address = ipaddress.ip_address(
+            match[match.lastindex or 0].partition("%")[0] if match else "")
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
@@ -292,15 +294,15 @@ class Rate:
         self._full_at: dict[Hashable, float] = {}
         self._keys_max = KEYS_MIN
 
-    def charge(self, key: Hashable) -> float:
-        """Count one more and answer 0; or do not, and answer in how many seconds it would be
-        allowed.
+    def charge(self, key: Hashable, weight: float = 1) -> float:
+        """Count one more, or something of more weight, and answer 0; or do not, and answer in how
+        many seconds one more would be allowed.
         """
         now = time.monotonic()
         full_at = max(now, self._full_at.get(key, now))
         if full_at - now > self._most + ROUNDING_SECONDS:
             return full_at - now - self._most
-        self._full_at[key] = full_at + self._step
+        self._full_at[key] = full_at + weight * self._step
         if len(self._full_at) > self._keys_max:
             self._full_at = {each: at for each, at in self._full_at.items() if at > now}
             self._keys_max = max(KEYS_MIN, 2 * len(self._full_at))
@@ -676,6 +678,12 @@ def read_origins(text: str) -> frozenset[str]:
     return frozenset(origins)
 
 
+def sent_origin(text: str) -> str | None:
+    """Read an origin that somebody sent: in ASCII, as browsers do, for others take long to encode.
+    """
+    return read_origin(text) if text.isascii() else None
+
+
 def is_foreign(request: web.Request, origins: frozenset[str]) -> bool:
     """Tell whether a page of a site that is neither ours nor allowed sent this.
 
@@ -684,8 +692,8 @@ def is_foreign(request: web.Request, origins: frozenset[str]) -> bool:
     sent = request.headers.get("Origin")
     if not sent:
         return False
-    origin, host = read_origin(sent), request.headers.get("Host", "")
-    ours = [read_origin(f"{scheme}://{host}") for scheme in DEFAULT_PORTS]
+    origin, host = sent_origin(sent), request.headers.get("Host", "")
+    ours = [sent_origin(f"{scheme}://{host}") for scheme in DEFAULT_PORTS]
     return origin is None or origin not in (*ours, *origins)
 
 
@@ -708,7 +716,7 @@ def guard_browsers(origins: frozenset[str]) -> Any:
     """
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        is_allowed = read_origin(request.headers.get("Origin", "")) in origins
+        is_allowed = sent_origin(request.headers.get("Origin", "")) in origins
         is_asking = "Access-Control-Request-Method" in request.headers
         if is_allowed and request.method == "OPTIONS" and is_asking:
             asked = request.headers.get("Access-Control-Request-Headers", "")

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from plumbing.settings import ServerSettings
 
 IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which is up to 600
 SHUTDOWN_SECONDS = 2
-METRICS_FOLDER = web.AppKey("metrics_folder", Path)
+METRICS_CONNECTIONS_MAX = 100  # of an address, to the port of the metrics
+METRICS_REST = 10  # times what it took, until the metrics are put together again
 log = logging.getLogger("messenger.serving")
 
 SettingsT = TypeVar("SettingsT", bound=ServerSettings)
@@ -55,13 +57,35 @@ async def start_site(
     stack.callback(process.Acceptor(listener, cast(web.Server, runner.server), admit).stop)
 
 
+class MetricsPage:
+    """What Prometheus collects. To put it together takes milliseconds: what was is given again for
+    a while, so that whoever asks all the time takes a tenth of ours at most.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._body = b""
+        self._until = 0.0
+
+    def body(self) -> bytes:
+        """Answer the page."""
+        began = time.perf_counter()
+        if began >= self._until:
+            self._body = metrics.exposition(self._folder)
+            now = time.perf_counter()
+            self._until = now + METRICS_REST * (now - began)
+        return self._body
+
+
+METRICS = web.AppKey("metrics", MetricsPage)
+
+
 def metrics_app(folder: Path | None) -> web.Application:
     """Make the application that answers at /metrics what Prometheus collects: of this process, or
     the sum of those that share a folder.
     """
     app = web.Application()
-    if folder is not None:
-        app[METRICS_FOLDER] = folder
+    app[METRICS] = MetricsPage(folder)
     app.router.add_get("/metrics", get_metrics)
     app.on_response_prepare.append(process.show_request_id)
     return app
@@ -69,7 +93,7 @@ def metrics_app(folder: Path | None) -> web.Application:
 
 async def get_metrics(request: web.Request) -> web.Response:
     """Get what Prometheus collects; on a port of its own, so that it can be kept private."""
-    body = metrics.exposition(request.app.get(METRICS_FOLDER))
+    body = request.app[METRICS].body()
     return web.Response(body=body, headers={"Content-Type": metrics.CONTENT_TYPE})
 
 
@@ -82,7 +106,8 @@ async def start_metrics(
     if port:
         listener = stack.enter_context(
             process.listen_on(host, port, names=("METRICS_HOST", "METRICS_PORT")))
-        await start_site(stack, listener, metrics_app(folder))
+        admit = guard.Connections(METRICS_CONNECTIONS_MAX, []).admit
+        await start_site(stack, listener, metrics_app(folder), admit=admit)
 
 
 # ---- Workers

@@ -468,6 +468,19 @@ async def test_changes_of_each_kind_are_limited(house: House) -> None:
     assert len(await alice.gets("/chats")) == 3
 
 
+async def test_large_groups_count_for_more(house: House) -> None:
+    """A group that somebody makes of many counts for several changes, for each of its people has
+    work; a small one counts for one."""
+    here = await house.opens(changes_burst=6, changes_per_minute=1)
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    many = {"is_group": True, "name": "x", "participant_ids": [*range(9_000, 9_100), bob.id]}
+    for status in (422, 422, 429):  # 3 each; what is refused for its people was looked for
+        answer = await alice.asks("POST", "/chats", many)
+        assert answer.status == status, await answer.text()
+    for _ in range(6):
+        await bob.founds(alice)
+
+
 async def test_tokens_of_an_ended_session_spend_nobody_elses_refreshes(house: House) -> None:
     """Refreshes are counted by the session: who holds the token of one that has ended keeps its
     user from nothing."""

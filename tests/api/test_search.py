@@ -131,11 +131,15 @@ async def test_run_whose_pairs_stand_apart_is_not_found(
 ) -> None:
     """A message that holds each pair of a run, but not the run, is not found, however many of them
     there are between those that are: pages are filled from what comes after, and lead on."""
-    monkeypatch.setattr(messenger, "SEARCH_READS_MAX", 2)
+    monkeypatch.setattr(messenger, "SEARCH_SECONDS", 0)  # a message a page, found or not
     chat = await alice.opens(bob)
     for number in range(20):
         await alice.says(chat, f"甲乙丙 {number}" if number % 7 == 0 else f"甲乙。乙丙 {number}")
     expected = [f"甲乙丙 {number}" for number in (14, 7, 0)]
+    read = await pages(bob, query(chat, "甲乙丙", "&limit=20"))
+    assert [len(one) for one in read].count(0) > 10
+    assert [message["text"] for one in read for message in one] == expected
+    monkeypatch.setattr(messenger, "SEARCH_SECONDS", 60)
     assert await finds(bob, chat, "甲乙丙", "&limit=20") == expected
     assert await finds(bob, chat, "甲乙 乙丙", "&limit=20") == await finds(bob, chat, "乙丙")
     for limit in (1, 2, 3, 5, 7):

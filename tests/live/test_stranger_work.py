@@ -16,10 +16,11 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient
+from aiohttp.test_utils import TestClient, make_mocked_request
 
 import messenger
 from plumbing import endpoints, guard
+from plumbing.credentials import checked_email
 from plumbing.endpoints import Problem
 from plumbing.guard import Rate
 from plumbing.text import words_of
@@ -271,6 +272,110 @@ def test_long_origin_is_refused_unread(name: str) -> None:
     began = time.process_time()
     assert {guard.read_origin(f"https://{name}{number}") for number in range(20)} == {None}
     assert time.process_time() - began < 0.1  # of the processor; it took 0.5 s and more
+
+
+def test_origin_in_other_letters_is_refused_unread() -> None:
+    """An origin or a host that somebody sends in other letters than ASCII is not encoded."""
+    names = ["".join(chr(0x4E00 + 61 * i + j) for i in range(250)) for j in range(20)]
+    requests = [
+        make_mocked_request("POST", "/", headers={"Origin": f"http://{name}", "Host": name})
+        for name in names]
+    began = time.process_time()
+    assert all(guard.is_foreign(request, frozenset()) for request in requests)
+    assert time.process_time() - began < 0.2  # of the processor; it took 1 s and more
+
+
+def test_email_of_long_labels_is_refused_unread() -> None:
+    """A domain that nobody can have is not encoded."""
+    emails = [f"a@{chr(0x4E00 + j)}{'甲' * 200}.com" for j in range(40)]
+    began = time.process_time()
+    for email in emails:
+        with pytest.raises(Problem):
+            checked_email(email)
+    assert time.process_time() - began < 0.1  # of the processor; it took 0.4 s and more
+
+
+async def test_emails_in_other_letters_are_checked_one_at_a_time(
+    client: TestClient[Any, Any], monkeypatch: Any
+) -> None:
+    """Of the registrations and logins of an address one has its domain encoded in a turn."""
+    turns, check = Turns(20), messenger.checked_email
+
+    def count(email: str) -> Any:
+        turns.done += 1
+        return check(email)
+
+    monkeypatch.setattr(messenger, "checked_email", count)
+    calls = []
+    for number in range(20):
+        given = {"email": f"a{number}@甲乙.example", "password": "short"}
+        path = "login" if number % 2 else ""
+        calls.append(client.post(
+            f"/api/v1/users/{path}".rstrip("/"), json=given | ({} if path else {"username": "x"})))
+    answers = asyncio.gather(*calls)
+    assert await turns.most() == 1
+    assert {answer.status for answer in await answers} <= {401, 422}
+
+
+async def test_auth_frames_are_few(alice: Person, bob: Person, raw: Any, monkeypatch: Any) -> None:
+    """To check tokens takes long: an `auth` counts for many frames, whether its token is right."""
+    line = await raw(alice, await alice.opens(bob))
+    checked, read = [], messenger.Sessions.read
+
+    def count(*args: Any) -> Any:
+        checked.append(args)
+        return read(*args)
+
+    monkeypatch.setattr(messenger.Sessions, "read", count)
+    text = json.dumps({"type": "auth", "token": f"{alice.access}x"}).encode()
+    for _ in range(100):
+        await line.sends(0x81, text)
+    kinds = [(await line.hears("error"))["data"]["type"] for _ in range(100)]
+    assert set(kinds) == {"invalid-token", "too-many-frames"} or set(kinds) == {
+        "unauthorized", "too-many-frames"}
+    assert len(checked) < 40
+
+
+async def test_texts_of_all_searches_are_looked_through_one_at_a_time(
+    alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """Of searches at once, whoever asks them, one looks through a text in a turn."""
+    chat = await alice.opens(bob)
+    for _ in range(20):
+        await alice.says(chat, "甲乙。乙丙")
+    turns, holds = Turns(80), messenger.holds_runs
+
+    def count(*args: Any) -> Any:
+        turns.done += 1
+        return holds(*args)
+
+    monkeypatch.setattr(messenger, "holds_runs", count)
+    found = asyncio.gather(*(
+        person.gets(f"/chats/{chat}/messages?q=甲乙丙") for person in (alice, bob) * 2))
+    assert await turns.most() == 1
+    assert await found == [[]] * 4
+
+
+async def test_replays_are_written_in_small_pieces(
+    alice: Person, bob: Person, raw: Any, monkeypatch: Any
+) -> None:
+    """A socket that does not read holds no more than a small piece of its replay."""
+    chat = await alice.opens(bob)
+    for _ in range(40):
+        await alice.says(chat, "🙂" * 4096)
+    sizes, write = [], messenger.Socket.write
+
+    def measure(socket: Any, frames: bytes) -> None:
+        sizes.append(len(frames))
+        write(socket, frames)
+
+    line = await raw(alice, chat)
+    monkeypatch.setattr(messenger.Socket, "write", measure)
+    await line.sends(0x81, b'{"type":"sync","after":0,"ref":"all"}')
+    while (await line.hears("ready")).get("ref") != "all":
+        pass
+    assert sum(sizes) > 40 * 16_384
+    assert max(sizes) < messenger.REPLAY_BYTES + 20_000
 
 
 async def test_chats_that_users_come_into_are_read_a_few_at_a_time(

@@ -220,6 +220,8 @@ def test_rate_does_not_search_its_keys_at_every_call(clock: Callable[[float], No
             "1.2.3.4:x", "[1.2.3.4", "[]:1", "[::1]x", "::1]:80", "01.2.3.4", "١.٢.٣.٤", "1" * 5000,
             "1.2.3.4\n5.6.7.8", "1.2.3.4/8", ":" * 5000, "['']", "0x7f.1",
         )),
+        ("fe80::1%eth0", "fe80::1"), ("[fe80::1%any text]:80", "fe80::1"),
+        ("fe80::%\udcff", "fe80::"),
     ],
 )
 def test_address_is_read_as_proxies_write_it(node: str, address: str | None) -> None:

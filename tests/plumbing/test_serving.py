@@ -1,12 +1,15 @@
 """Sites by themselves: that they serve, and in which order they end."""
 
+import asyncio
 import contextlib
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 
-from plumbing import metrics, process
-from plumbing.serving import metrics_app, start_site
+from plumbing import metrics, process, serving
+from plumbing.serving import MetricsPage, metrics_app, start_metrics, start_site
+from support.servers import free_port
 
 
 async def test_site_serves_until_its_stack_ends() -> None:
@@ -33,3 +36,33 @@ async def test_site_serves_until_its_stack_ends() -> None:
         assert ends == []
     assert ends == ["closed", "cleaned up"]
     process.listen_on("127.0.0.1", port).close()
+
+
+def test_metrics_are_put_together_a_tenth_of_the_time(monkeypatch: Any) -> None:
+    """Whoever asks for the metrics all the time is given again what was put together."""
+    made = []
+
+    def expose(folder: None) -> bytes:
+        made.append(folder)
+        return str(len(made)).encode()
+
+    clock = iter([0.0, 1.0, 5.0, 10.9, 11.1, 12.1])  # it takes a second
+    monkeypatch.setattr(metrics, "exposition", expose)
+    monkeypatch.setattr(serving.time, "perf_counter", lambda: next(clock))
+    page = MetricsPage(None)
+    assert [page.body() for _ in range(4)] == [b"1", b"1", b"1", b"2"]
+
+
+async def test_connections_to_the_metrics_are_bounded(monkeypatch: Any) -> None:
+    """An address may have so many connections to the port of the metrics, and no more."""
+    monkeypatch.setattr(serving, "METRICS_CONNECTIONS_MAX", 3)
+    port = free_port()
+    async with contextlib.AsyncExitStack() as stack:
+        await start_metrics(stack, "127.0.0.1", port)
+        streams = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
+        for _, writer in streams:
+            stack.callback(writer.close)
+        async with asyncio.timeout(10):
+            assert await streams[3][0].read() == b""  # hung up
+            streams[0][1].write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await streams[0][0].readline()).startswith(b"HTTP/1.1 200")
