@@ -246,7 +246,7 @@ REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed som
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
-SEARCH_SECONDS = 0.5  # for a page, where what the index names is not what was asked for
+SEARCH_SECONDS = 0.2  # for a page, where what the index names is not what was asked for
 INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
 INDEX_REST = 9  # times as long as the background indexing worked
 UPKEEP_SECONDS = 60
@@ -3599,7 +3599,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     limits = settings.calls_per_user, settings.reads_per_user, settings.calls_per_address
     light, heavy, unknown = [guard.Slots(settings.bound(limit)) for limit in limits]
     # More of them could not read at once, and would only take turns with everybody's light calls.
-    reading = guard.Slots(settings.database_connections)
+    reading = guard.Turns(settings.database_connections)
     slots = CallSlots(light, heavy, unknown, reading, address_of)
     if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
         app.middlewares.append(process.log_access(address_of))

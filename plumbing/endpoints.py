@@ -28,8 +28,8 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import Unavailable
 from plumbing.deadline import RequestDeadline, uncounted
-from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots
-from plumbing.process import REQUEST_ID_HEADER, Handler, called, nothing, request_id
+from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots, Turns
+from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.text import COMPOSED_FROM_MAX, composed
 from plumbing.validation import describe
 
@@ -46,6 +46,7 @@ OBJECT = msgspec.json.Decoder(dict[str, Any])
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what is no JSON raises
 
 ShapeT = TypeVar("ShapeT")
+TakenT = TypeVar("TakenT")
 log = logging.getLogger("messenger.endpoints")
 
 
@@ -357,7 +358,7 @@ class CallSlots:
     user: Slots
     heavy: Slots  # of a user, apart from the others: those that are `heavy`
     address: Slots  # of an address: those of nobody known, and refusals
-    reading: Slots  # of everybody together: heavy ones that are being worked on
+    reading: Turns  # of everybody, address by address: heavy ones that are being worked on
     address_of: Callable[[web.Request], str]
 
     def of(self, endpoint: Endpoint) -> Slots:
@@ -369,15 +370,15 @@ class CallSlots:
 
 async def hold_slot(request: web.Request, slots: Slots, key: Hashable) -> None:
     """Hold one of somebody's slots until the answer was taken. Raises TooManyCalls."""
-    request[GIVE_BACK] = await take_slot(slots, key)
+    request[GIVE_BACK] = await taken(slots.take(key))
 
 
-async def take_slot(slots: Slots, key: Hashable) -> Callable[[], None]:
-    """Wait for a slot, and answer what gives it back. Raises TooManyCalls."""
+async def taken(taking: Awaitable[TakenT]) -> TakenT:
+    """Wait until a slot or a turn is taken. Raises TooManyCalls."""
     try:
         async with asyncio.timeout(SLOT_SECONDS):
             with uncounted():  # the answers before may be taken over a slow line
-                return await slots.take(key)
+                return await taking
     except TimeoutError:
         raise TooManyCalls from None
 
@@ -412,11 +413,13 @@ def bind(
                 await hold_slot(request, own, asker)
             if signature.body is not None and (body or signature.body_required):
                 arguments["body"] = decode_json(signature.body, body)
-            give_back = await take_slot(slots.reading, "") if endpoint.heavy else nothing
+            if not endpoint.heavy:
+                return respond(endpoint, await endpoint.handler(request, **arguments))
+            await taken(slots.reading.take(slots.address_of(request)))
             try:
                 return respond(endpoint, await endpoint.handler(request, **arguments))
             finally:
-                give_back()
+                slots.reading.give_back()
 
     return handle
 

@@ -510,6 +510,30 @@ async def readers(house: House) -> tuple[Person, Person, int]:
     return alice, bob, chat
 
 
+async def test_heavy_calls_of_an_address_take_turns_with_others(house: House) -> None:
+    """Heavy calls of all are worked on a few at a time; of those that wait, each address has one in
+    its turn: many accounts of one address hold up another's only for one call."""
+    here = await house.opens(
+        database_connections=1, calls_per_user=0, reads_per_user=0, trusted_proxies="127.0.0.1")
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    for _ in range(50):
+        await alice.says(chat, "🙂" * 4096)
+    came: list[str] = []
+
+    async def asks(person: Person, address: str) -> None:
+        headers = {**person.headers, "X-Forwarded-For": address}
+        async with here.get(f"/api/v1/chats/{chat}/messages", headers=headers) as answer:
+            assert answer.status == 200, await answer.text()
+        came.append(address)
+
+    flood = [asyncio.create_task(asks(alice, "192.0.2.1")) for _ in range(30)]
+    await asyncio.sleep(0.05)
+    await asks(bob, "192.0.2.2")
+    await asyncio.gather(*flood)
+    assert came.index("192.0.2.2") < 20
+
+
 async def asks_unread(person: Person, path: str) -> socket.socket:
     """Send a request whose answer is not read, over a connection with small buffers."""
     connection = socket.socket()
