@@ -747,7 +747,7 @@ class ChatsOut(ServerFrame, tag="chats"):
 
 
 class ReplayOut(ServerFrame, tag="replay"):
-    """The replay of a chat begins after this position, or continues after it."""
+    """The replay of a chat begins after this position."""
     data: ReplayStart
 
 
