@@ -90,7 +90,7 @@ import os
 import secrets
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -224,10 +224,10 @@ SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without aski
 SESSION_SECRET_BYTES = 8
 SESSIONS_OF_USER_MAX = 50
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
+PARTICIPANTS_A_CHANGE = 50  # with so many a new group counts for one change more
 
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
-PARTICIPANTS_A_CHANGE = 50  # with so many a new group counts for one change more
 AUTH_FRAMES = 100  # that an `auth` counts for, whose token takes long to check
 FRAMES_AT_ONCE = 16  # taken from one socket, until the others had their turn
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
@@ -241,8 +241,8 @@ OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat
 READY_CHARS = 20  # ... and as many more for each
 JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
-REPLAY_BYTES = 64 * 1024  # of them, but for the last, are written before the socket has taken them
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
+REPLAY_BYTES = 64 * 1024  # of them are written at once, but for the last
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
@@ -1725,12 +1725,10 @@ class Rooms:
     def publish(self, hint: Hint, posted: Posts | None = None) -> None:
         """Act on a hint here, and pass it on to the other processes."""
         self._act_on(hint, posted)
-        if self._bus.is_alone():
-            return
         key: object = object()
         if isinstance(hint, ChatHint) and not hint.joined:
             key = (hint.chat_id, hint.version)  # it only says how far a chat is: the newest counts
-        self._bus.notify(key, ENCODER.encode(hint))
+        self._bus.notify(key, hint)
 
     def hear_others(self, hints: str) -> None:
         """Act on what another process published."""
@@ -2378,9 +2376,6 @@ class ReadWriter(ChatWriter[NewRead, Read]):
         return outcomes
 
 
-FoundT = TypeVar("FoundT")
-
-
 class SearchIndex:
     """Takes in the words of messages a little later than the messages, so that posts do not wait.
 
@@ -2391,7 +2386,7 @@ class SearchIndex:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: set[int] = set()  # chats in which something changed
-        self._texts = guard.Slots(1)  # long ones take milliseconds
+        self._texts = guard.Slots(1)  # that are looked through: long ones take milliseconds
 
     def note(self, chat_ids: Iterable[int]) -> None:
         """Take note of chats in which something changed: they are indexed soon."""
@@ -2406,7 +2401,7 @@ class SearchIndex:
                 raise Unavailable("The chat is still being indexed.")
             words, count = [], 0
             for row in rows:
-                found = await self.take_apart(words_of, row["text"])
+                found = await self._texts.call("", words_of, row["text"])
                 words.append(" ".join(found))
                 count += len(found)
                 if count > INDEX_WORDS_MAX:
@@ -2416,12 +2411,24 @@ class SearchIndex:
             await self._database.rows(
                 INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
 
-    async def take_apart(self, work: Callable[..., FoundT], *args: Any) -> FoundT:
-        """Do what has to look through a text: one of all of them in a turn of the loop."""
-        async def look_through() -> FoundT:
-            return work(*args)
-
-        return await self._texts.run("", look_through)
+    async def look_through(
+        self, messages: list[Message], runs: list[str], at_most: int
+    ) -> tuple[list[Message], int]:
+        """List those of some messages that hold each of some runs as it stands, at most so many.
+        Tells also how many were looked through until that, or SEARCH_SECONDS, came to an end.
+        """
+        long_runs = [run for run in runs if len(run) > 2]  # what the index has is sure of others
+        if not long_runs:
+            return messages[:at_most], min(at_most, len(messages))
+        until = time.monotonic() + SEARCH_SECONDS
+        found, seen = [], 0
+        for message in messages:
+            seen += 1
+            if await self._texts.call("", holds_runs, message.text, long_runs):
+                found.append(message)
+            if len(found) == at_most or time.monotonic() > until:
+                break
+        return found, seen
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""
@@ -2586,12 +2593,9 @@ async def check_email(request: web.Request, email: str) -> tuple[str, str]:
 
     A domain in other letters than ASCII takes milliseconds: of each address one at a time.
     """
-    async def check() -> tuple[str, str]:
-        return checked_email(email)
-
     if email.isascii():
         return checked_email(email)
-    return await request.app[PASSWORDS].counting.run(address_of(request), check)
+    return await request.app[PASSWORDS].counting.call(address_of(request), checked_email, email)
 
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
@@ -3158,22 +3162,20 @@ async def search_messages(
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
         await index.index(chat_id)
     until = time.monotonic() + SEARCH_SECONDS
-    long_runs = [run for run in runs if len(run) > 2]
     found: list[Message] = []
-    is_enough, goes_on = False, True
-    while goes_on and not is_enough:
+    goes_on = True
+    while goes_on:
         rows = await database.rows(
             SELECT_MESSAGES_FOUND, chat_id, me, before, list(wanted), limit + 1)
         if not rows:
             raise ChatNotFound
-        named = deque(await messages_of(database, chat_id, rows[:limit]))
-        while named and not is_enough:
-            message = named.popleft()
-            before = message.seq
-            if not long_runs or await index.take_apart(holds_runs, message.text, long_runs):
-                found.append(message)
-            is_enough = len(found) == limit or time.monotonic() > until
-        goes_on = len(rows) > limit or bool(named)
+        named = await messages_of(database, chat_id, rows[:limit])
+        holding, seen = await index.look_through(named, runs, limit - len(found))
+        found += holding
+        before = named[seen - 1].seq if seen else before
+        goes_on = len(rows) > limit or seen < len(named)
+        if len(found) == limit or time.monotonic() > until:
+            break
     return page(request, found, next={"before": before} if goes_on else None)
 
 
@@ -3437,7 +3439,7 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     if len(str(frame.ref)) * len(given) > REFS_CHARS_MAX:
         raise invalid("$.ref", "is too long for so many chats")
     if socket.owed_chars > OWED_CHARS_MAX:
-        raise TooManyFrames.until(RETRY_SECONDS)
+        raise TooManyFrames
     own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
     rooms, me = request.app[ROOMS], socket.asker.user_id
     refused |= await rooms.replaying.run(me, rooms.sync, socket, own, frame.ref)

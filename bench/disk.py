@@ -24,11 +24,9 @@ LARGE = """
     order by 2 desc"""
 
 
-def texts(seed: int) -> Iterator[bytes]:
+def texts(words: list[str], seed: int) -> Iterator[bytes]:
     """Encode messages, each with other words."""
     chance = random.Random(seed)
-    words = [word for page in sorted((ROOT / "docs").glob("*.md"))
-             for word in page.read_text(encoding="utf-8").split() if word.isalnum()]
     while True:
         size = chance.randint(WORDS_LEAST, WORDS_MOST)
         start = chance.randrange(len(words) - size)
@@ -48,6 +46,8 @@ async def index(server: Server, chats: list[int], person: Person) -> None:
 
 async def measure(bench: Bench) -> list[tuple[str, float]]:
     """Post, and answer what each message takes, in bytes, and how many characters it has."""
+    words = [word for page in sorted((ROOT / "docs").glob("*.md"))
+             for word in page.read_text(encoding="utf-8").split() if word.isalnum()]
     async with Server(bench) as server:
         people = await server.people(PEOPLE)
         chats = await server.groups([people] * PEOPLE)
@@ -55,7 +55,7 @@ async def measure(bench: Bench) -> list[tuple[str, float]]:
         before = await server.sql.fetchval(SIZE)
         bench.tell("disk: posts")
         senders = await open_all(server.port, [
-            partial(Sender, f"/ws/{chat}", person.token, texts(chat))
+            partial(Sender, f"/ws/{chat}", person.token, texts(words, chat))
             for chat, person in zip(chats, people, strict=True)])
         await post_for(senders, SECONDS / 5 if bench.quick else SECONDS, WINDOW)
         close_all(senders)

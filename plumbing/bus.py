@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import msgspec
+
 from plumbing import metrics
 from plumbing.address import connect
 from plumbing.database import (
@@ -27,6 +29,7 @@ NOTIFY_HINTS_MAX = 500
 ORIGIN_CHARS = 8
 NOTIFY = "select pg_notify($1, $2)"
 
+ENCODER = msgspec.json.Encoder()
 log = logging.getLogger("messenger.bus")
 
 
@@ -37,7 +40,7 @@ class Bus:
     transaction it would hold PostgreSQL's one queue lock while the commit is flushed to disk.
 
     Every few seconds each process greets the others; who has heard nobody for a while is alone, and
-    need not notify.
+    does not notify.
     """
 
     channel = "messenger"
@@ -51,16 +54,14 @@ class Bus:
         self._sending: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
 
-    def is_alone(self) -> bool:
-        """Tell whether nobody else has been heard for a while."""
-        return time.monotonic() > self._alone_at
+    def notify(self, key: Hashable, hint: object) -> None:
+        """Send a hint to the other processes soon, as JSON; a newer one of its key replaces it.
 
-    def notify(self, key: Hashable, hint: bytes) -> None:
-        """Send a JSON hint to the other processes soon; a newer one of its key replaces it.
-
-        Never raises, never waits. To be asked first: `is_alone`.
+        Never waits.
         """
-        self._pending[key] = hint
+        if time.monotonic() > self._alone_at:
+            return
+        self._pending[key] = ENCODER.encode(hint)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send())
 

@@ -383,6 +383,18 @@ async def taken(taking: Awaitable[TakenT]) -> TakenT:
         raise TooManyCalls from None
 
 
+def in_turns(handler: Callable[..., Awaitable[Any]], slots: CallSlots) -> Callable[..., Any]:
+    """Have a handler of heavy calls work on a few of them at once, of each address in its turn."""
+    async def work(request: web.Request, **arguments: Any) -> Any:
+        await taken(slots.reading.take(slots.address_of(request)))
+        try:
+            return await handler(request, **arguments)
+        finally:
+            slots.reading.give_back()
+
+    return work
+
+
 def bind(
     endpoint: Endpoint,
     authenticate: Callable[[web.Request], Awaitable[Hashable]],
@@ -397,6 +409,7 @@ def bind(
     """
     signature = Signature.of(endpoint)
     own = slots.of(endpoint)
+    work = in_turns(endpoint.handler, slots) if endpoint.heavy else endpoint.handler
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with RequestDeadline():
@@ -413,13 +426,7 @@ def bind(
                 await hold_slot(request, own, asker)
             if signature.body is not None and (body or signature.body_required):
                 arguments["body"] = decode_json(signature.body, body)
-            if not endpoint.heavy:
-                return respond(endpoint, await endpoint.handler(request, **arguments))
-            await taken(slots.reading.take(slots.address_of(request)))
-            try:
-                return respond(endpoint, await endpoint.handler(request, **arguments))
-            finally:
-                slots.reading.give_back()
+            return respond(endpoint, await work(request, **arguments))
 
     return handle
 

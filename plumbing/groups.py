@@ -217,8 +217,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         `answer` is called with its outcome or the exception that prevented it, right after the item
         is published: what both write leaves together. `answer` must not wait.
         """
-        laned = sum(map(len, self._lanes.values())) if self._lanes else 0
-        if len(self._pending) + laned >= PENDING_MAX:
+        if len(self._pending) + sum(map(len, self._lanes.values())) >= PENDING_MAX:
             raise Unavailable("Too much is waiting to be written.")
         deadline = asyncio.get_running_loop().time() + WRITE_SECONDS
         self._pending.append(Entry(item, answer, deadline))

@@ -419,6 +419,13 @@ class Slots:
         finally:
             give_back()
 
+    async def call(self, key: Hashable, work: Callable[..., Result], *args: Any) -> Result:
+        """Do what `run` does, with work that awaits nothing."""
+        async def answer() -> Result:
+            return work(*args)
+
+        return await self.run(key, answer)
+
 
 # ---- What is believed
 

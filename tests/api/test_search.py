@@ -139,6 +139,7 @@ async def test_run_whose_pairs_stand_apart_is_not_found(
     read = await pages(bob, query(chat, "甲乙丙", "&limit=20"))
     assert [len(one) for one in read].count(0) > 10
     assert [message["text"] for one in read for message in one] == expected
+    assert len(await finds(bob, chat, "甲乙 乙丙", "&limit=20")) == 20  # needs no looking
     monkeypatch.setattr(messenger, "SEARCH_SECONDS", 60)
     assert await finds(bob, chat, "甲乙丙", "&limit=20") == expected
     assert await finds(bob, chat, "甲乙 乙丙", "&limit=20") == await finds(bob, chat, "乙丙")
@@ -146,6 +147,23 @@ async def test_run_whose_pairs_stand_apart_is_not_found(
         read = await pages(bob, query(chat, "甲乙丙", f"&limit={limit}"))
         assert all(len(one) <= limit for one in read)
         assert [message["text"] for one in read for message in one] == expected
+
+
+async def test_slow_database_does_not_make_pages_small(
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time that a search may look through texts is not spent while it waits for them."""
+    chat, messages_of = await alice.opens(bob), messenger.messages_of
+    for number in range(10):
+        await alice.says(chat, f"甲乙丙 {number}")
+
+    async def slowly(*args: Any) -> Any:
+        await asyncio.sleep(2 * messenger.SEARCH_SECONDS)
+        return await messages_of(*args)
+
+    monkeypatch.setattr(messenger, "messages_of", slowly)
+    for q in ("甲乙丙", "甲乙"):
+        assert [len(one) for one in await pages(bob, query(chat, q, "&limit=10"))] == [10]
 
 
 async def test_messages_of_many_words_are_indexed_in_pieces(

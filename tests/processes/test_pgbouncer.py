@@ -99,7 +99,7 @@ async def test_session_mode_carries_hints(bouncer: Starts) -> None:
     async with asyncio.timeout(SOON_SECONDS):
         await listening.wait()
         while not heard.is_set():
-            speaker.notify("key", b'"hello"')
+            speaker.notify("key", "hello")
             await asyncio.sleep(0.05)
     await asyncio.gather(speaker.close(), hearer.close())
     await database.close()
