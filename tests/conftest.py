@@ -15,7 +15,13 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
-from support.databases import Databases, cluster_with_template, on_cluster, with_database
+from support.databases import (
+    Databases,
+    cluster_with_template,
+    drop_database,
+    on_cluster,
+    with_database,
+)
 from support.fuzzing import Population, fuzzed_server
 from support.patience import begin
 from support.people import Person
@@ -96,7 +102,7 @@ async def empty_url(cluster: str) -> AsyncIterator[str]:
     name = f"messenger_empty_{os.getpid()}_{next(numbers)}"
     await on_cluster(cluster, f"create database {name} template template0")
     yield with_database(cluster, name)
-    await on_cluster(cluster, f"drop database {name} with (force)")
+    drop_database(cluster, name)
 
 
 @pytest.fixture

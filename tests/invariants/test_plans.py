@@ -23,7 +23,7 @@ import pytest
 
 import messenger
 from plumbing import database
-from support.databases import TEMPLATE, with_database
+from support.databases import TEMPLATE, drop_database, with_database
 from support.source import statements
 
 USERS, CHATS = 5_000, 10_000
@@ -272,7 +272,7 @@ def filled(cluster: str, steps: Sequence[str]) -> Iterator[str]:
         try:
             yield url
         finally:
-            connection.execute(f"drop database {name} with (force)".encode())
+            drop_database(cluster, name)
 
 
 def fill(url: str, steps: Sequence[str]) -> None:

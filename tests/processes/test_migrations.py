@@ -15,7 +15,7 @@ import pytest
 
 import messenger
 from plumbing.schema import migrate, migrate_when_up, schema_number
-from support.databases import on_cluster, until_waiting, with_database
+from support.databases import drop_database, on_cluster, until_waiting, with_database
 from support.people import SOON_SECONDS, Person
 from support.releases import BEFORE_THAT, LAST_RELEASE, files_of
 from support.servers import ROOT, SECRET_KEY, refused
@@ -196,7 +196,7 @@ async def ascii_url(cluster: str) -> AsyncIterator[str]:
         " locale_provider libc",
     )
     yield with_database(cluster, name)
-    await on_cluster(cluster, f"drop database {name} with (force)")
+    drop_database(cluster, name)
 
 
 async def test_database_that_is_not_utf8_is_refused_in_one_line(

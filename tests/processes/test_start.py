@@ -21,7 +21,7 @@ import messenger
 from plumbing import embedded
 from plumbing.embedded import Postgres
 from plumbing.process import StartError
-from support.databases import on_cluster, over_tcp
+from support.databases import drop_database, on_cluster, over_tcp
 from support.servers import (
     ROOT,
     SECRET_KEY,
@@ -96,8 +96,8 @@ async def place(postgres: Postgres) -> AsyncIterator[Place]:
         f"create database {name} owner {name}")
     folder = re.findall("host=([^&]+)", postgres.dsn)[0]
     yield Place(postgres, folder, name)
-    await on_cluster(
-        postgres.dsn, f"drop database {name} with (force)", f"drop role {name}")
+    drop_database(postgres.dsn, name)
+    await on_cluster(postgres.dsn, f"drop role {name}")
 
 
 async def serves(folder: Path, **settings: Any) -> str:

@@ -8,7 +8,13 @@ from typing import Any
 import asyncpg
 import pytest
 
-from support.databases import TEMPLATE, fills_with_life, on_cluster, with_database
+from support.databases import (
+    TEMPLATE,
+    drop_database,
+    fills_with_life,
+    on_cluster,
+    with_database,
+)
 from tools.verify import RULES, examine
 
 
@@ -26,7 +32,7 @@ def lively_url(cluster: str) -> Iterator[str]:
 
     asyncio.run(make())
     yield url
-    asyncio.run(on_cluster(cluster, f"drop database {name} with (force)"))
+    drop_database(cluster, name)
 
 
 @pytest.fixture

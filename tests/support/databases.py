@@ -37,6 +37,22 @@ async def on_cluster(url: str, *statements: str) -> None:
         await connection.close()
 
 
+END_SESSIONS = """
+    select pg_terminate_backend(pid, 5000) from pg_stat_activity
+    where datname = %s and backend_type = 'client backend'"""
+
+
+def drop_database(url: str, name: str) -> None:
+    """Drop a database, and end the sessions in it.
+
+    `with (force)` does not do: it fails whenever autovacuum is at work there, unless one is a
+    superuser. A plain drop ends autovacuum for anybody.
+    """
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(END_SESSIONS, [name])
+        connection.execute(f"drop database {name}".encode())
+
+
 @contextlib.contextmanager
 def cluster_with_template(make_folder: Callable[[], Path]) -> Iterator[str]:
     """Answer the URL of a PostgreSQL whose database TEMPLATE has the schema.
@@ -71,12 +87,10 @@ class Databases:
 
     def _make(self) -> str:
         name = f"messenger_test_{os.getpid()}_{next(self._numbers)}"
-        self._run(f"create database {name} template {TEMPLATE} strategy file_copy")
-        return name
-
-    def _run(self, statement: str) -> None:
+        create = f"create database {name} template {TEMPLATE} strategy file_copy"
         with psycopg.connect(self._url, autocommit=True) as connection:
-            connection.execute(statement.encode())
+            connection.execute(create.encode())
+        return name
 
     async def take(self) -> str:
         """Name a database that nobody else has."""
@@ -86,7 +100,7 @@ class Databases:
 
     def drop(self, name: str) -> None:
         """Drop a database, soon."""
-        self._thread.submit(self._run, f"drop database {name} with (force)")
+        self._thread.submit(drop_database, self._url, name)
 
     def close(self) -> None:
         """Drop what is left."""
