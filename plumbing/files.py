@@ -43,14 +43,13 @@ def replacing(file: Path) -> Iterator[int]:
         try:
             yield descriptor
             os.fsync(descriptor)
+            partial.replace(file)
         finally:
             os.close(descriptor)
-        partial.replace(file)
+            partial.unlink(missing_ok=True)
         sync_folder(file.parent)
     except OSError as error:
         raise StartError(f"cannot write {file}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_private(file: Path, text: str) -> None:

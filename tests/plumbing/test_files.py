@@ -59,6 +59,17 @@ def test_failure_is_one_line(tmp_path: Path) -> None:
         write_private(tmp_path / "none/file", "text")
 
 
+def test_what_is_in_the_way_is_not_removed(tmp_path: Path) -> None:
+    """Where somebody was there before with the name that a file has until it is whole, we say so
+    and leave theirs alone: in a folder of everybody's we might not even remove it.
+    """
+    squatted = tmp_path / f".file.{os.getpid()}.partial"
+    squatted.mkdir()
+    with pytest.raises(StartError, match=r"^cannot write .*/file: File exists$"):
+        write_private(tmp_path / "file", "text")
+    assert list(tmp_path.iterdir()) == [squatted]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_folder_that_cannot_be_read_takes_files(folder: Path, nobody: None) -> None:
     """Who may write into a folder and not read it, and so not flush it, can put a file there."""
