@@ -46,8 +46,8 @@ else POST_MESSAGES), which locks the chats, checks and numbers. Then the group i
 (GroupWriter._publish_group, PostWriter.publish, Rooms.publish, advance): each frame is encoded once
 and written to every socket of its room (deliver), and in the same turn the sender is answered. What
 waits for a chat that somebody else holds does so in a lane (GroupWriter._set_aside, _try_lanes).
-Other processes get a hint
-(Bus.notify, Bus._listen, Rooms.hear_others) and read what they miss from the database (fill_gap).
+Other processes get a hint (Bus.notify, Bus._listen, Rooms.hear_others) and read what they miss from
+the database (fill_gap).
 
 What always holds: answered means durable; the numbers of a chat have no holes and follow the order
 of commits; a message id is one message, however often it is sent; who follows a chat from a number
