@@ -3249,8 +3249,7 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
     rooms, settings = request.app[ROOMS], request.app[SETTINGS]
     if 0 < settings.bound(settings.sockets_per_user) <= rooms.count_sockets(request[ME]):
         raise TooManySockets
-    # aiohttp would open a socket to a HEAD.
-    is_handshake = request.method == "GET" and bool(socket.ws.can_prepare(request))
+    is_handshake = socket.can_open(request)
     try:
         if is_handshake or socket.chat_id is not None:  # all chats only where it is worth the work
             await rooms.join(socket)

@@ -565,7 +565,8 @@ def check_dates(request: web.Request) -> None:
 
 async def continue_if_expected(route: web.AbstractRoute, request: web.Request) -> None:
     """Tell a client to go on that waits for it; what else is expected is refused as a problem."""
-    with contextlib.suppress(web.HTTPExpectationFailed):
+    # The other is raised for what it cannot repeat.
+    with contextlib.suppress(web.HTTPExpectationFailed, UnicodeEncodeError):
         await HANDLE_EXPECTATION(route, request)
 
 

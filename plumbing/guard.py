@@ -168,6 +168,10 @@ class PromptConnection(web.RequestHandler):
     Bodies come as they were sent, compressed or not: aiohttp unfolds without bound what it drops.
     One of many small chunks is not parsed in a single turn of the loop.
 
+    A request after which another protocol would be spoken (`CONNECT`, `Upgrade`) is the last of its
+    connection, whatever its answer: aiohttp takes the body of a CONNECT for the next request, which
+    behind a proxy would be answered to somebody else (RFC 9112, section 11.2).
+
     aiohttp has one timer for a connection that awaits a request, and what comes of the headers does
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
@@ -245,7 +249,9 @@ class PromptConnection(web.RequestHandler):
 
         After some refusals it does so later: else a flood of them would take all our time.
         """
-        rests = False
+        message, rests = request._message, False
+        if request.method == "CONNECT" or message.upgrade:
+            request._message = message._replace(should_close=True)
         try:
             answer, reset = await super()._handle_request(request, *others)
             rests = answer.status in RESTING

@@ -92,6 +92,13 @@ class Connection:
         self._writer: AbstractStreamWriter | None = None
         self._early = b""  # frames that wait for the handshake to be answered
 
+    def can_open(self, request: web.Request) -> bool:
+        """Tell whether a request is a handshake. aiohttp would take a HEAD for one."""
+        try:
+            return request.method == "GET" and bool(self.ws.can_prepare(request))
+        except ValueError:  # a header is beyond ASCII
+            return False
+
     async def open(self, request: web.Request) -> None:
         """Answer the handshake, then write what was to be written before.
 

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, make_mocked_request
+from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
 import messenger
 from plumbing import endpoints, guard
@@ -25,7 +25,7 @@ from plumbing.endpoints import Problem
 from plumbing.guard import Rate
 from plumbing.text import words_of
 from support.people import HEAR_SECONDS, PASSWORD, Person, follows
-from support.raw import RawLine
+from support.raw import HANDSHAKE, RawConnection, RawLine
 from support.servers import ROOT, Server
 
 PING, PONG, CLOSE, CONTINUED = 0x89, 0x8A, 0x88, 0x00
@@ -522,3 +522,38 @@ def test_library_that_logs_is_named_and_not_quoted(
     assert re.search(r" ERROR some\.library:\d+\n", written)
     assert written.count("\n") == 2
     assert " WARNING of ours\n" in written
+
+
+SMUGGLED = b"GET /api/v1/health/liveness HTTP/1.1\r\nHost: a\r\nX-Request-Id: smuggled\r\n\r\n"
+
+
+@pytest.mark.parametrize("head", [
+    "CONNECT /x HTTP/1.1", "CONNECT a:80 HTTP/1.1", "CONNECT /api/v1/users HTTP/1.1",
+    "GET /x HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: h2c",
+    "POST /api/v1/users HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: websocket",
+])
+async def test_body_of_a_request_is_never_another_request(server: TestServer, head: str) -> None:
+    """What a request before another protocol carries is not answered as a request: behind a proxy
+    that answer would go to somebody else. The connection ends with the one answer."""
+    text = f"{head}\r\nHost: a\r\nContent-Length: {len(SMUGGLED)}\r\n\r\n".encode() + SMUGGLED
+    raw = await RawConnection.opens(server.port, text)
+    heard = await raw.hears_all()
+    raw.close()
+    assert heard.count(b"HTTP/1.1 ") == 1
+    assert b"smuggled" not in heard
+    assert b"\r\nConnection: close\r\n" in heard
+
+
+@pytest.mark.parametrize("name", ["Expect", *HANDSHAKE])
+async def test_header_beyond_ascii_is_a_refusal(
+    server: TestServer, alice: Person, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A header that no client writes is a 4xx, and nothing in the log."""
+    headers = {"Host": "a", **HANDSHAKE, "Authorization": f"Bearer {alice.access}", name: "\xff"}
+    lines = "".join(f"{each}: {value}\r\n" for each, value in headers.items())
+    raw = await RawConnection.opens(
+        server.port, f"GET /ws HTTP/1.1\r\n{lines}\r\n".encode("latin-1"))
+    status, *_ = await raw.hears()
+    raw.close()
+    assert 400 <= status < 500
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
