@@ -544,15 +544,16 @@ async def test_body_of_a_request_is_never_another_request(server: TestServer, he
     assert b"\r\nConnection: close\r\n" in heard
 
 
-@pytest.mark.parametrize("name", ["Expect", *HANDSHAKE])
+@pytest.mark.parametrize(
+    "path, name", [("/docs", "Expect"), *(("/ws", name) for name in HANDSHAKE)])
 async def test_header_beyond_ascii_is_a_refusal(
-    server: TestServer, alice: Person, caplog: pytest.LogCaptureFixture, name: str
+    server: TestServer, alice: Person, caplog: pytest.LogCaptureFixture, path: str, name: str
 ) -> None:
     """A header that no client writes is a 4xx, and nothing in the log."""
     headers = {"Host": "a", **HANDSHAKE, "Authorization": f"Bearer {alice.access}", name: "\xff"}
     lines = "".join(f"{each}: {value}\r\n" for each, value in headers.items())
     raw = await RawConnection.opens(
-        server.port, f"GET /ws HTTP/1.1\r\n{lines}\r\n".encode("latin-1"))
+        server.port, f"GET {path} HTTP/1.1\r\n{lines}\r\n".encode("latin-1"))
     status, *_ = await raw.hears()
     raw.close()
     assert 400 <= status < 500
