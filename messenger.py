@@ -85,6 +85,7 @@ FRAME_HANDLERS, and its example.
 import asyncio
 import bisect
 import contextlib
+import itertools
 import logging
 import os
 import secrets
@@ -107,7 +108,6 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 from uuid import UUID
-from weakref import WeakValueDictionary
 
 import msgspec
 import prometheus_client
@@ -126,7 +126,7 @@ from plumbing.credentials import (
     checked_username,
     name_start_key,
 )
-from plumbing.database import Database, Unavailable, repeat
+from plumbing.database import Database, Unavailable, repeat, until_available
 from plumbing.deadline import RequestDeadline, linger
 from plumbing.endpoints import (
     ENCODER,
@@ -160,9 +160,10 @@ from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
 from plumbing.process import Tasks
 from plumbing.schema import is_outgrown
+from plumbing.search import Texts
 from plumbing.serving import Program
 from plumbing.settings import Count, ServerSettings
-from plumbing.text import holds_runs, words_and_runs, words_of, words_wanted
+from plumbing.text import words_and_runs, words_wanted
 from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
 from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
@@ -200,6 +201,7 @@ class Settings(ServerSettings, frozen=True, kw_only=True):
     changes_burst: Count = 500
     changes_per_minute: Count = 120
     typing_per_second: Count = 5
+    deliveries_per_second: Count = 30_000
     sockets_per_user: Count = 50
     refused_handshakes_per_second: Count = 10
 
@@ -235,19 +237,25 @@ REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
-FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket; one socket may follow any number
+FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket ...
+FOLLOWED_PER_ADDRESS_MAX = 500_000  # ... and of all users of an address
+FREE_SOCKETS = 4  # of a user, which may follow more; the first may do so at any address
+DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends
 REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
 OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat at their end ...
 READY_CHARS = 20  # ... and as many more for each
 JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
+REPLAY_PIECE = 10  # of them are put together first; more, where that named few readers
 REPLAY_BYTES = 64 * 1024  # of them are written at once, but for the last
+READERS_AT_ONCE = 10  # whose names are added to a page of messages in one turn of the loop
 CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 SEARCH_SECONDS = 0.2  # for a page, where what the index names is not what was asked for
-INDEX_SECONDS = 1.0  # how long a search waits for its chat to be indexed
+INDEX_SECONDS = 0.5  # how long a search waits for its chat to be indexed
+INDEX_PAUSE_SECONDS = 1.0  # between two rounds in the background
 INDEX_REST = 9  # times as long as the background indexing worked
 UPKEEP_SECONDS = 60
 UPKEEP_ROWS = 1000  # deleted at once
@@ -261,7 +269,6 @@ POLL_CHATS_MAX = 1000  # in one question
 POLL_BACK_SECONDS = 10  # further back than the last poll: so what was committed late is seen
 VERSION_SECONDS = 1.0  # within which a query must see the version that a room knows
 VERSION_PAUSE_SECONDS = 0.05
-RETRY_SECONDS = 0.2  # before who catches up asks the database again
 
 
 # ==== Shapes ======================================================================================
@@ -912,6 +919,7 @@ class Asker:
 
 ASKER = web.RequestKey("asker", Asker)
 ME = web.RequestKey("me", int)  # the asker's id
+ADDRESS = web.RequestKey("address", str)  # where it comes from, once that was asked
 SUBPROTOCOL = "messenger.v1"
 
 
@@ -919,38 +927,21 @@ class Sessions:
     """Makes tokens, reads them, and knows for a moment which sessions are alive."""
 
     def __init__(self, settings: Settings, secret_key: str, database: Database) -> None:
-        self._signer = guard.Signer(secret_key, settings.secret_key_old)
+        self._tokens = guard.SessionTokens(
+            secret_key, settings.secret_key_old, settings.access_token_expire_minutes * 60,
+            settings.refresh_token_expire_days * 86_400)
         self._database = database
-        self._access_seconds = settings.access_token_expire_minutes * 60
-        self._refresh_seconds = settings.refresh_token_expire_days * 86_400
         self._look_ups = GroupReader(self._sessions_of)
         # By session: its secret and generation, while it is believed alive.
         self._trusted = guard.Trusted(SESSION_TRUST_SECONDS)
 
     def tokens(self, user_id: int, session: Mapping[str, Any]) -> Tokens:
-        """Make the pair of tokens of a session's generation; its refresh token is always the same.
-
-        `session` is a row with `id`, `generation`, `rotated_at` and `secret`.
-        """
-        generation, rotated = session["generation"], int(session["rotated_at"].timestamp())
-
-        own = {
-            "sub": str(user_id), "sid": session["id"], "key": session["secret"],
-            "gen": generation}
-        access, refresh = self._access_seconds, self._refresh_seconds
-        return Tokens(
-            self._signer.sign(
-                time.time(), access, typ="access", jti=secrets.token_hex(8), **own),
-            self._signer.sign(rotated, refresh, typ="refresh", jti=str(generation), **own),
-            access)
+        """Make the pair of tokens of a session's generation, by its row."""
+        return Tokens(*self._tokens.pair(user_id, session))
 
     def read(self, token: str, kind: Literal["access", "refresh"]) -> dict[str, Any] | None:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
-        claims = self._signer.read(token, kind, TOKEN_LEEWAY_SECONDS, "sub", "sid", "jti")
-        # Of a refresh token the session is put right.
-        if claims is None or kind == "refresh" or not guard.is_early(claims, self._access_seconds):
-            return claims
-        return None
+        return self._tokens.read(token, kind, TOKEN_LEEWAY_SECONDS)
 
     async def asker(self, token: str) -> Asker:
         """Tell who holds an access token. Raises Unauthorized, Unavailable."""
@@ -1004,8 +995,9 @@ PASSWORDS = web.AppKey("passwords", Passwords)
 SESSIONS = web.AppKey("sessions", Sessions)
 PROXIES = web.AppKey("proxies", list[guard.Network])
 ORIGINS = web.AppKey("origins", frozenset[str])
-# The limits of this process, by what a client gets beyond each: a problem, or a close code.
-RATES = web.AppKey("rates", dict[type[Problem] | int, Rate])
+# The limits of this process, by what a client gets beyond each, a problem or a close code; one has
+# a name of its own.
+RATES = web.AppKey("rates", dict[type[Problem] | int | str, Rate])
 
 
 def is_of_socket(request: web.Request) -> bool:
@@ -1023,24 +1015,20 @@ def refuse_foreign_page(request: web.Request) -> None:
         raise ForeignOrigin
 
 
-def bearer_token(request: web.Request) -> str:
-    """Find the token of a request: in Authorization, and for sockets also where browsers can."""
-    token = guard.bearer_token(request)
-    if token is None and is_of_socket(request):
-        token = guard.token_of_socket(request, SUBPROTOCOL)
-    return token or ""
-
-
 def address_of(request: web.Request) -> str:
     """Tell the address that a request comes from, as far as it can be believed."""
-    return guard.client_address(request, request.app[PROXIES])
+    if ADDRESS not in request:
+        request[ADDRESS] = guard.client_address(request, request.app[PROXIES])
+    return request[ADDRESS]
 
 
 def charge(
-    app: web.Application, problem: type[Problem], key: Hashable, weight: float = 1
+    app: web.Application, problem: type[Problem], key: Hashable, weight: float = 1,
+    limit: str | None = None,
 ) -> None:
-    """Count against a limit of this process. Raises the problem beyond it."""
-    if app[SETTINGS].rate_limits == "on" and (wait := app[RATES][problem].charge(key, weight)):
+    """Count against a limit of this process, that of a problem. Raises the problem beyond it."""
+    rate = app[RATES][limit or problem]
+    if app[SETTINGS].rate_limits == "on" and (wait := rate.charge(key, weight)):
         raise problem.until(wait)
 
 
@@ -1050,7 +1038,8 @@ async def authenticate(request: web.Request) -> int:
     Raises Unauthorized, TooManyHandshakes, Unavailable.
     """
     try:
-        request[ASKER] = await request.app[SESSIONS].asker(bearer_token(request))
+        token = guard.token_of(request, SUBPROTOCOL if is_of_socket(request) else None)
+        request[ASKER] = await request.app[SESSIONS].asker(token)
     except Unauthorized:
         if is_of_socket(request):
             charge(request.app, TooManyHandshakes, address_of(request))
@@ -1137,13 +1126,13 @@ SELECT_FOLLOWED = """  -- chat_ids, asker_ids
         on p.user_id = asked.user_id and p.chat_id = coalesce(asked.chat_id, p.chat_id)
     join chats c on c.id = p.chat_id"""
 
-SELECT_MARKS = """  -- asker_id, chat_ids, numbers
+SELECT_MARKS = """  -- chat_ids, asker_id, numbers
     -- participants_pkey, chats_pkey, messages_pkey, revisions_pkey
     -- The mark of a number of each chat, null beyond its last; of a chat that is not the asker's
     -- there is no row.
     select i.chat_id, mark_at(chat => i.chat_id, number => i.number) as mark
-    from unnest($2::bigint[], $3::bigint[]) as i (chat_id, number)
-    join participants p on p.chat_id = i.chat_id and p.user_id = $1"""
+    from unnest($1::bigint[], $3::bigint[]) as i (chat_id, number)
+    join participants p on p.chat_id = i.chat_id and p.user_id = $2"""
 
 
 async def read_chat(database: Database, chat_id: int, asker_id: int) -> Chat:
@@ -1239,12 +1228,13 @@ class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
     __slots__ = (
-        "answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_chars", "replays",
-        "request_id", "rooms", "unanswered")
+        "address", "answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_chars",
+        "replays", "request_id", "rooms", "unanswered")
 
     def __init__(self, request: web.Request, chat_id: int | None) -> None:
         super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
         self.asker = request[ASKER]
+        self.address = address_of(request)
         self.request_id = process.request_id(request)  # of its handshake
         self.chat_id = chat_id
         self.key = object()  # in RATES: the key may outlive the socket, and its id() be reused
@@ -1305,10 +1295,8 @@ class Room:
 
 def hello_to(asker: Asker) -> Hello:
     """Say who a socket belongs to."""
-    expires_at = datetime.fromtimestamp(asker.expires_at, UTC)
-    now = datetime.now(UTC)
-    return Hello(
-        asker.user_id, asker.session_id, expires_at, now, HEARTBEAT_SECONDS, VERSION)
+    expires_at, now = datetime.fromtimestamp(asker.expires_at, UTC), datetime.now(UTC)
+    return Hello(asker.user_id, asker.session_id, expires_at, now, HEARTBEAT_SECONDS, VERSION)
 
 
 def encode_frame(frame: ServerFrame) -> bytes:
@@ -1338,6 +1326,7 @@ class Rooms:
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
+        self._followed: Counter[str] = Counter()  # by address: the chats of all its sockets
 
     async def close_all(self) -> None:
         """Close every socket with 1001, all at once; cut those that do not answer soon."""
@@ -1360,6 +1349,10 @@ class Rooms:
     def count_sockets(self, user_id: int) -> int:
         """Tell how many sockets of a user are open here."""
         return len(self._of_users.get(user_id, ()))
+
+    def count_live(self, chat_id: int) -> int:
+        """Tell to how many sockets here a frame of a chat would be written."""
+        return len(self._rooms[chat_id].live) if chat_id in self._rooms else 0
 
     def stands(self, chat_ids: Iterable[int] | None = None) -> dict[int, tuple[int, str, int]]:
         """Tell rev, mark and version of every room, or of those given that still exist."""
@@ -1415,12 +1408,16 @@ class Rooms:
             await asyncio.sleep(0)
 
     def _is_beyond(self, socket: Socket, count: int) -> bool:
-        """Tell whether so many chats more on a socket are beyond what the sockets of its user may
-        follow together: each of them takes memory. One alone may follow any number.
+        """Tell whether so many chats more on a socket would take those of its user, or of its
+        address, over what they may follow together: each takes memory. A user's first socket may
+        follow any number, so that nobody can be shut out.
         """
-        others = [each for each in self._of_users[socket.asker.user_id] if each is not socket]
-        followed = sum(len(each.rooms) for each in others)
-        return bool(followed) and followed + len(socket.rooms) + count > FOLLOWED_PER_USER_MAX
+        sockets = self._of_users[socket.asker.user_id]
+        followed = sum(len(each.rooms) for each in sockets) + count
+        of_address = self._followed[socket.address] + count
+        return followed > len(socket.rooms) + count and (
+            of_address > FOLLOWED_PER_ADDRESS_MAX
+            or (followed > FOLLOWED_PER_USER_MAX and len(sockets) > FREE_SOCKETS))
 
     async def _followed_by(
         self, asked: list[tuple[int | None, int]]
@@ -1479,6 +1476,7 @@ class Rooms:
         room.sockets.add(socket)
         room.live.add(socket)
         socket.rooms[chat_id] = room
+        self._followed[socket.address] += 1
         self.advance(chat_id, rev, version)
 
     def join_users(self, chat_id: int, user_ids: Iterable[int]) -> None:
@@ -1557,6 +1555,9 @@ class Rooms:
         socket.end_replay(chat_id)
         if room is None:
             return
+        self._followed[socket.address] -= 1
+        if not self._followed[socket.address]:
+            del self._followed[socket.address]
         room.sockets.discard(socket)
         room.live.discard(socket)
         if not room.sockets:
@@ -1589,36 +1590,26 @@ class Rooms:
     async def begin(self, socket: Socket, chat_id: int, after: str) -> dict[int, Exception]:
         """Replay its chat to a new socket, as `sync` does: nothing of it comes before."""
         socket.rooms[chat_id].live.discard(socket)
-        return await self.sync(socket, {chat_id: after}, None)
+        return await self.sync(socket, {chat_id: read_position("$.after", after)}, None)
 
     async def sync(
-        self, socket: Socket, given: Mapping[int, int | str], ref: Ref | None
+        self, socket: Socket, after: Mapping[int, tuple[int, str | None]], ref: Ref | None
     ) -> dict[int, Exception]:
-        """Replay chats to a socket, each from a position or a number on.
+        """Replay chats to a socket, each from a number on, which may have a mark.
 
         Answers what was refused, by chat: ChatNotFound, HistoryRewritten, Unavailable; nothing
         changes there.
         """
         refused: dict[int, Exception] = {}
-        after = {chat_id: read_position("$.after", at) for chat_id, at in given.items()}
         for chat_id in after:
             try:
                 await self._join_chat([socket], chat_id)  # where its user came in a moment ago
             except (ChatNotFound, Unavailable) as error:
                 refused[chat_id] = type(error)(str(error))  # without its frames, which hold this
-        marks: dict[int, str | None] = {}
-        asked: dict[int, int] = {}
-        for chat_id, room in socket.rooms.items():
-            if chat_id in after and after[chat_id][0] == room.delivered:
-                marks[chat_id] = room.mark  # as it is now: the room goes on
-            elif chat_id in after:
-                asked[chat_id] = after[chat_id][0]
-        if asked:
-            try:
-                marks |= dict(await self.database.rows(
-                    SELECT_MARKS, socket.asker.user_id, list(asked), list(asked.values())))
-            except Unavailable as error:
-                refused |= dict.fromkeys(asked, error)
+        try:
+            marks = await self._marks_of(socket, after)
+        except Unavailable as error:
+            return dict.fromkeys(after, Unavailable(str(error)))
         for chat_id, (number, claimed) in after.items():
             if chat_id in refused:
                 continue
@@ -1636,6 +1627,20 @@ class Rooms:
             socket.send(ReplayOut(data=start, ref=ref))
             self._go_on(socket, room)
         return refused
+
+    async def _marks_of(
+        self, socket: Socket, after: Mapping[int, tuple[int, Any]]
+    ) -> dict[int, str | None]:
+        """Find the marks of numbers of a socket's chats; None beyond the last. Raises Unavailable.
+        """
+        rooms = [socket.rooms[chat_id] for chat_id in after if chat_id in socket.rooms]
+        marks: dict[int, str | None] = {  # as they are now: the rooms go on
+            room.chat_id: room.mark for room in rooms if after[room.chat_id][0] == room.delivered}
+        asked = [room.chat_id for room in rooms if room.chat_id not in marks]
+        if asked:
+            marks |= dict(await self.database.rows(
+                SELECT_MARKS, asked, socket.asker.user_id, [after[each][0] for each in asked]))
+        return marks
 
     def _put_replay(self, socket: Socket, chat_id: int, replay: Replay) -> Replay:
         """Let a socket be given what it misses of a chat; until then it is not live there.
@@ -1704,7 +1709,6 @@ class Rooms:
 
     def deliver(self, sockets: Collection[Socket], frames: bytes, count: int) -> None:
         """Write so many frames to live sockets. Nothing may await in this loop."""
-        DELIVERED.inc(count * len(sockets))
         slow = []
         for socket in sockets:
             unsent = socket.unsent()
@@ -1712,6 +1716,7 @@ class Rooms:
                 slow.append(socket)
             else:
                 socket.write(frames)
+        DELIVERED.inc(count * (len(sockets) - len(slow)))
         for socket in slow:
             self._fall_behind(socket)
 
@@ -1746,6 +1751,18 @@ class Rooms:
 
 
 ROOMS = web.AppKey("rooms", Rooms)
+
+
+def charge_news(
+    request: web.Request, problem: type[Problem], key: Hashable, chat_id: int
+) -> None:
+    """Count news of a chat that somebody makes, and its frames against the limit of their address.
+
+    Raises the problem beyond either.
+    """
+    charge(request.app, problem, key)
+    if live := request.app[ROOMS].count_live(chat_id):
+        charge(request.app, problem, address_of(request), live, DELIVERIES)
 
 
 # ==== Catching up =================================================================================
@@ -1817,45 +1834,55 @@ async def messages_of(database: Database, chat_id: int, rows: list[Any]) -> list
     readers = None
     if rows[0]["read_seq"] >= seqs[0]:
         readers = await database.row(SELECT_READERS, chat_id, *run_ends(seqs))
-    return messages_with(rows, readers)
+    return await messages_with(rows, readers)
 
 
-def messages_with(rows: list[Any], readers: Mapping[str, Any] | None) -> list[Message]:
+async def messages_with(rows: list[Any], readers: Mapping[str, Any] | None) -> list[Message]:
     """Put messages together, in the order of their rows, and who read them, by select_readers."""
     messages = [Message(*row[:11]) for row in rows]
     if readers is not None and readers["user_ids"] is not None:
-        add_readers(sorted(messages, key=SEQ), readers)
+        await add_readers(sorted(messages, key=SEQ), readers)
     for message, row in zip(messages, rows, strict=True):
         if row["is_gone"]:
             message.sender_id = None
     return messages
 
 
-def add_readers(messages: list[Message], row: Mapping[str, Any]) -> None:
-    """Name and count who read each message, oldest first, from the row of select_readers."""
+async def add_readers(messages: list[Message], row: Mapping[str, Any]) -> None:
+    """Name and count who read each message, oldest first, from the row of select_readers.
+
+    A page may name ten thousand: they are taken in pieces, and others come in between.
+    """
     seqs = [message.seq for message in messages]
-    names = ("user_ids", "usernames", "joined_seqs", "read_seqs", "read_ats")
-    reached: dict[int, int] = {}  # by each reader: how many of the messages
-    spans = []
-    for user_id, name, joined, seq, at in sorted(zip(*(row[each] for each in names), strict=True)):
-        start = reached.get(user_id) or bisect.bisect_right(seqs, joined)
-        reached[user_id] = end = bisect.bisect_right(seqs, seq)
-        if start < end:
-            spans.append((at, user_id, start, end, name))
-    for (start, end), number in Counter(span[2:4] for span in spans).items():
-        for message in messages[start:end]:
-            message.read_count += number
     senders = {message.sender_id for message in messages}
-    for at, user_id, start, end, name in sorted(spans):
-        read = messages[start:end]
-        if user_id in senders:  # of their own messages nobody is a reader
-            for message in read:
-                message.read_count -= message.sender_id == user_id
-            read = [message for message in read if message.sender_id != user_id]
-        if name is not None:
-            reader = Reader(user_id, name, at)
-            for message in read:
-                message.read_by.append(reader)
+    names = ("user_ids", "usernames", "joined_seqs", "read_seqs", "read_ats")
+    stops: dict[tuple[int, str | None, int], list[tuple[int, datetime]]] = {}
+    for *reader, seq, at in zip(*(row[each] for each in names), strict=True):
+        stops.setdefault(tuple(reader), []).append((seq, at))
+    change = [0] * (len(messages) + 1)  # of read_count, from each message to the next
+    for number, ((user_id, name, joined), passed) in enumerate(stops.items()):
+        start = bisect.bisect_right(seqs, joined)
+        for seq, at in sorted(passed):
+            end = max(start, bisect.bisect_right(seqs, seq))
+            change[start] += 1
+            change[end] -= 1
+            if name is not None or user_id in senders:
+                name_reader(messages[start:end], user_id, name, at)
+            start = end
+        if number % READERS_AT_ONCE == READERS_AT_ONCE - 1:
+            await asyncio.sleep(0)
+    for message, count in zip(messages, itertools.accumulate(change), strict=False):
+        message.read_count += count
+        message.read_by.sort(key=attrgetter("read_at", "user_id"))
+
+
+def name_reader(messages: list[Message], user_id: int, name: str | None, at: datetime) -> None:
+    """Name a reader of some messages, who was counted; nobody reads their own."""
+    for message in messages:
+        if message.sender_id == user_id:
+            message.read_count -= 1
+        elif name is not None:
+            message.read_by.append(Reader(user_id, name, at))
 
 
 async def catch_up(rooms: Rooms, socket: Socket) -> None:
@@ -1863,10 +1890,8 @@ async def catch_up(rooms: Rooms, socket: Socket) -> None:
     try:
         await socket.drain()
         while socket.replays:
-            try:
-                await rooms.replaying.run(socket.asker.user_id, replay_page, rooms, socket)
-            except Unavailable:
-                await asyncio.sleep(RETRY_SECONDS)
+            await until_available(
+                rooms.replaying.run, socket.asker.user_id, replay_page, rooms, socket)
             await socket.drain()
     except ConnectionError:
         pass  # the peer is gone; its handler sees it too
@@ -1890,39 +1915,52 @@ async def replay_page(rooms: Rooms, socket: Socket) -> None:
         else:  # this process lags: the socket may miss more
             await asyncio.wait([room.filling])
         return
-    upto = room.delivered
-    mark = room.mark
+    upto, mark = room.delivered, room.mark
     rows = await rooms.database.rows(
-        SELECT_MISSED, room.chat_id, socket.asker.user_id, replay.at, upto, REPLAY_PAGE)
-    missed = await messages_of(rooms.database, room.chat_id, rows)
-    if socket.replays.get(room.chat_id) is not replay:
+        SELECT_MISSED, chat_id, socket.asker.user_id, replay.at, upto, REPLAY_PAGE)
+    if socket.replays.get(chat_id) is not replay:
         return  # another sync replaced this one, or the socket lost the chat
     if not rows:
-        rooms.leave_chat(socket, room.chat_id)
-        return
-    if rows[0]["mark"] != replay.mark:
-        rooms.start_over(room.chat_id)
-        return
-    frames = bytearray()
-    for message in missed:
-        if len(frames) > REPLAY_BYTES:
-            break  # the rest is read again, once this is taken
-        frames += encode_change(message, replay.since)
-        replay.at, replay.mark = message.rev, mark_of(message.position)
-    else:
-        if len(missed) < REPLAY_PAGE:
-            replay.at, replay.mark = upto, mark
-    socket.write(bytes(frames))
+        rooms.leave_chat(socket, chat_id)
+    elif rows[0]["mark"] != replay.mark:
+        rooms.start_over(chat_id)
+    elif await write_missed(rooms, socket, chat_id, rows) and len(rows) < REPLAY_PAGE:
+        replay.at, replay.mark = upto, mark
+
+
+async def write_missed(
+    rooms: Rooms, socket: Socket, chat_id: int, rows: list[Any]
+) -> bool:
+    """Write messages that a socket missed, and note how far it has come; tell whether that was all.
+
+    Beyond REPLAY_BYTES they are read again, once these are taken. They are put together in pieces,
+    which are small where many readers have to be named.
+    """
+    replay, size, written = socket.replays[chat_id], REPLAY_PIECE, 0
+    while rows and written <= REPLAY_BYTES:
+        piece, rows = rows[:size], rows[size:]
+        missed = await messages_of(rooms.database, chat_id, piece)
+        if socket.replays.get(chat_id) is not replay:
+            return False
+        frames = bytearray()
+        for message in missed:
+            if written + len(frames) > REPLAY_BYTES:
+                rows = piece  # not all of them
+                break
+            frames += encode_change(message, replay.since)
+            replay.at, replay.mark = message.rev, mark_of(message.position)
+        socket.write(bytes(frames))
+        written += len(frames)
+        if sum(len(message.read_by) for message in missed) < NAMED_IN_CHAT_MAX:
+            size *= 4
+    return not rows
 
 
 async def fill_gap(rooms: Rooms, room: Room) -> None:
     """Read what a room misses, until it misses nothing, however long that takes."""
     try:
         while room.lags():
-            try:
-                await read_news(rooms, room)
-            except Unavailable:
-                await asyncio.sleep(RETRY_SECONDS)
+            await until_available(read_news, rooms, room)
     except Exception:
         log.exception("a room could not read what it misses")
         rooms.close_room(room.chat_id)
@@ -2386,14 +2424,15 @@ class SearchIndex:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: set[int] = set()  # chats in which something changed
-        self._texts = guard.Slots(1)  # that are looked through: long ones take milliseconds
+        self.texts = Texts()
 
     def note(self, chat_ids: Iterable[int]) -> None:
         """Take note of chats in which something changed: they are indexed soon."""
         self._waiting.update(chat_ids)
 
-    async def index(self, chat_id: int) -> None:
-        """Index what is new in a chat. Raises Unavailable where that takes too long."""
+    async def index(self, chat_id: int, asker: Hashable = "") -> None:
+        """Index what is new in a chat; askers take turns. Raises Unavailable where it takes long.
+        """
         deadline = time.monotonic() + INDEX_SECONDS
         while rows := await self._database.rows(SELECT_UNINDEXED, chat_id, INDEX_PAGE):
             if time.monotonic() > deadline:
@@ -2401,34 +2440,15 @@ class SearchIndex:
                 raise Unavailable("The chat is still being indexed.")
             words, count = [], 0
             for row in rows:
-                found = await self._texts.call("", words_of, row["text"])
+                found = await self.texts.words_of(asker, row["text"])
                 words.append(" ".join(found))
                 count += len(found)
-                if count > INDEX_WORDS_MAX:
+                if count > INDEX_WORDS_MAX or time.monotonic() > deadline:
                     break
             seqs = [row["seq"] for row in rows[:len(words)]]
             upto = rows[len(words) - 1]["rev"]
             await self._database.rows(
                 INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
-
-    async def look_through(
-        self, messages: list[Message], runs: list[str], at_most: int
-    ) -> tuple[list[Message], int]:
-        """List those of some messages that hold each of some runs as it stands, at most so many.
-        Tells also how many were looked through until that, or SEARCH_SECONDS, came to an end.
-        """
-        long_runs = [run for run in runs if len(run) > 2]  # what the index has is sure of others
-        if not long_runs:
-            return messages[:at_most], min(at_most, len(messages))
-        until = time.monotonic() + SEARCH_SECONDS
-        found, seen = [], 0
-        for message in messages:
-            seen += 1
-            if await self._texts.call("", holds_runs, message.text, long_runs):
-                found.append(message)
-            if len(found) == at_most or time.monotonic() > until:
-                break
-        return found, seen
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""
@@ -2443,9 +2463,13 @@ class SearchIndex:
 
 
 async def leave_chats(app: web.Application, user_id: int) -> None:
-    """Take a deleted user out of their chats; what it cannot do now is done by keep_tidy."""
+    """Take a deleted user out of their chats; what it cannot do now is done by keep_tidy.
+
+    Those who leave do so one chat each in turn, so that many in very many chats delay nobody.
+    """
+    leave = app[DATABASE].row, LEAVE_NEXT_CHAT, user_id
     with contextlib.suppress(Unavailable):
-        while row := await app[DATABASE].row(LEAVE_NEXT_CHAT, user_id):
+        while row := await app[TURNS].run("leaving", *leave):
             app[ROOMS].publish(ChatHint(*row))
 
 
@@ -2520,17 +2544,17 @@ START_SESSION = """
     -- users_pkey, attempts_by_key
     -- No row where the verified password is no longer the account's. A login forgives all attempts
     -- at the account, but only one of its address: two logins at once never forgive the same one.
-    with forgiven as (
-        delete from attempts where key = $5
-    ), forgiven_once as (
-        delete from attempts where ctid = (
-            select a.ctid from attempts a
-            where a.key = $6 and a.at < now() + interval '1 minute'
-            order by a.at desc limit 1 for update skip locked)
-    ), woken as (
+    with woken as (
         update users u set is_active = true, password_hash = coalesce($3::text, $2::text)
         where u.id = $1 and u.password_hash = $2 and not u.is_disabled
         returning u.id
+    ), forgiven as (
+        delete from attempts where key = $5 and exists (select from woken)
+    ), forgiven_once as (
+        delete from attempts where exists (select from woken) and ctid = (
+            select a.ctid from attempts a
+            where a.key = $6 and a.at < now() + interval '1 minute'
+            order by a.at desc limit 1 for update skip locked)
     )
     insert into sessions as s (user_id, user_agent, secret)
     select woken.id, $4::text, $7::text from woken
@@ -2591,11 +2615,11 @@ async def create_user(request: web.Request, body: NewUser) -> Answer[User]:
 async def check_email(request: web.Request, email: str) -> tuple[str, str]:
     """Answer an email and its key, by which it is unique. Raises InvalidInput.
 
-    A domain in other letters than ASCII takes milliseconds: of each address one at a time.
+    A domain in other letters than ASCII takes milliseconds: one at a time; addresses take turns.
     """
     if email.isascii():
         return checked_email(email)
-    return await request.app[PASSWORDS].counting.call(address_of(request), checked_email, email)
+    return await request.app[PASSWORDS].spelling.call(address_of(request), checked_email, email)
 
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
@@ -2663,7 +2687,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
-    claims = sessions.read(given or bearer_token(request), "refresh")
+    claims = sessions.read(given or guard.token_of(request, None), "refresh")
     if claims is None:
         raise InvalidToken
     holder = claims["sid"], int(claims["sub"]), claims.get("key", "")
@@ -2850,8 +2874,8 @@ REMOVE_PARTICIPANT = """  -- chat_id, asker_id, user_id
     select * from remove_participant(chat => $1, me => $2, target => $3)"""
 
 
-# Who may change a chat next; an entry lives as long as somebody has or awaits the turn.
-TURNS = web.AppKey("turns", WeakValueDictionary[int, asyncio.Lock])
+# Of each chat one change at a time.
+TURNS = web.AppKey("turns", guard.Slots)
 
 
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
@@ -2978,9 +3002,9 @@ async def alter_chat(
     Raises the problem that the row names, TooManyChanges. One at a time changes a chat: where
     somebody else holds it, who waits for it takes one connection to PostgreSQL, not all of them.
     """
-    charge(request.app, TooManyChanges, (request[ME], statement))
-    async with request.app[TURNS].setdefault(chat_id, asyncio.Lock()):
-        row = await request.app[DATABASE].row(statement, chat_id, request[ME], *arguments)
+    charge_news(request, TooManyChanges, (request[ME], statement), chat_id)
+    row = await request.app[TURNS].run(
+        chat_id, request.app[DATABASE].row, statement, chat_id, request[ME], *arguments)
     if problem := refused(row["outcome"]):
         raise problem
     request.app[ROOMS].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
@@ -3055,7 +3079,7 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
     If you posted a message with this id before, this answers 200 with it, as it is now.
     Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput, TooManyMessages.
     """
-    charge(request.app, TooManyMessages, request[ME])
+    charge_news(request, TooManyMessages, request[ME], chat_id)
     post = NewPost(chat_id, request[ME], body.id or uuid7(), body.text, body.reply_to)
     posted = await request.app[POSTS].submit(post)
     message = posted.message or await get_message(request, chat_id, post.id)
@@ -3083,7 +3107,7 @@ async def change_message(
     The same text again changes nothing. A deleted message cannot be edited: it is not found.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
-    charge(request.app, TooManyMessages, request[ME])
+    charge_news(request, TooManyMessages, request[ME], chat_id)
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, body.text))
     return await get_message(request, chat_id, message_id)
 
@@ -3095,7 +3119,7 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
     empty text. Deleting it again changes nothing.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
-    charge(request.app, TooManyMessages, (request[ME], "deleted"))
+    charge_news(request, TooManyMessages, (request[ME], "deleted"), chat_id)
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, None))
 
 
@@ -3132,7 +3156,7 @@ async def list_messages(
     else:
         rows = await database.rows(SELECT_MESSAGES_BEFORE, chat_id, me, bound, limit)
     rows.sort(key=itemgetter("seq"))
-    messages = messages_with(rows, rows[-1]) if rows else []
+    messages = await messages_with(rows, rows[-1]) if rows else []
     rows = rows or await database.rows(SELECT_MEMBERSHIP, chat_id, me)
     if not rows:
         raise ChatNotFound
@@ -3160,7 +3184,7 @@ async def search_messages(
     words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
     wanted = words_wanted(words, runs)
     if await database.row(SELECT_MEMBERSHIP, chat_id, me):
-        await index.index(chat_id)
+        await index.index(chat_id, address_of(request))
     until = time.monotonic() + SEARCH_SECONDS
     found: list[Message] = []
     goes_on = True
@@ -3170,8 +3194,10 @@ async def search_messages(
         if not rows:
             raise ChatNotFound
         named = await messages_of(database, chat_id, rows[:limit])
-        holding, seen = await index.look_through(named, runs, limit - len(found))
-        found += holding
+        places, seen = await index.texts.find(
+            address_of(request), [each.text for each in named], runs, limit - len(found),
+            SEARCH_SECONDS)
+        found += [named[place] for place in places]
         before = named[seen - 1].seq if seen else before
         goes_on = len(rows) > limit or seen < len(named)
         if len(found) == limit or time.monotonic() > until:
@@ -3209,7 +3235,7 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
     The answer tells how far you have read; going back changes nothing.
     Raises ChatNotFound, MessageNotFound, TooMuchReading.
     """
-    charge(request.app, TooMuchReading, request[ME])
+    charge_news(request, TooMuchReading, request[ME], chat_id)
     return await request.app[READS].submit(NewRead(chat_id, request[ME], body.message_id))
 
 
@@ -3275,7 +3301,7 @@ async def begin(rooms: Rooms, socket: Socket, chat_id: int, after: str | None) -
     """Begin to follow one chat: live, or with what came after a position. Raises InvalidInput."""
     refused = await rooms.begin(socket, chat_id, after) if after is not None else {}
     for error in refused.values():
-        refuse_frame(socket, as_problem(error) or InternalError(), None, chat_id)
+        refuse_frame(socket, problem_of(socket, error), None, chat_id)
     if (after is None or refused) and (room := socket.rooms.get(chat_id)):
         rooms.go_live(socket, room)
 
@@ -3383,7 +3409,7 @@ def chat_of(socket: Socket, chat_id: int | None) -> int:
 def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None:
     """Put a message on its way; its acknowledgement or refusal follows once it is decided."""
     chat_id, me = chat_of(socket, frame.chat_id), socket.asker.user_id
-    charge(request.app, TooManyMessages, me)
+    charge_news(request, TooManyMessages, me, chat_id)
     post = NewPost(chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
 
     def acknowledge(outcome: Posted | Exception) -> None:
@@ -3402,7 +3428,7 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
 async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None:
     """Mark everything up to a message as read."""
     chat_id = chat_of(socket, frame.chat_id)
-    charge(request.app, TooMuchReading, socket.asker.user_id)
+    charge_news(request, TooMuchReading, socket.asker.user_id, chat_id)
     await request.app[READS].submit(NewRead(chat_id, socket.asker.user_id, frame.message_id))
     tell_taken(socket, frame, chat_id)
 
@@ -3416,7 +3442,7 @@ def tell_taken(socket: Socket, frame: FrameIn, chat_id: int) -> None:
 async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> None:
     """Tell the others that the user is writing, unless they are too many."""
     chat_id, me = chat_of(socket, frame.chat_id), socket.asker.user_id
-    charge(request.app, TooMuchTyping, me)
+    charge_news(request, TooMuchTyping, me, chat_id)
     membership = await request.app[DATABASE].row(SELECT_MEMBERSHIP, chat_id, me)
     if membership is None:
         raise ChatNotFound
@@ -3430,9 +3456,10 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     """Replay one chat, or several; a chat that is not the user's is refused alone."""
     if (frame.after is None) == (frame.chats is None):
         raise invalid("$.after", "must be given, or else chats, but not both")
-    given, refused = dict(frame.chats or {}), dict[int, Exception]()
+    refused: dict[int, Exception] = {}
+    given = {chat_id: read_position("$.chats", at) for chat_id, at in (frame.chats or {}).items()}
     if frame.after is not None:
-        given[chat_of(socket, frame.chat_id)] = frame.after
+        given[chat_of(socket, frame.chat_id)] = read_position("$.after", frame.after)
     if socket.chat_id is not None:
         refused = dict.fromkeys(given.keys() - {socket.chat_id}, ChatNotFound())
     if len(str(frame.ref)) * len(given) > REFS_CHARS_MAX:
@@ -3566,9 +3593,9 @@ STATEMENTS = [
     text for text in globals().values() if isinstance(text, str) and text.strip()[:3] == "-- "]
 
 
-def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
+def make_rates(settings: Settings) -> dict[type[Problem] | int | str, Rate]:
     """Make what this process counts by itself."""
-    handshakes = settings.refused_handshakes_per_second
+    handshakes, deliveries = settings.refused_handshakes_per_second, settings.deliveries_per_second
     return {
         TooManyMessages: Rate(settings.messages_burst, settings.messages_per_second),
         # Some clients mark each message.
@@ -3578,6 +3605,7 @@ def make_rates(settings: Settings) -> dict[type[Problem] | int, Rate]:
         TooMuchTyping: Rate(settings.typing_per_second, settings.typing_per_second),
         TooManyHandshakes: Rate(handshakes, handshakes),
         FLOODING: Rate(REFUSALS_BURST, REFUSALS_PER_SECOND),
+        DELIVERIES: Rate(10 * deliveries, deliveries),
     }
 
 
@@ -3595,13 +3623,9 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[SESSIONS] = Sessions(settings, secret_key, app[DATABASE])
     app[ROOMS] = Rooms(app[DATABASE], app[SESSIONS], app[BUS], app[TASKS])
     app[INDEX] = SearchIndex(app[DATABASE])
-    app[TURNS] = WeakValueDictionary()
+    app[TURNS] = guard.Slots(1)
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
-    limits = settings.calls_per_user, settings.reads_per_user, settings.calls_per_address
-    light, heavy, unknown = [guard.Slots(settings.bound(limit)) for limit in limits]
-    # More of them could not read at once, and would only take turns with everybody's light calls.
-    reading = guard.Turns(settings.database_connections)
-    slots = CallSlots(light, heavy, unknown, reading, address_of)
+    slots = CallSlots.of(settings, address_of)
     if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
         app.middlewares.append(process.log_access(address_of))
     app.middlewares.extend([
@@ -3617,7 +3641,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
 async def run_tasks(app: web.Application) -> AsyncIterator[None]:
     """Run what runs beside the handlers, from the start to the end."""
     Watch(app[ROOMS]).start(app[BUS], app[TASKS])
-    app[TASKS].spawn(repeat(app[INDEX].run, seconds=INDEX_SECONDS))
+    app[TASKS].spawn(repeat(app[INDEX].run, seconds=INDEX_PAUSE_SECONDS))
     app[TASKS].spawn(repeat(keep_tidy, app, seconds=UPKEEP_SECONDS))
     yield
     await app[TASKS].cancel()

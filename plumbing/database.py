@@ -24,6 +24,7 @@ from plumbing.deadline import deadline
 
 CONNECTIONS_MAX = 10  # of a process, where nobody says otherwise
 CONNECT_SECONDS = 5.0  # which no request waits for: on a slow line it takes several round trips
+RETRY_SECONDS = 0.2  # before work that found the database away is tried again
 RECONNECT_SECONDS = 0.1  # after a failure to connect, until the next try
 FULL_SECONDS = 1.0  # the same where some connections are open, and more are refused
 WAIT_SECONDS = 1.8  # for a statement outside of a request, and for any by PostgreSQL's own clock
@@ -504,6 +505,15 @@ class Database:
         """Run a statement and answer its only value, or None; raises what `rows` does."""
         found = await self.rows(query, *arguments)
         return found[0][0] if found else None
+
+
+async def until_available(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    """Await `work`, again a little later for as long as it raises Unavailable."""
+    while True:
+        try:
+            return await work(*arguments)
+        except Unavailable:
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 async def repeat(

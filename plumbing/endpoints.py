@@ -17,7 +17,7 @@ import typing
 import zlib
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Self, TypeVar
 from urllib.parse import urlencode
 from uuid import UUID
 
@@ -30,11 +30,13 @@ from plumbing.database import Unavailable
 from plumbing.deadline import RequestDeadline, uncounted
 from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots, Turns
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
+from plumbing.settings import ServerSettings
 from plumbing.text import COMPOSED_FROM_MAX, composed
 from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
+HEAVY_OF_ADDRESS_MAX = 32  # `heavy` calls at once, whose answers may be megabytes
 SLOT_SECONDS = 15  # for which a call waits until its asker has fewer under way
 ZLIB_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 SWITCHING = 101  # the status of a websocket
@@ -353,27 +355,55 @@ def read_query(request: web.Request, shape: type[Struct], any_query: bool) -> di
 
 @dataclass(frozen=True, slots=True)
 class CallSlots:
-    """So many calls of each are under way at once (0: any number); who comes beyond waits."""
+    """How many calls may be under way at once (0: any number); further ones wait.
 
-    user: Slots
-    heavy: Slots  # of a user, apart from the others: those that are `heavy`
-    address: Slots  # of an address: those of nobody known, and refusals
-    reading: Turns  # of everybody, address by address: heavy ones that are being worked on
+    A call of a known user takes one of the user's slots, any other and a refused one takes one of
+    its address. A `heavy` call also takes one of its address, since its answer may be large, and
+    is worked on in one of everybody's turns.
+    """
+
+    light: Slots  # of a user
+    heavy: Slots  # of a user
+    address: Slots
+    heavy_of_address: Slots
+    turns: Turns  # keys: addresses
     address_of: Callable[[web.Request], str]
 
-    def of(self, endpoint: Endpoint) -> Slots:
-        """Tell whose slots a call of an endpoint takes."""
+    @classmethod
+    def of(cls, settings: ServerSettings, address_of: Callable[[web.Request], str]) -> Self:
+        """Make those of an application.
+
+        More turns than half of the database's connections would not have more read at the same
+        time; they would only delay the light calls. An address never has all of them.
+        """
+        light, heavy, of_address, heavy_of_address = [
+            Slots(settings.bound(limit)) for limit in (
+                settings.calls_per_user, settings.reads_per_user, settings.calls_per_address,
+                HEAVY_OF_ADDRESS_MAX)]
+        at_once = max(2, settings.database_connections // 2)
+        turns = Turns(at_once, of_each=at_once - 1)
+        return cls(light, heavy, of_address, heavy_of_address, turns, address_of)
+
+    async def hold(self, request: web.Request, endpoint: Endpoint, asker: Hashable) -> None:
+        """Hold the slots that a call of an endpoint takes. Raises TooManyCalls."""
         if endpoint.public:
-            return self.address
-        return self.heavy if endpoint.heavy else self.user
+            await hold_slots(request, (self.address, asker))
+        elif endpoint.heavy:
+            of_address = self.heavy_of_address, self.address_of(request)
+            await hold_slots(request, (self.heavy, asker), of_address)
+        else:
+            await hold_slots(request, (self.light, asker))
 
 
-async def hold_slot(request: web.Request, slots: Slots, key: Hashable) -> None:
-    """Hold one of somebody's slots until the answer was taken. Raises TooManyCalls."""
-    request[GIVE_BACK] = await taken(slots.take(key))
+async def hold_slots(request: web.Request, *wanted: tuple[Slots, Hashable]) -> None:
+    """Hold one of the slots of each key until the answer was taken. Raises TooManyCalls."""
+    with contextlib.ExitStack() as held:
+        for slots, key in wanted:
+            held.callback(await wait_for(slots.take(key)))
+        request[GIVE_BACK] = held.pop_all().close
 
 
-async def taken(taking: Awaitable[TakenT]) -> TakenT:
+async def wait_for(taking: Awaitable[TakenT]) -> TakenT:
     """Wait until a slot or a turn is taken. Raises TooManyCalls."""
     try:
         async with asyncio.timeout(SLOT_SECONDS):
@@ -384,13 +414,14 @@ async def taken(taking: Awaitable[TakenT]) -> TakenT:
 
 
 def in_turns(handler: Callable[..., Awaitable[Any]], slots: CallSlots) -> Callable[..., Any]:
-    """Have a handler of heavy calls work on a few of them at once, of each address in its turn."""
+    """Have a handler work on a few heavy calls at once; addresses take turns."""
     async def work(request: web.Request, **arguments: Any) -> Any:
-        await taken(slots.reading.take(slots.address_of(request)))
+        address = slots.address_of(request)
+        await wait_for(slots.turns.take(address))
         try:
             return await handler(request, **arguments)
         finally:
-            slots.reading.give_back()
+            slots.turns.give_back(address)
 
     return work
 
@@ -408,7 +439,6 @@ def bind(
     is refused with the problem of its name. One deadline bounds all that is waited for.
     """
     signature = Signature.of(endpoint)
-    own = slots.of(endpoint)
     work = in_turns(endpoint.handler, slots) if endpoint.heavy else endpoint.handler
 
     async def handle(request: web.Request) -> web.StreamResponse:
@@ -423,7 +453,7 @@ def bind(
                 arguments |= read_query(request, signature.query, endpoint.any_query)
             body = b"" if signature.body is None else await read_body(request)
             if endpoint.status != SWITCHING:
-                await hold_slot(request, own, asker)
+                await slots.hold(request, endpoint, asker)
             if signature.body is not None and (body or signature.body_required):
                 arguments["body"] = decode_json(signature.body, body)
             return respond(endpoint, await work(request, **arguments))
@@ -538,7 +568,7 @@ def answer_problems(
             answer = problem_answer(problem or InternalError(), request)
         if answer.status >= 400 and GIVE_BACK not in request:
             with contextlib.suppress(TooManyCalls):  # it waited long enough
-                await hold_slot(request, slots.address, slots.address_of(request))
+                await hold_slots(request, (slots.address, slots.address_of(request)))
         if answer.status != SWITCHING:
             operation = request.match_info.route.name or "none"
             observe_request(operation, answer.status, time.perf_counter() - began)

@@ -359,17 +359,21 @@ class Busy(Exception):
 
 
 class Turns:
-    """Lets so many work at once; of those who wait, each key lets one in after the other."""
+    """Lets so many work at once, and of each key at most so many; the keys of those who wait take
+    turns, one of them each time.
+    """
 
-    def __init__(self, at_once: int) -> None:
+    def __init__(self, at_once: int, of_each: int | None = None) -> None:
         self._free = at_once
+        self._of_each = of_each or at_once
+        self._working: Counter[Hashable] = Counter()  # by key
         # Key: who waits, the first first; the key whose turn is next stands first.
         self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
 
     async def take(self, key: Hashable) -> None:
         """Wait for a turn; `give_back` ends it."""
-        if self._free:
-            self._free -= 1
+        if self._free and self._working[key] < self._of_each:
+            self._begin(key)
             return
         turn = asyncio.get_running_loop().create_future()
         self._queues.setdefault(key, deque()).append(turn)
@@ -377,21 +381,55 @@ class Turns:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # it was given in the same moment
-                self.give_back()
+                self.give_back(key)
             raise
 
-    def give_back(self) -> None:
-        """End a turn: the next is let in."""
-        while self._queues:
-            key = next(iter(self._queues))
-            queue = self._queues.pop(key)
-            turn = queue.popleft()
-            if queue:
-                self._queues[key] = queue  # behind all others
-            if not turn.cancelled():
-                turn.set_result(None)
-                return
+    def _begin(self, key: Hashable) -> None:
+        self._free -= 1
+        self._working[key] += 1
+
+    def give_back(self, key: Hashable) -> None:
+        """End a turn of a key: the next is let in."""
         self._free += 1
+        self._working[key] -= 1
+        if not self._working[key]:
+            del self._working[key]
+        while self._free and (following := self._next()):
+            waiting, queue = following
+            turn = queue.popleft()
+            del self._queues[waiting]
+            if queue:
+                self._queues[waiting] = queue  # behind all others
+            if not turn.cancelled():
+                self._begin(waiting)
+                turn.set_result(None)
+
+    def _next(self) -> tuple[Hashable, deque[asyncio.Future[None]]] | None:
+        """Find the queue that is next, of a key that may work on more."""
+        for key, queue in self._queues.items():
+            if self._working[key] < self._of_each:
+                return key, queue
+        return None
+
+    async def run(
+        self, key: Hashable, work: Callable[..., Awaitable[Result]], *args: Any
+    ) -> Result:
+        """Do some work in a turn, which is also a turn of the loop of its own: others come in
+        between, even where nothing of it awaits anything.
+        """
+        await self.take(key)
+        try:
+            await asyncio.sleep(0)
+            return await work(*args)
+        finally:
+            self.give_back(key)
+
+    async def call(self, key: Hashable, work: Callable[..., Result], *args: Any) -> Result:
+        """Do what `run` does, with work that awaits nothing."""
+        async def answer() -> Result:
+            return work(*args)
+
+        return await self.run(key, answer)
 
 
 class Slots:
@@ -410,27 +448,15 @@ class Slots:
             return nothing
         turns = self._of.setdefault(key, Turns(self._at_once))
         await turns.take(key)
-        return turns.give_back
+        return functools.partial(turns.give_back, key)
 
     async def run(
         self, key: Hashable, work: Callable[..., Awaitable[Result]], *args: Any
     ) -> Result:
-        """Do some work, which begins once there is a slot, and in a turn of the loop of its own:
-        others come in between, even where nothing of it awaits anything.
-        """
-        give_back = await self.take(key)
-        try:
-            await asyncio.sleep(0)
+        """Do some work in a slot, which is also a turn of the loop of its own (Turns.run)."""
+        if not self._at_once:
             return await work(*args)
-        finally:
-            give_back()
-
-    async def call(self, key: Hashable, work: Callable[..., Result], *args: Any) -> Result:
-        """Do what `run` does, with work that awaits nothing."""
-        async def answer() -> Result:
-            return work(*args)
-
-        return await self.run(key, answer)
+        return await self._of.setdefault(key, Turns(self._at_once)).run(key, work, *args)
 
 
 # ---- What is believed
@@ -497,6 +523,7 @@ class Passwords:
         # The tries of an address are counted one after the other: each waits for the one before,
         # and would hold a connection to the database meanwhile.
         self.counting = Slots(1)
+        self.spelling = Turns(1)  # of emails in other letters, each of which takes milliseconds
         self._threads = ThreadPoolExecutor(
             PASSWORD_THREADS, "bcrypt", initializer=_let_others_go_first)
         # Verified against for an unknown email, so that it takes as long as a known one.
@@ -544,7 +571,7 @@ class Passwords:
             with uncounted():  # the length of the queue bounds it
                 await self._turns.take(address)
                 job = asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
-                job.add_done_callback(lambda _: self._turns.give_back())
+                job.add_done_callback(lambda _: self._turns.give_back(address))
                 return await job
         finally:
             self._waiting -= 1
@@ -560,16 +587,16 @@ class Passwords:
 # ---- Signed tokens
 
 
-def bearer_token(request: web.Request) -> str | None:
-    """Find the token of a request in Authorization (RFC 6750); None where there is none."""
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    return token.strip() if scheme.lower() == "bearer" and token else None
-
-
-def token_of_socket(request: web.Request, subprotocol: str) -> str:
-    """Find the token of a handshake where browsers can put one: behind the subprotocol, or in the
-    query. Empty where there is none.
+def token_of(request: web.Request, subprotocol: str | None) -> str:
+    """Find the token of a request in Authorization (RFC 6750), and of a handshake, which may offer
+    the subprotocol, also where browsers can put one: behind that, or in the query. Empty where
+    there is none.
     """
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token.strip()
+    if subprotocol is None:
+        return ""
     offered = request.headers.get("Sec-WebSocket-Protocol", "").split(",")
     protocols = [protocol.strip() for protocol in offered]
     if protocols[0] == subprotocol and len(protocols) == 2:
@@ -614,6 +641,46 @@ class Signer:
                 claims = signed_claims(token, key, "typ", "iat", "exp", *required)
                 is_expired = claims["exp"] + leeway <= time.time()
                 return claims if claims["typ"] == kind and not is_expired else None
+        return None
+
+
+class SessionTokens:
+    """The tokens of sessions: to each generation belong an access and a refresh token."""
+
+    def __init__(
+        self, key: str, old_key: str, access_seconds: int, refresh_seconds: int
+    ) -> None:
+        self._signer = Signer(key, old_key)
+        self._access_seconds = access_seconds
+        self._refresh_seconds = refresh_seconds
+
+    def pair(self, user_id: int, session: Mapping[str, Any]) -> tuple[str, str, int]:
+        """Make the tokens of a session's generation; its refresh token is always the same.
+
+        `session` has `id`, `generation`, `rotated_at` and `secret`. Answers the access token, the
+        refresh token, and for how many seconds the former is good.
+        """
+        generation = session["generation"]
+        own = {
+            "sub": str(user_id), "sid": session["id"], "key": session["secret"],
+            "gen": generation}
+        access = self._signer.sign(
+            time.time(), self._access_seconds, typ="access", jti=secrets.token_hex(8), **own)
+        refresh = self._signer.sign(
+            int(session["rotated_at"].timestamp()), self._refresh_seconds, typ="refresh",
+            jti=str(generation), **own)
+        return access, refresh, self._access_seconds
+
+    def read(self, token: str, kind: str, leeway: float) -> dict[str, Any] | None:
+        """Read a token's claims; None unless it is ours, of this kind, and did not expire over so
+        many seconds ago.
+
+        Nor may an access token be of the future, when some clock was ahead; a refresh token may:
+        the time of its session is set right.
+        """
+        claims = self._signer.read(token, kind, leeway, "sub", "sid", "jti")
+        if claims is None or kind == "refresh" or not is_early(claims, self._access_seconds):
+            return claims
         return None
 
 

@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 
 import messenger
+from plumbing.guard import Slots
 from support.databases import crowd, until_waiting
 from support.people import SOON_SECONDS, Person, pages, puts, roles
 from support.valid_calls import requests_about
@@ -36,18 +37,10 @@ async def removes(person: Person, chat: int, who: Any) -> Any:
     return 204 if answer.status == 204 else (answer.status, (await answer.json())["type"])
 
 
-class NoTurns:
-    """Lets everybody change a chat at once, as if each came to a server of its own."""
-
-    def setdefault(self, _chat: int, turn: asyncio.Lock) -> asyncio.Lock:
-        """Give a turn that nobody else waits for."""
-        return turn
-
-
 @pytest.fixture(autouse=True)
 def no_turns(app: Any) -> None:
-    """Meet at the chat's lock in PostgreSQL, not before."""
-    app[messenger.TURNS] = NoTurns()
+    """Meet at the chat's lock in PostgreSQL, not before: as if each came to a server of its own."""
+    app[messenger.TURNS] = Slots(0)
 
 
 async def at_once(sql: asyncpg.Connection, chat: int, *requests: Coroutine[Any, Any, Any]) -> Any:

@@ -422,6 +422,28 @@ async def test_reader_who_left_is_not_named(alice: Person, bob: Person, carol: P
         assert message["read_count"] == 1, back
 
 
+async def test_who_was_away_is_no_reader_of_what_came_meanwhile(
+    alice: Person, bob: Person, carol: Person
+) -> None:
+    """Whoever left and came back has read what they read before or after, but not what was posted
+    while they were away: on a page as by the message itself."""
+    chat = await alice.founds(bob, carol)
+    sent = [await alice.says(chat, str(number)) for number in range(3)]
+    await bob.reads(chat, sent[1])
+    await bob.reads(chat, sent[2])
+    await alice.expects(204, "DELETE", f"/chats/{chat}/participants/{bob.id}")
+    sent += [await alice.says(chat, "away") for _ in range(3)]
+    await alice.posts(f"/chats/{chat}/participants", {"user_id": bob.id})
+    sent += [await alice.says(chat, "back") for _ in range(2)]
+    await bob.reads(chat, sent[-1])
+    on_page = await carol.gets(f"/chats/{chat}/messages")
+    alone = [await carol.gets(f"/chats/{chat}/messages/{each['id']}") for each in sent]
+    assert on_page == alone
+    assert [each["read_count"] for each in alone] == [0] * 6 + [1] * 2
+    changes = await carol.gets(f"/chats/{chat}/changes?after=0")
+    assert changes == alone
+
+
 async def test_large_chats_only_count_readers(
     alice: Person, bob: Person, carol: Person, sql: asyncpg.Connection
 ) -> None:

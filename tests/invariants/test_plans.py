@@ -207,7 +207,7 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "POST_MESSAGE": [
             (BIG, READER, uuid4(), "text", None, "m"), (2, READER, uuid4(), "text", ID, "m"),
             (CROWD, CROWDED, uuid4(), "text", None, "m")],
-        "SELECT_MARKS": [(READER, [BIG, 2, EMPTY], [FAR, 1, 1]), (CROWDED, [CROWD], [1])],
+        "SELECT_MARKS": [([BIG, 2, EMPTY], READER, [FAR, 1, 1]), ([CROWD], CROWDED, [1])],
         "SELECT_FREE_CHATS": [([BIG, 2, 3],)],
         "SELECT_FREE_PARTICIPANTS": [
             ([BIG, 2, 3], [READER, READER, JOINER]), ([CROWD], [CROWDED])],

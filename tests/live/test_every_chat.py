@@ -908,6 +908,7 @@ async def test_chats_that_the_sockets_of_a_user_follow_are_bounded(
     """A further socket of a user is refused where all of them together would follow too many chats;
     the first may follow any number, and the sockets of others count for nothing."""
     chats = [await alice.founds(bob) for _ in range(3)]
+    monkeypatch.setattr(messenger, "FREE_SOCKETS", 1)
     monkeypatch.setattr(messenger, "FOLLOWED_PER_USER_MAX", 2)
     first = await follows(alice)
     assert await refusal(alice, "/ws") == 429
@@ -922,11 +923,29 @@ async def test_chats_that_the_sockets_of_a_user_follow_are_bounded(
             await asyncio.sleep(0.01)
 
 
+async def test_chats_that_the_sockets_of_an_address_follow_are_bounded(
+    alice: Person, bob: Person, carol: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So are those that all sockets of an address follow, whoever they belong to; the first of
+    each user may follow any number, and what has closed counts no more."""
+    for _ in range(3):
+        await alice.founds(bob, carol)
+    monkeypatch.setattr(messenger, "FOLLOWED_PER_ADDRESS_MAX", 8)
+    lines = [await follows(person) for person in (alice, bob, carol)]
+    for person in (alice, bob, carol):
+        assert await refusal(person, "/ws") == 429
+    await asyncio.gather(*(line.close() for line in lines[1:]))
+    async with asyncio.timeout(SOON_SECONDS):
+        while await is_refused(alice):
+            await asyncio.sleep(0.01)
+
+
 async def test_chats_that_open_sockets_come_to_follow_are_bounded(
     alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a user comes into so many chats that their open sockets would follow too many, all of
     them but one are closed, to come back; that one follows any number."""
+    monkeypatch.setattr(messenger, "FREE_SOCKETS", 1)
     monkeypatch.setattr(messenger, "FOLLOWED_PER_USER_MAX", 3)
     lines = [await follows(alice) for _ in range(3)]
     made = [await bob.founds(alice) for _ in range(5)]

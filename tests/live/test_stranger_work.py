@@ -14,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import asyncpg
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
 import messenger
-from plumbing import endpoints, guard
+from plumbing import endpoints, guard, search
 from plumbing.credentials import checked_email
 from plumbing.endpoints import Problem
 from plumbing.guard import Rate
 from plumbing.text import words_of
+from support.databases import crowd
 from support.people import HEAR_SECONDS, PASSWORD, Person, follows
 from support.raw import HANDSHAKE, RawConnection, RawLine
 from support.servers import ROOT, Server
@@ -342,13 +344,13 @@ async def test_texts_of_all_searches_are_looked_through_one_at_a_time(
     chat = await alice.opens(bob)
     for _ in range(20):
         await alice.says(chat, "甲乙。乙丙")
-    turns, holds = Turns(80), messenger.holds_runs
+    turns, holds = Turns(80), search.holds_runs
 
     def count(*args: Any) -> Any:
         turns.done += 1
         return holds(*args)
 
-    monkeypatch.setattr(messenger, "holds_runs", count)
+    monkeypatch.setattr(search, "holds_runs", count)
     found = asyncio.gather(*(
         person.gets(f"/chats/{chat}/messages?q=甲乙丙") for person in (alice, bob) * 2))
     assert await turns.most() == 1
@@ -545,7 +547,7 @@ async def test_body_of_a_request_is_never_another_request(server: TestServer, he
 
 
 @pytest.mark.parametrize(
-    "path, name", [("/docs", "Expect"), *(("/ws", name) for name in HANDSHAKE)])
+    ("path", "name"), [("/docs", "Expect"), *(("/ws", name) for name in HANDSHAKE)])
 async def test_header_beyond_ascii_is_a_refusal(
     server: TestServer, alice: Person, caplog: pytest.LogCaptureFixture, path: str, name: str
 ) -> None:
@@ -558,3 +560,160 @@ async def test_header_beyond_ascii_is_a_refusal(
     raw.close()
     assert 400 <= status < 500
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def well_read(alice: Person, bob: Person, sql: asyncpg.Connection) -> int:
+    """Make a group of 100 in which everybody has read each of 100 messages by itself."""
+    chat = await alice.founds(bob)
+    ids = await crowd(sql, 98)
+    await sql.execute(
+        "with joined as (insert into participants (chat_id, user_id, role)"
+        " select $1, id, 'member' from unnest($2::bigint[]) id)"
+        " update chats set participant_count = 100 where id = $1", chat, ids)
+    for number in range(100):
+        await alice.says(chat, str(number))
+    await sql.execute(
+        "with passed as (insert into reads (chat_id, user_id, from_seq, seq, read_at)"
+        " select $1, p.user_id, seq - 1, seq, now() from participants p, generate_series(1, 99) seq"
+        " where p.chat_id = $1)"
+        " update participants set last_read_seq = 100, last_read_at = now() where chat_id = $1",
+        chat)
+    return chat
+
+
+async def test_readers_of_a_page_are_named_in_turn_with_others(
+    alice: Person, bob: Person, sql: asyncpg.Connection, monkeypatch: Any
+) -> None:
+    """Ten thousand readers of a page are not all named before anybody else has a turn."""
+    chat = await well_read(alice, bob, sql)
+    turns, reader = Turns(9_900), messenger.Reader
+
+    def count(*args: Any) -> Any:
+        turns.done += 1
+        return reader(*args)
+
+    monkeypatch.setattr(messenger, "Reader", count)
+    page = asyncio.create_task(bob.gets(f"/chats/{chat}/messages?limit=100"))
+    assert await turns.most() <= 100 * messenger.READERS_AT_ONCE
+    assert [len(each["read_by"]) for each in await page] == [99] * 100
+
+
+async def test_readers_that_are_not_sent_are_not_named(
+    alice: Person, bob: Person, sql: asyncpg.Connection, monkeypatch: Any
+) -> None:
+    """A replay names the readers of what it writes, and few others."""
+    chat = await well_read(alice, bob, sql)
+    named, reader = 0, messenger.Reader
+
+    def count(*args: Any) -> Any:
+        nonlocal named
+        named += 1
+        return reader(*args)
+
+    line = await bob.listens_live(chat)
+    monkeypatch.setattr(messenger, "Reader", count)
+    await line.sends(type="sync", after=0, ref="all")
+    sent = 0
+    while (frame := await line.hears("message", "ready"))["type"] == "message":
+        sent += len(frame["data"]["read_by"])
+    assert sent == 99 * 100
+    assert named < 2 * sent
+
+
+async def test_deliveries_of_an_address_are_bounded(
+    app: web.Application, alice: Person, bob: Person, carol: Person
+) -> None:
+    """What is written to sockets counts against the address of whoever had it written: beyond the
+    limit each kind of news is refused, until there is room again; chats without sockets are free.
+    """
+    chat, quiet = await alice.founds(bob, carol), await alice.founds(bob)
+    lines = [await bob.listens_live(chat) for _ in range(4)]
+    sent = await alice.says(chat, "first")
+    app[messenger.RATES][messenger.DELIVERIES] = Rate(8, 1)
+    speaker = await alice.listens_live(chat)
+    await alice.says(chat, "1")
+    while (answer := await alice.asks(
+            "POST", f"/chats/{chat}/messages", {"text": "2"})).status == 201:
+        pass
+    refused = await answer.json()
+    assert (answer.status, refused["type"]) == (429, "too-many-messages")
+    assert 1 <= int(answer.headers["Retry-After"]) <= 10
+    path = f"/chats/{chat}/messages/{sent['id']}"
+    assert (await alice.asks("PATCH", path, {"text": "x"})).status == 429
+    assert (await alice.asks("DELETE", path)).status == 429
+    assert (await alice.asks("PATCH", f"/chats/{chat}", {"name": "x"})).status == 429
+    assert (await bob.asks("POST", f"/chats/{chat}/read", {"message_id": sent["id"]})).status == 429
+    for frame in ({"type": "message", "text": "3"}, {"type": "typing"},
+                  {"type": "read", "message_id": sent["id"]}):
+        await speaker.sends(**frame, ref="r")
+        assert (await speaker.hears("ack", "error"))["data"]["status"] == 429
+    await alice.says(quiet, "free")
+    assert len(lines) == 4
+
+
+async def test_heavy_answers_of_an_address_that_are_not_read_are_bounded(
+    app: web.Application, client: TestClient[Any, Any], alice: Person, bob: Person,
+    monkeypatch: Any
+) -> None:
+    """So many heavy calls of an address are under way at once, whoever makes them."""
+    chat = await alice.opens(bob)
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.2)
+    slots = next(
+        cell.cell_contents for cell in app.middlewares[-1].__closure__
+        if isinstance(cell.cell_contents, endpoints.CallSlots))
+    address = "127.0.0.1"
+    held = [await slots.heavy_of_address.take(address)
+            for _ in range(endpoints.HEAVY_OF_ADDRESS_MAX)]
+    for person in (alice, bob):
+        assert (await person.asks("GET", f"/chats/{chat}/messages")).status == 429
+        assert (await person.asks("GET", "/users/me")).status == 200
+    held.pop()()
+    assert (await bob.asks("GET", f"/chats/{chat}/messages")).status == 200
+
+
+async def test_search_that_has_much_to_index_ends_soon(
+    alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """A search of a chat in which much is to be indexed is refused after a moment, and each time
+    more is indexed; it never goes through a whole page of texts first."""
+    chat = await alice.opens(bob)
+    for number in range(40):
+        await alice.says(chat, f"word{number}")
+    words = search.words_of
+
+    def slow(text: str) -> set[str]:
+        time.sleep(0.01)
+        return words(text)
+
+    monkeypatch.setattr(search, "words_of", slow)
+    monkeypatch.setattr(messenger, "INDEX_SECONDS", 0.1)
+    tries = 0
+    while (answer := await bob.asks("GET", f"/chats/{chat}/messages?q=word39")).status == 503:
+        tries += 1
+    assert 1 <= tries < 40
+    assert [each["text"] for each in await answer.json()] == ["word39"]
+
+
+async def test_users_who_delete_their_accounts_leave_one_after_the_other(
+    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any
+) -> None:
+    """Of many who delete their accounts at once, one leaves a chat at a time, in turns."""
+    chats = [await alice.founds(bob, carol) for _ in range(5)]
+    row, order, at_once = app[messenger.DATABASE].row, [], 0
+
+    async def count(statement: str, *arguments: Any) -> Any:
+        nonlocal at_once
+        if statement != messenger.LEAVE_NEXT_CHAT:
+            return await row(statement, *arguments)
+        at_once += 1
+        assert at_once == 1
+        order.append(arguments[0])
+        left = await row(statement, *arguments)
+        at_once -= 1
+        return left
+
+    monkeypatch.setattr(app[messenger.DATABASE], "row", count)
+    await asyncio.gather(*(
+        person.expects(204, "DELETE", f"/users/{person.id}") for person in (bob, carol)))
+    assert sorted(order[:2]) == sorted([bob.id, carol.id])
+    assert len(order) == 2 * (len(chats) + 1)

@@ -9,6 +9,7 @@ import resource
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -25,14 +26,13 @@ from plumbing.guard import (
     Rate,
     Signer,
     Trusted,
-    bearer_token,
     client_address,
     is_early,
     read_address,
     read_networks,
     read_origin,
     read_origins,
-    token_of_socket,
+    token_of,
 )
 from plumbing.process import DESCRIPTORS_SPARE, StartError
 from support.people import HEAR_SECONDS, PASSWORD, SOON_SECONDS, Line, Person, login
@@ -881,6 +881,35 @@ async def test_work_that_fails_gives_its_slot_back() -> None:
             await asyncio.wait_for(slots.run("a", fails, number), HEAR_SECONDS)
 
 
+async def test_turns_are_never_all_of_one_key() -> None:
+    """Of each key at most so many work at once, though turns are free; the others get those, and
+    who waited is let in as soon as one of the same key has ended."""
+    turns, working = guard.Turns(3, of_each=2), Counter[str]()
+
+    async def works(key: str, end: asyncio.Event) -> None:
+        await turns.take(key)
+        working[key] += 1
+        await end.wait()
+        working[key] -= 1
+        turns.give_back(key)
+
+    ends = [asyncio.Event() for _ in range(5)]
+    tasks = [asyncio.create_task(works("a", end)) for end in ends[:4]]
+    tasks.append(asyncio.create_task(works("b", ends[4])))
+    await asyncio.sleep(0)
+    assert working == {"a": 2, "b": 1}
+    tasks[2].cancel()
+    ends[0].set()
+    for _ in range(4):
+        await asyncio.sleep(0)
+    assert working == {"a": 2, "b": 1}
+    for end in ends:
+        end.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    for key in "abc":
+        await asyncio.wait_for(turns.take(key), HEAR_SECONDS)
+
+
 # ---- What is believed
 
 
@@ -934,19 +963,19 @@ def test_token_of_a_clock_that_was_ahead_is_early() -> None:
     assert not is_early({"iat": time.time() + 30}, 60)
 
 
-@pytest.mark.parametrize(("headers", "query", "bearer", "of_socket"), [
-    ({"Authorization": "Bearer abc"}, "", "abc", ""),
-    ({"Authorization": "bearer  abc"}, "?token=x", "abc", "x"),
-    ({"Authorization": "Basic abc"}, "", None, ""), ({"Authorization": "Bearer"}, "", None, ""),
-    ({"Sec-WebSocket-Protocol": "v1, abc"}, "?token=x", None, "abc"),
-    ({"Sec-WebSocket-Protocol": "v2, abc"}, "", None, ""),
-    ({"Sec-WebSocket-Protocol": "v1"}, "?token=x", None, "x"),
+@pytest.mark.parametrize(("headers", "query", "of_call", "of_socket"), [
+    ({"Authorization": "Bearer abc"}, "", "abc", "abc"),
+    ({"Authorization": "bearer  abc"}, "?token=x", "abc", "abc"),
+    ({"Authorization": "Basic abc"}, "", "", ""), ({"Authorization": "Bearer"}, "", "", ""),
+    ({"Sec-WebSocket-Protocol": "v1, abc"}, "?token=x", "", "abc"),
+    ({"Sec-WebSocket-Protocol": "v2, abc"}, "", "", ""),
+    ({"Sec-WebSocket-Protocol": "v1"}, "?token=x", "", "x"),
 ])
 def test_token_of_a_request_is_found(
-    headers: dict[str, str], query: str, bearer: str | None, of_socket: str
+    headers: dict[str, str], query: str, of_call: str, of_socket: str
 ) -> None:
     """A token stands in Authorization; of a handshake also behind the subprotocol, or in the
     query."""
     request = make_mocked_request("GET", f"/{query}", headers=CIMultiDict(headers))
-    assert bearer_token(request) == bearer
-    assert token_of_socket(request, "v1") == of_socket
+    assert token_of(request, None) == of_call
+    assert token_of(request, "v1") == of_socket

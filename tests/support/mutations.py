@@ -72,8 +72,8 @@ end $$;
 """
 READ_ONLY = '"25006", '  # among the states that mean that the database is away
 HELD = '"55P03", '  # among those that mean that it is busy
-PAGE_END = """            replay.at, replay.mark = upto, mark
-    socket.write(bytes(frames))
+PAGE_END = """ and len(rows) < REPLAY_PAGE:
+        replay.at, replay.mark = upto, mark
 """
 
 MUTATIONS = (
