@@ -3605,7 +3605,7 @@ def make_rates(settings: Settings) -> dict[type[Problem] | int | str, Rate]:
         TooMuchTyping: Rate(settings.typing_per_second, settings.typing_per_second),
         TooManyHandshakes: Rate(handshakes, handshakes),
         FLOODING: Rate(REFUSALS_BURST, REFUSALS_PER_SECOND),
-        DELIVERIES: Rate(10 * deliveries, deliveries),
+        DELIVERIES: Rate(deliveries // 4 + 1, deliveries),
     }
 
 

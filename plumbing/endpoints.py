@@ -373,15 +373,16 @@ class CallSlots:
     def of(cls, settings: ServerSettings, address_of: Callable[[web.Request], str]) -> Self:
         """Make those of an application.
 
-        More turns than half of the database's connections would not have more read at the same
-        time; they would only delay the light calls. An address never has all of them.
+        Heavy calls on more than half of the database's connections would not read more; they would
+        only delay the light ones. An address has few of their turns, at first a single one: two
+        large pages at a time would take all of a core.
         """
         light, heavy, of_address, heavy_of_address = [
             Slots(settings.bound(limit)) for limit in (
                 settings.calls_per_user, settings.reads_per_user, settings.calls_per_address,
                 HEAVY_OF_ADDRESS_MAX)]
         at_once = max(2, settings.database_connections // 2)
-        turns = Turns(at_once, of_each=at_once - 1)
+        turns = Turns(at_once, of_each=settings.bound(max(1, at_once // 5)))
         return cls(light, heavy, of_address, heavy_of_address, turns, address_of)
 
     async def hold(self, request: web.Request, endpoint: Endpoint, asker: Hashable) -> None:

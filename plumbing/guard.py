@@ -255,6 +255,8 @@ class PromptConnection(web.RequestHandler):
         try:
             answer, reset = await super()._handle_request(request, *others)
             rests = answer.status in RESTING
+            if isinstance(answer, web.Response):
+                answer._body = None  # aiohttp keeps the answer until the next request
             return answer, reset
         finally:
             give_back = request.get(GIVE_BACK, nothing)

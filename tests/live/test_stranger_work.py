@@ -717,3 +717,21 @@ async def test_users_who_delete_their_accounts_leave_one_after_the_other(
         person.expects(204, "DELETE", f"/users/{person.id}") for person in (bob, carol)))
     assert sorted(order[:2]) == sorted([bob.id, carol.id])
     assert len(order) == 2 * (len(chats) + 1)
+
+
+async def test_answer_that_was_taken_takes_no_memory(
+    server: TestServer, alice: Person, bob: Person
+) -> None:
+    """An idle connection does not hold the last answer: a page may have megabytes."""
+    chat = await alice.opens(bob)
+    for _ in range(20):
+        await alice.says(chat, "🙂" * 4096)
+    head = f"GET /api/v1/chats/{chat}/messages HTTP/1.1\r\nHost: a\r\n"
+    raw = await RawConnection.opens(
+        server.port, f"{head}Authorization: Bearer {bob.access}\r\n\r\n".encode())
+    status, _, body = await raw.hears()
+    assert (status, len(body) > 300_000) == (200, True)
+    await alice.gets("/users/me")  # by now the server waits for the next request
+    held = [each for each in gc.get_objects() if isinstance(each, web.Response) and each.body]
+    assert max((len(each.body) for each in held), default=0) < 10_000
+    raw.close()
