@@ -1185,7 +1185,7 @@ def tell_readers(
         newest.sender_id = None
 
 
-class ChatHint(Struct, array_like=True, tag="chat"):
+class ChatHint(Struct, array_like=True, tag="chat", order=True):
     """A chat has come to this rev and version; these users came into it."""
     chat_id: int
     rev: int
@@ -1732,7 +1732,7 @@ class Rooms:
         self._act_on(hint, posted)
         key: object = object()
         if isinstance(hint, ChatHint) and not hint.joined:
-            key = (hint.chat_id, hint.version)  # it only says how far a chat is: the newest counts
+            key = (hint.chat_id, hint.version)  # it only says how far a chat is
         self._bus.notify(key, hint)
 
     def hear_others(self, hints: str) -> None:

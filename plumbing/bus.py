@@ -50,18 +50,19 @@ class Bus:
         self._origin = secrets.token_hex(ORIGIN_CHARS // 2)
         self._greeting = f"{self._origin}[]"
         self._alone_at = time.monotonic() + ALONE_SECONDS
-        self._pending: dict[Hashable, bytes] = {}
+        self._pending: dict[Hashable, Any] = {}
         self._sending: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
 
-    def notify(self, key: Hashable, hint: object) -> None:
-        """Send a hint to the other processes soon, as JSON; a newer one of its key replaces it.
+    def notify(self, key: Hashable, hint: Any) -> None:
+        """Send a hint to the other processes soon, as JSON; of several of one key the greatest.
 
         Never waits.
         """
         if time.monotonic() > self._alone_at:
             return
-        self._pending[key] = ENCODER.encode(hint)
+        if key not in self._pending or self._pending[key] < hint:
+            self._pending[key] = hint
         if self._sending is None:
             self._sending = asyncio.create_task(self._send())
 
@@ -70,10 +71,12 @@ class Bus:
         payload: list[bytes] = []
         size = NOTIFY_BYTES_MAX
         for key in list(itertools.islice(self._pending, NOTIFY_HINTS_MAX)):
-            size -= len(self._pending[key]) + 1
+            encoded = ENCODER.encode(self._pending[key])
+            size -= len(encoded) + 1
             if size < 0 and payload:
                 break
-            payload.append(self._pending.pop(key))
+            del self._pending[key]
+            payload.append(encoded)
         return f'{self._origin}[{b",".join(payload).decode()}]'
 
     async def _send(self) -> None:

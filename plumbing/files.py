@@ -28,6 +28,14 @@ def sync_folder(folder: Path) -> None:
             raise
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether there is a file or a folder. Raises StartError where we may not look."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise StartError(f"cannot read {path}: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def replacing(file: Path) -> Iterator[int]:
     """Open what will take the place of a file, for us alone, once it is written and will last.
@@ -35,10 +43,10 @@ def replacing(file: Path) -> Iterator[int]:
     Raises StartError, also where something else than a file has its name: root would replace
     /dev/null.
     """
-    if file.exists() and not file.is_file():
-        raise StartError(f"{file} is there already, and is no ordinary file")
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
+        if is_there(file) and not file.is_file():
+            raise StartError(f"{file} is there already, and is no ordinary file")
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             yield descriptor

@@ -219,8 +219,8 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         """
         if len(self._pending) + sum(map(len, self._lanes.values())) >= PENDING_MAX:
             raise Unavailable("Too much is waiting to be written.")
-        deadline = asyncio.get_running_loop().time() + WRITE_SECONDS
-        self._pending.append(Entry(item, answer, deadline))
+        until = asyncio.get_running_loop().time() + WRITE_SECONDS
+        self._pending.append(Entry(item, answer, until))
         self._run()
 
     async def submit(self, item: Item) -> Outcome:
@@ -275,11 +275,16 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
             self._running = None
 
     def _take(self, size: int) -> list[Entry[Item, Outcome]]:
-        """Take so many of the pending entries; what needs a held lock goes to its lane."""
+        """Take so many of the pending entries; what needs a held lock goes to its lane, and what is
+        past its deadline is refused.
+        """
         group: list[Entry[Item, Outcome]] = []
+        now = asyncio.get_running_loop().time()
         while self._pending and len(group) < size:
             entry = self._pending.popleft()
-            if not self._queue_in_lane(entry):
+            if entry.deadline < now:  # a commit for nobody would make the next ones late, too
+                _answer(entry, Unavailable(ABSENT))
+            elif not self._queue_in_lane(entry):
                 group.append(entry)
         return group
 
@@ -309,16 +314,16 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         return Written(group, rows)
 
     async def _persist(self, group: list[Entry[Item, Outcome]]) -> Sequence[Any]:
-        """Commit, again while the connection is lost, until the first entry's deadline."""
-        items, deadline = [entry.item for entry in group], group[0].deadline
+        """Commit, again while the connection is lost, until the last entry's deadline."""
+        items, until = [entry.item for entry in group], max(entry.deadline for entry in group)
         while True:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(until):
                     return await self.commit(items)
             except TimeoutError:
                 raise Unavailable(ABSENT) from None
             except Unavailable as error:
-                if is_held(error) or asyncio.get_running_loop().time() > deadline:
+                if is_held(error) or asyncio.get_running_loop().time() > until:
                     raise
             for entry in group:
                 entry.again = True

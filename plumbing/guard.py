@@ -29,7 +29,7 @@ from aiohttp import web, web_response, web_server
 from yarl import URL
 
 from plumbing.deadline import uncounted
-from plumbing.files import write_private
+from plumbing.files import is_there, write_private
 from plumbing.process import (
     REQUEST_ID_HEADER,
     Handler,
@@ -700,11 +700,16 @@ def check_secret(name: str, secret: str) -> None:
 
 
 def kept_secret(path: Path) -> str:
-    """Read a secret from its file; make both at the first time. Raises StartError."""
-    if not path.exists():
+    """Read a secret from its file; the first time, make the secret and write the file.
+
+    Raises StartError.
+    """
+    if not is_there(path):
         write_private(path, secrets.token_urlsafe(SECRET_BYTES_MIN + 16))
     try:
         secret = path.read_text("utf-8").strip()
+    except OSError as error:
+        raise StartError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise StartError(f"{path} must hold text in UTF-8") from None
     if len(secret.encode()) < SECRET_BYTES_MIN:

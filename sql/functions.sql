@@ -118,6 +118,11 @@ create or replace function index_words(
 returns void language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
 begin
     perform set_config('synchronous_commit', 'off', true);  -- of this transaction
+    -- Of a chat that was swept away meanwhile nothing may be left; this one stays until we are done.
+    perform 1 from chats c where c.id = chat for key share;
+    if not found then
+        return;
+    end if;
     insert into search_positions as i (chat_id, rev) values (chat, upto)
     on conflict (chat_id) do update set rev = upto where i.rev = since;
     if not found then

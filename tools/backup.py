@@ -11,7 +11,7 @@ from pathlib import Path
 
 import messenger as m
 from plumbing import guard
-from plumbing.files import write_private
+from plumbing.files import is_there, write_private
 from plumbing.process import StartError
 from tools.databases import dump, opened, run
 
@@ -30,7 +30,7 @@ def key_file(file: Path) -> Path:
 def signing_key(settings: m.Settings) -> str:
     """Find the key that signs tokens. Raises StartError."""
     kept = Path(settings.data_dir) / "secret_key"
-    if not settings.secret_key and not kept.exists():
+    if not settings.secret_key and not is_there(kept):
         raise StartError(f"there is no key: {kept} is made when the server first starts")
     return settings.secret_key or guard.kept_secret(kept)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import messenger as m
 from plumbing import guard
-from plumbing.files import write_private
+from plumbing.files import is_there, write_private
 from plumbing.process import StartError
 from tools.backup import key_file
 from tools.databases import Place, connected, load, opened, require_backup, run, run_program
@@ -38,7 +38,7 @@ SWAP_DATABASES = """
         execute format('alter database %I rename to %I', current_setting('messenger.fresh'),
                        current_setting('messenger.present'));
     end $$"""
-DATABASE_CHARS_MAX = 50  # of a name, so that what is added fits
+DATABASE_BYTES_MAX = 50  # of a name, so that what is added fits: PostgreSQL cuts it at 63
 
 
 async def restore(settings: m.Settings, file: Path, force: bool, with_key: bool) -> int:
@@ -93,7 +93,10 @@ async def replace_database(place: Place, file: Path, keeps: bool) -> None:
     Raises StartError, with the one there is in its place.
     """
     present = place.database
-    fresh, kept = [f"{present[:DATABASE_CHARS_MAX]}_{what}" for what in ("restored", "before")]
+    stem = present.encode()[:DATABASE_BYTES_MAX].decode(errors="ignore")
+    fresh, kept = f"{stem}_restored", f"{stem}_before"
+    if present in (fresh, kept):
+        raise StartError(f"the database is called {present}, as a restore would call another")
     outside = place.beside("template1")
     await drop(outside, fresh)
     try:
@@ -123,7 +126,7 @@ def read_key(settings: m.Settings, file: Path) -> str:
     """Read the key of a backup. Raises StartError where there is none, or it would not count."""
     if settings.secret_key:
         raise StartError("--with-key: SECRET_KEY is set, and is the key that counts")
-    if not key_file(file).exists():
+    if not is_there(key_file(file)):
         raise StartError(f"--with-key: there is no {key_file(file)}")
     return guard.kept_secret(key_file(file))
 

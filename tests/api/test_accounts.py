@@ -394,6 +394,18 @@ async def test_failed_logins_are_limited(alice: Person, bob: Person) -> None:
     assert await may_ask(alice.client, alice.access)
 
 
+async def test_login_with_a_password_that_was_just_changed_forgives_nothing(
+    alice: Person, sql: asyncpg.Connection
+) -> None:
+    """Where the verified password is the account's no longer, failed logins still count."""
+    keys = ["login:alice", "login from:here"]
+    await sql.execute("insert into attempts (key, at) select unnest($1::text[]), now()", keys)
+    row = await sql.fetchrow(
+        messenger.START_SESSION, alice.id, "an older hash", None, "", *keys, "secret")
+    assert row is None
+    assert await sql.fetchval("select count(*) from attempts where key = any ($1)", keys) == 2
+
+
 async def test_many_guesses_at_once_are_limited_too(alice: Person) -> None:
     """Of forty wrong passwords at the same time, ten are tried."""
     guesses = [logs_in(alice.client, alice.email, "wrong password") for _ in range(40)]

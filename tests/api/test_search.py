@@ -198,6 +198,18 @@ async def test_index_puts_off_little(sql: asyncpg.Connection) -> None:
     assert options == ["gin_pending_list_limit=512"]
 
 
+async def test_nothing_is_indexed_of_a_chat_that_is_gone(
+    alice: Person, bob: Person, sql: asyncpg.Connection
+) -> None:
+    """Words that come after their chat was swept away are dropped: they would outlast it."""
+    chat = await alice.founds(bob)
+    await sql.execute("delete from participants where chat_id = $1", chat)
+    await sql.execute("delete from chats where id = $1", chat)
+    await sql.fetch(messenger.INDEX_WORDS, chat, 0, 1, [1], ["word"])
+    assert await sql.fetchval("select count(*) from message_words") == 0
+    assert await sql.fetchval("select count(*) from search_positions") == 0
+
+
 async def test_words_of_the_old_rule_are_indexed_anew(
     alice: Person, bob: Person, sql: asyncpg.Connection
 ) -> None:

@@ -70,15 +70,16 @@ async def test_hint_reaches_the_others_and_not_oneself(stations: list[Station]) 
     assert (here.heard, there.heard) == (["from there"], ["from here"])
 
 
-async def test_newer_hint_of_a_key_replaces_the_older(stations: list[Station]) -> None:
-    """What was not sent yet is replaced by what is newer; hints of other keys stay."""
+async def test_greatest_hint_of_a_key_is_sent(stations: list[Station]) -> None:
+    """Of what was not sent yet the greatest of each key is sent, in whatever order they came; hints
+    of other keys stay."""
     here, there = stations
-    for number in range(3):
+    for number in (0, 2, 1):
         here.bus.notify("same", number)
         here.bus.notify(number, f"key {number}")
     here.bus.notify("end", "the end")
     await there.hears("the end")
-    assert there.heard == [2, "key 0", "key 1", "key 2", "the end"]
+    assert there.heard == [2, "key 0", "key 2", "key 1", "the end"]
 
 
 async def test_more_hints_than_fit_are_sent_in_several(stations: list[Station]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from plumbing.files import write_private
+from plumbing.files import is_there, write_private
+from plumbing.guard import kept_secret
 from plumbing.process import StartError
 
 NOBODY = 65534
@@ -76,3 +77,17 @@ def test_folder_that_cannot_be_read_takes_files(folder: Path, nobody: None) -> N
     folder.chmod(0o300)
     write_private(folder / "file", "text")
     assert (folder / "file").read_text() == "text"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_what_we_may_not_see_is_one_line(folder: Path, nobody: None) -> None:
+    """In a folder that we may not enter a file can be neither looked for, nor written, nor read."""
+    file = folder / "file"
+    file.write_text("x" * 40)
+    file.chmod(0)
+    with pytest.raises(StartError, match=r"^cannot read .*/file: Permission denied$"):
+        kept_secret(file)
+    folder.chmod(0)
+    for fails in (is_there, kept_secret, lambda file: write_private(file, "text")):
+        with pytest.raises(StartError, match=r"^cannot read .*/file: Permission denied$"):
+            fails(file)

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 
 import messenger
-from plumbing import database
+from plumbing import database, groups
 from plumbing.groups import GroupReader, OneByOne
 from plumbing.process import Tasks
 from support.people import SOON_SECONDS, Line, Person
@@ -83,6 +83,31 @@ async def test_bad_item_fails_alone(
     ]
     assert [(await line.hears("message"))["data"]["seq"] for _ in range(3)] == [1, 2, 3]
     assert await alice.history(chat) == ["one", "two", "three"]
+
+
+async def test_what_is_late_delays_nothing(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is past its deadline is refused without a commit; what comes with it is not."""
+    chat, writer = await alice.opens(bob), app[messenger.POSTS]
+    commit, sizes = writer.commit, []
+
+    async def note(items: list[Any]) -> Any:
+        sizes.append(len(items))
+        return await commit(items)
+
+    monkeypatch.setattr(writer, "commit", note)
+    monkeypatch.setattr(groups, "WRITE_SECONDS", -1)
+    late = [asyncio.create_task(writer.submit(post(chat, alice, "late"))) for _ in range(3)]
+    await asyncio.sleep(0)
+    monkeypatch.undo()
+    monkeypatch.setattr(writer, "commit", note)
+    in_time = asyncio.create_task(writer.submit(post(chat, alice, "in time")))
+    refused = await asyncio.gather(*late, return_exceptions=True)
+    assert [type(each) for each in refused] == [database.Unavailable] * 3
+    assert (await in_time).is_new
+    assert sizes == [1]
+    assert await alice.history(chat) == ["in time"]
 
 
 async def posts_in_turn(app: web.Application, chat: int, sender: Person, end: float) -> list[Any]:

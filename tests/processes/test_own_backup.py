@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import asyncpg
 import pytest
@@ -12,7 +13,7 @@ import pytest
 import messenger
 from plumbing.process import StartError
 from plumbing.schema import migrate
-from support.databases import fills_with_life, on_cluster
+from support.databases import fills_with_life, on_cluster, with_database
 from support.servers import settings_for
 from tools import backup, databases, move, restore, verify
 
@@ -97,6 +98,26 @@ async def test_what_is_replaced_stays_until_the_next_restore(
         assert await connection.fetchval("select email from users where id = 1") == "present"
     assert await verify.verify(settings, None) == 1
     await on_cluster(cluster, f"drop database {kept.database}")
+
+
+async def test_database_with_a_long_name_is_restored(
+    cluster: str, file: Path, tmp_path: Path
+) -> None:
+    """PostgreSQL cuts the names of databases at 63 bytes: those of the copies are no other's."""
+    for name in ("群" * 21, "x" * 63):
+        await on_cluster(cluster, f'create database "{name}" template template0')
+        settings = settings_for(with_database(cluster, quote(name)), tmp_path)
+        try:
+            for _ in range(2):
+                await restore.restore(settings, file, True, False)
+            async with (
+                databases.opened(settings) as place, databases.connected(place) as connection
+            ):
+                assert await connection.fetchval("select current_database()") == name
+        finally:
+            cut = name.encode()[:50].decode(errors="ignore")
+            for each in (name, f"{cut}_before", f"{cut}_restored"):
+                await on_cluster(cluster, f'drop database if exists "{each}"')
 
 
 def newer_migrations(_folder: str, names: list[str]) -> list[str]:
