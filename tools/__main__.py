@@ -20,7 +20,7 @@ PROGRAMS = {
 def main() -> int:
     """Obey the command line; answer the exit status."""
     program = PROGRAMS.get(sys.argv[1]) if sys.argv[1:] else None
-    return program(sys.argv[2:]) if program else administer.main()
+    return program(sys.argv[2:]) if program else administer.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ It takes the settings of the server from the environment, and works beside a run
 without one. A running server acts on it within two seconds.
 """
 
-import asyncio
 import contextlib
-import os
 import secrets
 import sys
 from collections.abc import Sequence
@@ -21,15 +19,15 @@ from pathlib import Path
 
 from asyncpg import UniqueViolationError
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import messenger as m
 from plumbing.credentials import checked_email, checked_username
 from plumbing.database import Database, Unavailable
 from plumbing.embedded import Postgres
 from plumbing.endpoints import InternalError, Problem, as_problem
 from plumbing.guard import Passwords
-from plumbing.process import StartError, escape_unwritable, start_logs
+from plumbing.process import StartError
 from plumbing.schema import migrate_when_up
+from tools.databases import run
 
 # How many arguments each command takes.
 COMMANDS = {
@@ -136,25 +134,16 @@ def read_command(line: Sequence[str]) -> tuple[str, Sequence[str]]:
     return line[1], line[2:]
 
 
-def main() -> int:
-    """Obey the command line; answer the exit status."""
-    start_logs(access_log=False, as_json=False)
-    escape_unwritable(sys.stdout)
+async def answer(settings: m.Settings, command: str, arguments: Sequence[str]) -> int:
+    """Administer, and answer the exit status. Raises StartError."""
     try:
-        command, arguments = read_command(sys.argv[1:])
-        asyncio.run(administer(m.Settings.load(os.environ), command, arguments))
-        sys.stdout.flush()
-    except StartError as error:
-        print(f"messenger: {error}", file=sys.stderr)
+        await administer(settings, command, arguments)
     except (Problem, Unavailable) as error:
-        problem = as_problem(error) or InternalError()
-        print(f"messenger: {problem.detail}", file=sys.stderr)
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    else:
-        return 0
-    return 1
+        raise StartError((as_problem(error) or InternalError()).detail) from None
+    sys.stdout.flush()
+    return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(line: Sequence[str]) -> int:
+    """Obey the command line; answer the exit status."""
+    return run(lambda settings: answer(settings, *read_command(line)))

@@ -375,4 +375,6 @@ def run(work: Callable[[m.Settings], Awaitable[int]]) -> int:
         print(f"messenger: {error}", file=sys.stderr)
     except asyncio.CancelledError:
         print("messenger: interrupted", file=sys.stderr)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
