@@ -282,8 +282,8 @@ MessageId = Annotated[UUID, Meta(description="Id of a message, unique in its cha
 SessionId = Annotated[int, Meta(ge=1, le=INT8_MAX, description="Id of a session.")]
 Position = Annotated[
     str, Meta(max_length=64, pattern=r"^[0-9]{1,19}(\.[A-Za-z0-9_-]+)?$(?!\n)",
-              description="A number of the chat with its mark, like `41.k3J9xQabcde`: it stands "
-                          "for every change up to that number. Before the first change it is `0`.")]
+              description="A position in a chat, like `41.k3J9xQabcde`: the number of a change and "
+                          "a mark of the server's. It stands for every change up to that one.")]
 Version = Annotated[int, Meta(ge=1, le=INT8_MAX)]
 Limit = Annotated[int, Meta(ge=1, le=PAGE_MAX, description="How many to answer at most.")]
 Text = Annotated[str, Meta(min_length=1, max_length=TEXT_CHARS_MAX, pattern=NO_NUL)]
@@ -349,7 +349,8 @@ class NewChat(Body):
     """A chat to create: a group with a name, or a personal chat with one other user.
 
     is_group: `true`: a group of 2 to 1,000 participants. `false`: the personal chat with one user.
-    participant_ids: Ids of the others. Repeats and the creator's own id count once.
+    participant_ids: Ids of the other participants. You need not list yourself; who is listed twice
+        is still one participant.
     name: Needed for a group. A personal chat has none.
     """
     is_group: bool
@@ -445,7 +446,8 @@ class Session(Struct):
     """A login that has not ended.
 
     created_at: When the user logged in.
-    last_used_at: When its tokens were last renewed, or first used after that.
+    last_used_at: When its tokens were last renewed or, if they were used since, when they were
+        first used.
     user_agent: The first 200 characters of the `User-Agent` that logged in.
     current: Whether this call belongs to this session.
     expires_at: When it ends, unless its tokens are renewed before.
@@ -600,7 +602,8 @@ class TypingIn(FrameIn, tag="typing"):
 class SyncIn(FrameIn, tag="sync"):
     """Replay every change after a position or a number, of one chat or of several.
 
-    chat_id: The chat of `after`. Required with it on `/ws`, optional on `/ws/{chat_id}`.
+    chat_id: The chat to which `after` belongs. On `/ws` it is required with `after`, on
+        `/ws/{chat_id}` it is optional.
     after: For one chat: the position, or the bare number, after which to replay.
     chats: For several chats, by their ids: the position or the number after which to replay.
     """
@@ -699,7 +702,7 @@ class Ready(Struct):
 class ChatUpdate(Struct):
     """What changed in a chat since the version before.
 
-    version: The chat's version after the change. If yours is larger, ignore the update.
+    version: The chat's version after the change. Ignore the update unless it is larger than yours.
     name: The name as it is now; null in a personal chat.
     participants: Those who joined or have another role, as they are now.
     left: Ids of those who left.
@@ -869,7 +872,7 @@ class PersonalChat(Problem, status=409, title="Only a group can be changed like 
 class GroupFull(Problem, status=409, title="The group is full"): ...
 class OwnerStays(Problem, status=409, title="Make another participant the owner first"): ...
 class HistoryRewritten(
-    Problem, status=409, title="The chat has another history than this position vouches for"): ...
+    Problem, status=409, title="This position is not of the chat's present history"): ...
 class ReplyNotFound(Problem, status=422, title="The message replied to is not in this chat"): ...
 class TooManyAttempts(Problem, status=429, title="Too many attempts"): ...
 class TooManyMessages(Problem, status=429, title="You are sending messages too fast"): ...
@@ -2681,9 +2684,11 @@ async def end_oldest_sessions(app: web.Application, user_id: int) -> None:
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
     """Renew a session's tokens, with its refresh token as Bearer or in the body.
 
-    A refresh token can be used once. A client that lost the answer may send it again: within 30 s
-    if nobody has refreshed with the new one, later if neither new token was used. Any other use of
-    an old refresh token ends the session. Raises InvalidToken, TooManyChanges.
+    A refresh token can be used once. If you lost the answer, send the old one again, and you get
+    the same two new tokens. For 30 s this works as long as the new refresh token was not used;
+    after that, only if neither new token was used. Any other use of an old refresh token ends the
+    session. Access tokens of before a refresh stay valid until they expire.
+    Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
     given = body.refresh_token if body else None
@@ -2810,8 +2815,8 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     """Delete your account.
 
     Its messages stay, without a sender, under the same `rev`; its sessions and sockets end. A group
-    that it owned passes to the admin who has been in it the longest, or without admins to the
-    member who has.
+    that it owned passes to the admin who has been in it the longest or, if there are no admins, to
+    the member who has been in it the longest.
     Raises UserNotFound, NotAllowed.
     """
     await check_self(request, user_id)
@@ -2988,7 +2993,8 @@ async def remove_participant(request: web.Request, chat_id: ChatId, user_id: Use
     """Leave a group, or remove a user from it.
 
     The owner may remove anybody; an admin may remove members. If the owner leaves, the admin who
-    has been in the group the longest becomes the owner, or without admins the member who has.
+    has been in the group the longest becomes the owner or, if there are no admins, the member who
+    has been in it the longest.
     Raises ChatNotFound, UserNotFound, NotAllowed, PersonalChat, TooManyChanges.
     """
     await alter_chat(request, REMOVE_PARTICIPANT, chat_id, user_id)
@@ -3134,11 +3140,11 @@ async def list_messages(
 ) -> Answer[list[Message]]:
     """Read the history of a chat, or search it.
 
-    Without `before` and `after` this is the newest page. A page is in the order of `seq`; its link
-    `next` leads to older messages, `prev` to newer ones. With `q` it holds only messages that have
-    every whole word of `q`, in capital or small letters, newest first, without deleted ones. In
-    scripts without spaces between words, such as Chinese, a message must have each unbroken piece
-    of `q` as it stands.
+    Without `before` and `after` this is the newest page; with `after`, the page right after that
+    number. A page is in the order of `seq`; its link `next` leads to older messages, `prev` to
+    newer ones. With `q` it holds only messages that have every whole word of `q`, in capital or
+    small letters, newest first, without deleted ones. In scripts without spaces between words, such
+    as Chinese, `q` is split at its spaces, and a message must contain each of the parts.
 
     before: Only messages with a smaller `seq` than this.
     after: Only messages with a larger `seq` than this; not together with `before` or `q`.

@@ -54,8 +54,8 @@ as the two subprotocols `messenger.v1, <token>`; or as `?token=`. If the server 
 handshake, it answers with an HTTP status and a problem, as it answers any other call.
 
 On `/ws` each frame of the client needs a `chat_id`, except `auth`, `ping`, and a `sync` of several
-`chats`. If a frame of the client has a `ref`, which is any string or number, the server repeats it
-in the frame that answers.
+`chats`. If a frame of the client has a `ref`, the server repeats it in the frame that answers. A
+`ref` is a string or number; up to 65 characters are always accepted.
 
 `message` and `message_updated` mean the same: store this message by its id, unless you have a copy
 with a larger `rev`. A client that reconnects sends the position that it has of a chat, by `?after=`
@@ -350,7 +350,9 @@ def refusal(status: int, kinds: Iterable[type[endpoints.Problem]]) -> tuple[str,
         "schema": {"oneOf": schemas} if schemas[1:] else schemas[0],
         "examples": {slug: {"$ref": f"#/components/examples/{slug}"} for slug in slugs}}}
     name = "Or".join(kind.__name__ for kind in kinds)
-    return name, response(status, " ".join(f"{kind.title}." for kind in kinds), content)
+    titles = "; ".join(kind.title for kind in kinds)
+    told = f"One of these: {titles}." if schemas[1:] else f"{titles}."
+    return name, response(status, told, content)
 
 
 def operation(of: Described, schemas: Schemas, refusals: Json) -> Json:
