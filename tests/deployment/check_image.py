@@ -319,6 +319,10 @@ def test_compose_is_backed_up_and_restored_as_shown(docker: Docker, composed: Pa
         until(lambda: docker.asks(8080, "/users", "-d", ANN), READY_SECONDS,
               lambda: docker.composes(composed, "logs"))
         assert "rules hold" in docker.follows(ADMINISTRATION, "docker compose exec", composed)
+        [line] = re.findall(r"(?m)^15 3 \* \* \* root (.*)$", (ROOT / ADMINISTRATION).read_text())
+        line = line.replace("\\%", "%").replace("/srv/messenger", str(composed))  # as cron does
+        does("sh", "-euc", f"{COMPOSE_OF_DEBIAN}{line}", env=docker.environment, seconds=100)
+        assert len(list(composed.glob("messenger-[1-7].backup"))) == 1
         docker.asks(8080, "/users", "-d", BEN)
         docker.follows(ADMINISTRATION, "docker compose run", composed)
         until(lambda: docker.asks(8080, "/users/login", "-d", LOGIN), READY_SECONDS,

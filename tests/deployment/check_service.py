@@ -38,6 +38,17 @@ def machine(debian: Debian, scratch: Path) -> Debian:
     return made
 
 
+def test_install_script_needs_no_caddy(debian: Debian, scratch: Path) -> None:
+    """Where somebody has a proxy of their own, Caddy is neither installed nor set up."""
+    made = debian.copy(scratch / "without")
+    made.installs("systemd", "systemd-sysv", "dbus")
+    made.takes_tree(SOURCE)
+    said = made.does("sh", f"{SOURCE}/deploy/install.sh", "--no-caddy", seconds=400)
+    assert "127.0.0.1:8080" in said.splitlines()[-1]
+    assert not made.path("/etc/caddy").exists()
+    assert made.does("systemctl", "is-enabled", "messenger").strip() == "enabled"
+
+
 def test_install_script_does_what_it_says(machine: Debian) -> None:
     """The code is root's, the settings are nobody else's to read, the service is enabled, and Caddy
     has the domain; `systemd-analyze` finds nothing wrong with the unit and little that it may do.
@@ -47,8 +58,11 @@ def test_install_script_does_what_it_says(machine: Debian) -> None:
     assert machine.does("systemctl", "is-enabled", "messenger").strip() == "enabled"
     assert machine.path("/etc/caddy/Caddyfile").read_text().count(f"{DOMAIN} {{") == 1
     machine.does("caddy", "validate", "--adapter", "caddyfile", "--config", "/etc/caddy/Caddyfile")
-    unit = "/etc/systemd/system/messenger.service"
-    assert machine.does("systemd-analyze", "verify", "--man=no", unit).strip() == ""
+    units = "/etc/systemd/system"
+    for name in ("messenger.service", "messenger-backup.service", "messenger-backup.timer"):
+        assert machine.does(
+            "systemd-analyze", "verify", "--man=no", f"{units}/{name}").strip() == ""
+    unit = f"{units}/messenger.service"
     told = machine.does(
         "systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE_MAX}", unit)
     print(told.splitlines()[-1])
@@ -61,10 +75,13 @@ def test_install_script_may_run_again(machine: Debian) -> None:
         machine.path(name).write_text(machine.path(name).read_text() + "# mine\n")
         before[name] = machine.path(name).read_text()
     machine.path(f"{SOURCE}/web/new.txt").write_text("new")
-    machine.does("sh", f"{SOURCE}/deploy/install.sh", DOMAIN, seconds=200)
+    machine.path("/etc/messenger.env").chmod(0o644)
+    said = machine.does("sh", f"{SOURCE}/deploy/install.sh", "other.example.com", seconds=200)
+    assert "where other.example.com is none" in said.splitlines()[-1]
     assert {name: machine.path(name).read_text() for name in before} == before
+    assert machine.path("/etc/messenger.env").stat().st_mode & 0o777 == 0o600
     assert machine.path("/opt/messenger/web/new.txt").exists()
-    for wrong in ("", "a/b", "a b", "$(id)"):
+    for wrong in ("", "a/b", "a b", "$(id)", "-x"):
         with pytest.raises(Failed, match="is not the name of a host"):
             machine.does("sh", f"{SOURCE}/deploy/install.sh", wrong)
 
@@ -218,15 +235,37 @@ def test_readme_administers_the_service(booted: Booted) -> None:
     assert "ann@example.com" in booted.does(*line.split(), "list")
 
 
-def test_nightly_line_makes_a_backup(booted: Booted) -> None:
-    """What docs/administration.md puts into a file for cron makes a backup of the day, with its
-    key, which ./run verify accepts."""
-    [line] = re.findall(r"(?m)^15 3 \* \* \* root (.*)$", ADMINISTRATION)
-    booted.does("sh", "-c", line.replace("\\%", "%"))  # cron takes a bare % for the end of a line
+def test_nightly_backup_is_made(booted: Booted) -> None:
+    """The timer that docs/administration.md has enabled waits for the night; its service makes a
+    backup of the day, with its key, which ./run verify accepts, and a failure is seen."""
+    [enable] = re.findall(r"(?m)^sudo (systemctl enable --now messenger-backup.timer)$",
+                          ADMINISTRATION)
+    booted.does(*enable.split())
+    assert "messenger-backup.service" in booted.does("systemctl", "list-timers", "--no-legend")
+    booted.does("systemctl", "start", "messenger-backup")
     file = f"/var/lib/messenger/messenger-{booted.does('date', '+%u').strip()}.backup"
     assert booted.does("ls", file, f"{file}.key").split() == [file, f"{file}.key"]
-    [command] = re.findall(r"systemd-run .*/run (?=backup)", line)
+    [command] = re.findall(r"(?m)^sudo (systemd-run .* /opt/messenger/run) user list", README)
     booted.does(*command.split(), "verify", file, seconds=120)
+    booted.does("sh", "-c", f"rm {file} && mkdir {file}")
+    with pytest.raises(Failed):
+        booted.does("systemctl", "start", "messenger-backup")
+    assert "messenger-backup" in booted.does("systemctl", "--failed", "--no-legend")
+    booted.does("rmdir", file)
+    booted.does("systemctl", "reset-failed")
+
+
+def test_install_script_lets_a_stopped_server_be(booted: Booted) -> None:
+    """Whoever stopped the server, to restore a backup into another release, starts it again."""
+    booted.does("systemctl", "stop", "messenger")
+    install = ("sh", f"{SOURCE}/deploy/install.sh", "--no-caddy")
+    said = booted.does(*install, seconds=200)
+    assert "stays stopped" in said.splitlines()[-1]
+    assert booted.main_pid() == 0
+    booted.does("systemctl", "start", "messenger")
+    until(booted.is_ready, BOOT_SECONDS)
+    booted.does(*install, seconds=200)
+    until(booted.is_ready, BOOT_SECONDS)
 
 
 def test_service_comes_back_and_stops(booted: Booted) -> None:
@@ -248,6 +287,6 @@ def test_uninstalling_leaves_nothing(booted: Booted) -> None:
     [lines] = re.findall(r"## Uninstall\n.*?```sh\n(.*?)```", ADMINISTRATION, re.DOTALL)
     booted.does("sh", "-euc", lines.replace("sudo ", ""), seconds=120)
     booted.does("systemctl", "daemon-reload")
-    places = "/opt/messenger /etc/messenger.env /var/lib/messenger"
+    places = "/opt/messenger /etc/messenger.env /var/lib/messenger /etc/caddy"
     assert booted.does("sh", "-c", f"ls -d {places} 2>&-; id -u messenger 2>&-; true") == ""
     assert "messenger" not in booted.does("systemctl", "list-unit-files", "--no-legend")
