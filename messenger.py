@@ -91,7 +91,6 @@ import os
 import secrets
 import sys
 import time
-from collections import Counter
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -240,7 +239,8 @@ OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket ...
 FOLLOWED_PER_ADDRESS_MAX = 500_000  # ... and of all users of an address
 FREE_SOCKETS = 4  # of a user, which may follow more; the first may do so at any address
-DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends
+DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends ...
+FEW_LIVE = 20  # ... where more hear of it
 REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
 OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat at their end ...
 READY_CHARS = 20  # ... and as many more for each
@@ -1030,8 +1030,8 @@ def charge(
     limit: str | None = None,
 ) -> None:
     """Count against a limit of this process, that of a problem. Raises the problem beyond it."""
-    rate = app[RATES][limit or problem]
-    if app[SETTINGS].rate_limits == "on" and (wait := rate.charge(key, weight)):
+    is_on = app[SETTINGS].rate_limits == "on"
+    if is_on and (wait := app[RATES][limit or problem].charge(key, weight)):
         raise problem.until(wait)
 
 
@@ -1329,7 +1329,7 @@ class Rooms:
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
-        self._followed: Counter[str] = Counter()  # by address: the chats of all its sockets
+        self._followed = guard.Tally()  # by address: the chats of all its sockets
 
     async def close_all(self) -> None:
         """Close every socket with 1001, all at once; cut those that do not answer soon."""
@@ -1558,9 +1558,7 @@ class Rooms:
         socket.end_replay(chat_id)
         if room is None:
             return
-        self._followed[socket.address] -= 1
-        if not self._followed[socket.address]:
-            del self._followed[socket.address]
+        self._followed.drop(socket.address)
         room.sockets.discard(socket)
         room.live.discard(socket)
         if not room.sockets:
@@ -1756,18 +1754,6 @@ class Rooms:
 ROOMS = web.AppKey("rooms", Rooms)
 
 
-def charge_news(
-    request: web.Request, problem: type[Problem], key: Hashable, chat_id: int
-) -> None:
-    """Count news of a chat that somebody makes, and its frames against the limit of their address.
-
-    Raises the problem beyond either.
-    """
-    charge(request.app, problem, key)
-    if live := request.app[ROOMS].count_live(chat_id):
-        charge(request.app, problem, address_of(request), live, DELIVERIES)
-
-
 # ==== Catching up =================================================================================
 # A lagging socket or room reads from the database until it lags no more: a socket that comes with a
 # number or fell behind, a room that missed changes. Rooms starts both, and is told what they found.
@@ -1931,9 +1917,7 @@ async def replay_page(rooms: Rooms, socket: Socket) -> None:
         replay.at, replay.mark = upto, mark
 
 
-async def write_missed(
-    rooms: Rooms, socket: Socket, chat_id: int, rows: list[Any]
-) -> bool:
+async def write_missed(rooms: Rooms, socket: Socket, chat_id: int, rows: list[Any]) -> bool:
     """Write messages that a socket missed, and note how far it has come; tell whether that was all.
 
     Beyond REPLAY_BYTES they are read again, once these are taken. They are put together in pieces,
@@ -2427,7 +2411,7 @@ class SearchIndex:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiting: set[int] = set()  # chats in which something changed
-        self.texts = Texts()
+        self.texts = Texts(SEARCH_SECONDS)
 
     def note(self, chat_ids: Iterable[int]) -> None:
         """Take note of chats in which something changed: they are indexed soon."""
@@ -2470,9 +2454,8 @@ async def leave_chats(app: web.Application, user_id: int) -> None:
 
     Those who leave do so one chat each in turn, so that many in very many chats delay nobody.
     """
-    leave = app[DATABASE].row, LEAVE_NEXT_CHAT, user_id
     with contextlib.suppress(Unavailable):
-        while row := await app[TURNS].run("leaving", *leave):
+        while row := await app[TURNS].run("leaving", app[DATABASE].row, LEAVE_NEXT_CHAT, user_id):
             app[ROOMS].publish(ChatHint(*row))
 
 
@@ -2883,6 +2866,29 @@ REMOVE_PARTICIPANT = """  -- chat_id, asker_id, user_id
 TURNS = web.AppKey("turns", guard.Slots)
 
 
+async def charge_call(
+    request: web.Request, problem: type[Problem], key: Hashable, chat_id: int
+) -> None:
+    """Count news of a chat by a call, and its frames against the limit of the call's address.
+
+    Where few hear of it they cost less than the call. A stranger must not learn by the limit how
+    many there are. Raises the problem beyond either limit, Unavailable.
+    """
+    charge(request.app, problem, key)
+    live, database = request.app[ROOMS].count_live(chat_id), request.app[DATABASE]
+    if live > FEW_LIVE and await database.row(SELECT_MEMBERSHIP, chat_id, request[ME]):
+        charge(request.app, problem, address_of(request), live, DELIVERIES)
+
+
+def charge_frame(
+    request: web.Request, problem: type[Problem], socket: Socket, chat_id: int
+) -> None:
+    """Count news of a chat by a frame in the same way. Raises the problem beyond either limit."""
+    charge(request.app, problem, socket.asker.user_id)
+    if (live := request.app[ROOMS].count_live(chat_id)) > FEW_LIVE and chat_id in socket.rooms:
+        charge(request.app, problem, socket.address, live, DELIVERIES)
+
+
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
     """Create a group, or open the personal chat with another user.
 
@@ -3008,7 +3014,7 @@ async def alter_chat(
     Raises the problem that the row names, TooManyChanges. One at a time changes a chat: where
     somebody else holds it, who waits for it takes one connection to PostgreSQL, not all of them.
     """
-    charge_news(request, TooManyChanges, (request[ME], statement), chat_id)
+    await charge_call(request, TooManyChanges, (request[ME], statement), chat_id)
     row = await request.app[TURNS].run(
         chat_id, request.app[DATABASE].row, statement, chat_id, request[ME], *arguments)
     if problem := refused(row["outcome"]):
@@ -3085,7 +3091,7 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
     If you posted a message with this id before, this answers 200 with it, as it is now.
     Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput, TooManyMessages.
     """
-    charge_news(request, TooManyMessages, request[ME], chat_id)
+    await charge_call(request, TooManyMessages, request[ME], chat_id)
     post = NewPost(chat_id, request[ME], body.id or uuid7(), body.text, body.reply_to)
     posted = await request.app[POSTS].submit(post)
     message = posted.message or await get_message(request, chat_id, post.id)
@@ -3113,7 +3119,7 @@ async def change_message(
     The same text again changes nothing. A deleted message cannot be edited: it is not found.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
-    charge_news(request, TooManyMessages, request[ME], chat_id)
+    await charge_call(request, TooManyMessages, request[ME], chat_id)
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, body.text))
     return await get_message(request, chat_id, message_id)
 
@@ -3125,7 +3131,7 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
     empty text. Deleting it again changes nothing.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
-    charge_news(request, TooManyMessages, (request[ME], "deleted"), chat_id)
+    await charge_call(request, TooManyMessages, (request[ME], "deleted"), chat_id)
     await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, None))
 
 
@@ -3201,8 +3207,7 @@ async def search_messages(
             raise ChatNotFound
         named = await messages_of(database, chat_id, rows[:limit])
         places, seen = await index.texts.find(
-            address_of(request), [each.text for each in named], runs, limit - len(found),
-            SEARCH_SECONDS)
+            address_of(request), [each.text for each in named], runs, limit - len(found))
         found += [named[place] for place in places]
         before = named[seen - 1].seq if seen else before
         goes_on = len(rows) > limit or seen < len(named)
@@ -3241,7 +3246,7 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
     The answer tells how far you have read; going back changes nothing.
     Raises ChatNotFound, MessageNotFound, TooMuchReading.
     """
-    charge_news(request, TooMuchReading, request[ME], chat_id)
+    await charge_call(request, TooMuchReading, request[ME], chat_id)
     return await request.app[READS].submit(NewRead(chat_id, request[ME], body.message_id))
 
 
@@ -3415,7 +3420,7 @@ def chat_of(socket: Socket, chat_id: int | None) -> int:
 def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None:
     """Put a message on its way; its acknowledgement or refusal follows once it is decided."""
     chat_id, me = chat_of(socket, frame.chat_id), socket.asker.user_id
-    charge_news(request, TooManyMessages, me, chat_id)
+    charge_frame(request, TooManyMessages, socket, chat_id)
     post = NewPost(chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
 
     def acknowledge(outcome: Posted | Exception) -> None:
@@ -3434,7 +3439,7 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
 async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None:
     """Mark everything up to a message as read."""
     chat_id = chat_of(socket, frame.chat_id)
-    charge_news(request, TooMuchReading, socket.asker.user_id, chat_id)
+    charge_frame(request, TooMuchReading, socket, chat_id)
     await request.app[READS].submit(NewRead(chat_id, socket.asker.user_id, frame.message_id))
     tell_taken(socket, frame, chat_id)
 
@@ -3448,7 +3453,7 @@ def tell_taken(socket: Socket, frame: FrameIn, chat_id: int) -> None:
 async def take_typing(request: web.Request, socket: Socket, frame: TypingIn) -> None:
     """Tell the others that the user is writing, unless they are too many."""
     chat_id, me = chat_of(socket, frame.chat_id), socket.asker.user_id
-    charge_news(request, TooMuchTyping, me, chat_id)
+    charge_frame(request, TooMuchTyping, socket, chat_id)
     membership = await request.app[DATABASE].row(SELECT_MEMBERSHIP, chat_id, me)
     if membership is None:
         raise ChatNotFound
@@ -3462,12 +3467,11 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     """Replay one chat, or several; a chat that is not the user's is refused alone."""
     if (frame.after is None) == (frame.chats is None):
         raise invalid("$.after", "must be given, or else chats, but not both")
-    refused: dict[int, Exception] = {}
     given = {chat_id: read_position("$.chats", at) for chat_id, at in (frame.chats or {}).items()}
     if frame.after is not None:
         given[chat_of(socket, frame.chat_id)] = read_position("$.after", frame.after)
-    if socket.chat_id is not None:
-        refused = dict.fromkeys(given.keys() - {socket.chat_id}, ChatNotFound())
+    foreign = given.keys() - {socket.chat_id} if socket.chat_id is not None else ()
+    refused: dict[int, Exception] = dict.fromkeys(foreign, ChatNotFound())
     if len(str(frame.ref)) * len(given) > REFS_CHARS_MAX:
         raise invalid("$.ref", "is too long for so many chats")
     if socket.owed_chars > OWED_CHARS_MAX:

@@ -286,6 +286,19 @@ web_server.RequestHandler = PromptConnection  # type: ignore[attr-defined]
 web_response.SERVER_SOFTWARE = "messenger"  # type: ignore[attr-defined]
 
 
+# ---- Counts
+
+
+class Tally(Counter[Hashable]):
+    """Counts by key, which is forgotten once nothing is left."""
+
+    def drop(self, key: Hashable) -> None:
+        """Count one less."""
+        self[key] -= 1
+        if not self[key]:
+            del self[key]
+
+
 # ---- Rates
 
 
@@ -327,7 +340,7 @@ class Connections:
     def __init__(self, at_most: int, trusted: list[Network]) -> None:
         self._at_most = min(at_most, half_of_descriptors())
         self._trusted = trusted
-        self._open: Counter[str] = Counter()
+        self._open = Tally()
         self._told = Rate(1, 1 / REFUSALS_TOLD_SECONDS)
 
     def admit(self, peer: str) -> Callable[[], None] | None:
@@ -345,12 +358,7 @@ class Connections:
                     self._at_most)
             return None
         self._open[party] += 1
-        return functools.partial(self._leave, party)
-
-    def _leave(self, party: str) -> None:
-        self._open[party] -= 1
-        if not self._open[party]:
-            del self._open[party]
+        return functools.partial(self._open.drop, party)
 
 
 # ---- Turns
@@ -368,7 +376,7 @@ class Turns:
     def __init__(self, at_once: int, of_each: int | None = None) -> None:
         self._free = at_once
         self._of_each = of_each or at_once
-        self._working: Counter[Hashable] = Counter()  # by key
+        self._working = Tally()  # by key
         # Key: who waits, the first first; the key whose turn is next stands first.
         self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
 
@@ -393,9 +401,7 @@ class Turns:
     def give_back(self, key: Hashable) -> None:
         """End a turn of a key: the next is let in."""
         self._free += 1
-        self._working[key] -= 1
-        if not self._working[key]:
-            del self._working[key]
+        self._working.drop(key)
         while self._free and (following := self._next()):
             waiting, queue = following
             turn = queue.popleft()
@@ -520,7 +526,7 @@ class Passwords:
     def __init__(self, cost: int) -> None:
         self.cost = cost
         self._waiting = 0
-        self._waiting_of: Counter[str] = Counter()  # by address
+        self._waiting_of = Tally()  # by address
         self._turns = Turns(PASSWORD_THREADS)
         # The tries of an address are counted one after the other: each waits for the one before,
         # and would hold a connection to the database meanwhile.
@@ -577,9 +583,7 @@ class Passwords:
                 return await job
         finally:
             self._waiting -= 1
-            self._waiting_of[address] -= 1
-            if not self._waiting_of[address]:
-                del self._waiting_of[address]
+            self._waiting_of.drop(address)
 
     def close(self) -> None:
         """End the threads; what still waits is dropped."""

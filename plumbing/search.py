@@ -14,16 +14,16 @@ from plumbing.text import holds_runs, words_of
 class Texts:
     """Takes texts apart, one at a time; the keys of those who ask take turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float) -> None:
         self._turns = Turns(1)
+        self._seconds = seconds  # that a search may take
 
     async def words_of(self, asker: Hashable, text: str) -> set[str]:
         """Tell what an index of words has of a text (text.words_of)."""
         return await self._turns.call(asker, words_of, text)
 
     async def find(
-        self, asker: Hashable, texts: Sequence[str], runs: Sequence[str], at_most: int,
-        seconds: float,
+        self, asker: Hashable, texts: Sequence[str], runs: Sequence[str], at_most: int
     ) -> tuple[list[int], int]:
         """Find those texts that hold each of some runs as it stands, at most so many.
 
@@ -34,7 +34,7 @@ class Texts:
         if not long_runs:
             count = min(at_most, len(texts))
             return list(range(count)), count
-        until = time.monotonic() + seconds
+        until = time.monotonic() + self._seconds
         found: list[int] = []
         for place, text in enumerate(texts):
             if await self._turns.call(asker, holds_runs, text, long_runs):

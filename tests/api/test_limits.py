@@ -570,7 +570,7 @@ async def test_answer_that_is_not_read_holds_a_slot(
     others' are not, nor is what is light. It ends with the reading, or with the connection, which
     is cut where nothing is taken for long."""
     alice, bob, chat = readers
-    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.2)
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.5)
     monkeypatch.setattr(guard, "STALLED_SECONDS", 3 if end == "stalls" else 300)
     heavy = f"/chats/{chat}/messages?limit=100"
     with await asks_unread(alice, heavy) as unread:

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 import messenger
+from plumbing.search import Texts
 from support.people import Person, deletes, edits, pages
 from support.servers import Elsewhere
 
@@ -127,11 +128,12 @@ async def test_part_of_a_run_is_found_as_it_stands(alice: Person, bob: Person) -
 
 
 async def test_run_whose_pairs_stand_apart_is_not_found(
-    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A message that holds each pair of a run, but not the run, is not found, however many of them
     there are between those that are: pages are filled from what comes after, and lead on."""
     monkeypatch.setattr(messenger, "SEARCH_SECONDS", 0)  # a message a page, found or not
+    app[messenger.INDEX].texts = Texts(0)
     chat = await alice.opens(bob)
     for number in range(20):
         await alice.says(chat, f"甲乙丙 {number}" if number % 7 == 0 else f"甲乙。乙丙 {number}")

@@ -621,7 +621,7 @@ async def test_readers_that_are_not_sent_are_not_named(
 
 
 async def test_deliveries_of_an_address_are_bounded(
-    app: web.Application, alice: Person, bob: Person, carol: Person
+    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any
 ) -> None:
     """What is written to sockets counts against the address of whoever had it written: beyond the
     limit each kind of news is refused, until there is room again; chats without sockets are free.
@@ -629,6 +629,7 @@ async def test_deliveries_of_an_address_are_bounded(
     chat, quiet = await alice.founds(bob, carol), await alice.founds(bob)
     lines = [await bob.listens_live(chat) for _ in range(4)]
     sent = await alice.says(chat, "first")
+    monkeypatch.setattr(messenger, "FEW_LIVE", 3)
     app[messenger.RATES][messenger.DELIVERIES] = Rate(8, 1)
     speaker = await alice.listens_live(chat)
     await alice.says(chat, "1")
@@ -648,6 +649,25 @@ async def test_deliveries_of_an_address_are_bounded(
         await speaker.sends(**frame, ref="r")
         assert (await speaker.hears("ack", "error"))["data"]["status"] == 429
     await alice.says(quiet, "free")
+    assert len(lines) == 4
+
+
+async def test_stranger_does_not_learn_who_follows_a_chat(
+    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any
+) -> None:
+    """What somebody tries in a chat that is not theirs does not count by its sockets, and is
+    answered as if there were no chat, however often."""
+    chat = await alice.founds(bob)
+    lines = [await bob.listens_live(chat) for _ in range(4)]
+    monkeypatch.setattr(messenger, "FEW_LIVE", 3)
+    app[messenger.RATES][messenger.DELIVERIES] = Rate(8, 1)
+    every = await follows(carol)
+    for number in range(5):
+        await carol.says(chat, "x", 404)
+        assert (await carol.asks("PATCH", f"/chats/{chat}", {"name": "x"})).status == 404
+        await every.says("x", chat_id=chat, ref=number)
+        assert (await every.hears("error"))["data"]["status"] == 404
+    await alice.says(chat, "y")
     assert len(lines) == 4
 
 
