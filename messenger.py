@@ -446,8 +446,8 @@ class Session(Struct):
     """A login that has not ended.
 
     created_at: When the user logged in.
-    last_used_at: When its tokens were last renewed or, if they were used since, when they were
-        first used.
+    last_used_at: When the session last got new tokens or, if those were used, when they were first
+        used. Later uses do not change it.
     user_agent: The first 200 characters of the `User-Agent` that logged in.
     current: Whether this call belongs to this session.
     expires_at: When it ends, unless its tokens are renewed before.
@@ -2985,7 +2985,7 @@ async def add_participant(
 async def add_participant_by_id(
     request: web.Request, chat_id: ChatId, user_id: UserId, body: GivenRole | None = None
 ) -> Answer[Participant]:
-    """Add the user that the path names to a group, or give them a role.
+    """Add a user to a group, or give them a role; the path names the user.
 
     If the user is in the group already, this answers 200, with the role as it is now.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,

@@ -57,10 +57,11 @@ On `/ws` each frame of the client needs a `chat_id`, except `auth`, `ping`, and 
 `chats`. If a frame of the client has a `ref`, the server repeats it in the frame that answers. A
 `ref` is a string or number; up to 65 characters are always accepted.
 
-`message` and `message_updated` mean the same: store this message by its id, unless you have a copy
-with a larger `rev`. A client that reconnects sends the position that it has of a chat, by `?after=`
-or by `sync`. It then gets every change after that position, in order, then a `ready`, and then what
-is new. docs/protocol.md in the repository describes which position to store.
+`message` and `message_updated` mean the same: show this message, unless you have a copy with a
+larger `rev`. A client that reconnects sends the position that it has of a chat, by `?after=` or by
+`sync`. It then gets every change after that position, in order, then a `ready`, and then what is
+new. docs/protocol.md in the repository describes which position to store, and which messages to
+store with it.
 
 The server closes with one of these codes:
 """
