@@ -1062,10 +1062,10 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
     -- participants_of_user, chats_pkey, participants_by_ordinal, users_pkey, messages_pkey
     -- Those of the asker's chats whose ids are between two, the most recently active first, before
     -- a place: microseconds since the epoch and a chat's id. All of them are read and sorted: an
-    -- index by activity would cost each post a write. A chat is beside its newest message, and one
-    -- of them also beside the people of all: of each chat the first 100, oldest members first, with
-    -- when they last read. Who deleted the account but has not left yet has no name: such a reader
-    -- still counts, where all are here.
+    -- index by activity would cost each post a write. One row for each chat, with its newest
+    -- message; one of the rows also has the people of all: of each chat the first 100, oldest
+    -- members first, with when they last read. Who deleted the account but has not left yet has no
+    -- name: such a reader still counts, where all are here.
     with page as materialized (
         select c.*, (select p.last_read_seq from participants p
                      where p.chat_id = c.id and p.user_id = $1) as last_read_seq
@@ -1760,8 +1760,8 @@ ROOMS = web.AppKey("rooms", Rooms)
 
 SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
     -- messages_pkey, messages_changed, participants_by_ordinal, departures_pkey, sessions_ended
-    -- Rows of messages, each beside all else that is new. One snapshot: whoever left, or whose
-    -- session ended, before a message was posted is named together with it.
+    -- One row for each message; every row also has everything else that is new. One snapshot:
+    -- whoever left, or whose session ended, before a message was posted is named together with it.
     select m.*, c.*
     from (
         select c.last_rev, c.last_mark, c.version, c.name, p.*,
@@ -1795,7 +1795,7 @@ SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
 
 SELECT_MISSED = """  -- chat_id, asker_id, after, upto, limit
     -- messages_pkey, messages_changed, participants_pkey, users_pkey
-    -- Rows of messages by rev, each beside the furthest that anybody has read, and the mark of the
+    -- Rows of messages by rev, each with the furthest that anybody has read, and the mark of the
     -- number after which they come. Where nothing was missed that is one row without a message; a
     -- stranger gets no row.
     select m.*, (select max(r.last_read_seq) from participants r where r.chat_id = $1) as read_seq,
@@ -2609,7 +2609,10 @@ async def check_email(request: web.Request, email: str) -> tuple[str, str]:
 
 
 async def count_attempt(request: web.Request, key: str, allowed: int) -> None:
-    """Count an attempt of which so many are allowed in a while. Raises TooManyAttempts."""
+    """Count an attempt; only `allowed` of them may be made within ATTEMPT_SECONDS.
+
+    Raises TooManyAttempts.
+    """
     # A try that is refused as Busy is not counted.
     address, passwords = address_of(request), request.app[PASSWORDS]
     passwords.check_queue(address)
@@ -3553,7 +3556,8 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 
 # ==== Endpoints ===================================================================================
 # The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
-# passes over parameters that the handler does not name. Of `heavy` ones a user has fewer under way.
+# passes over parameters that the handler does not name. Of `heavy` calls a user may have fewer at
+# the same time.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),

@@ -20,9 +20,10 @@ def deadline() -> float | None:
 
 
 class RequestDeadline:
-    """Lets what is done within be a request, which begins now.
+    """Whatever runs inside counts as one request, whose time starts now.
 
-    A socket is within one for as long as it is open, hence no generator: this is smaller.
+    A socket stays inside for as long as it is open, so this is a class with slots, which takes less
+    memory than a generator.
     """
 
     __slots__ = ("_outer", "_task")

@@ -149,7 +149,7 @@ class Postgres:
     """Where to connect, for asyncpg and psycopg alike; stays the same when the server restarts."""
 
     def __init__(self, folder: Path, scratch: bool = False) -> None:
-        """On a folder; `scratch`: where nothing needs to outlast a crash."""
+        """Use a folder. With `scratch`, nothing in it has to survive a crash."""
         self.folder = folder.resolve()
         self._initdb_options = INITDB_OPTIONS + (SCRATCH_INITDB_OPTIONS if scratch else ())
         self._server_options = SERVER_OPTIONS + (SCRATCH_SERVER_OPTIONS if scratch else ())

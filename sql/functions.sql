@@ -576,9 +576,9 @@ begin
 end
 $$;
 
--- Takes a user out of a group: members may leave, an admin may remove a member, the owner anyone.
--- The longest-standing admin follows an owner, else the longest-standing member. Answers removed
--- or why not.
+-- Takes a user out of a group: any participant may leave; an admin may remove those with the role
+-- member, the owner anybody. The longest-standing admin follows an owner, else the longest-standing
+-- member. Answers removed or why not.
 create or replace function remove_participant(chat bigint, me bigint, target bigint)
 returns table (outcome text, last_rev bigint, version bigint)
 language plpgsql volatile as $$
