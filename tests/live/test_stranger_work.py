@@ -691,6 +691,29 @@ async def test_heavy_answers_of_an_address_that_are_not_read_are_bounded(
     assert (await bob.asks("GET", f"/chats/{chat}/messages")).status == 200
 
 
+@pytest.mark.real_deadlines
+async def test_heavy_call_waits_for_its_turn_no_longer_than_for_the_database(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """While the database hangs, the heavy calls of an address are refused in time, also those that
+    wait for the one that waits for the database."""
+    chat = await alice.opens(bob)
+    rows = app[messenger.DATABASE].rows
+
+    async def hang(statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_MESSAGES_BEFORE:
+            await asyncio.sleep(1)
+            raise messenger.Unavailable("It hangs.")
+        return await rows(statement, *arguments)
+
+    monkeypatch.setattr(app[messenger.DATABASE], "rows", hang)
+    began = time.monotonic()
+    answers = await asyncio.gather(*(
+        person.asks("GET", f"/chats/{chat}/messages") for person in (alice, bob) * 2))
+    assert [answer.status for answer in answers] == [503] * 4
+    assert time.monotonic() - began < 3
+
+
 async def test_search_that_has_much_to_index_ends_soon(
     alice: Person, bob: Person, monkeypatch: Any
 ) -> None:
