@@ -187,6 +187,27 @@ async def test_proxy_hands_on_calls_sockets_and_the_clients_address(proxy: Proxy
     assert all(CLIENT in line for line in lines), lines
 
 
+async def test_body_of_a_connect_is_no_request(proxy: Proxy) -> None:
+    """What a CONNECT carries is never answered as a request of its own: through connections that
+    the proxy shares, the answer would go to somebody else."""
+    hidden = "GET /api/v1/health/liveness HTTP/1.1\r\nHost: a\r\nX-Request-Id: smuggled\r\n\r\n"
+    port = int(proxy.url.rsplit(":", 1)[1])
+    for path in ("/x", "localhost:443"):
+        reader, writer = await asyncio.open_connection("localhost", port, ssl=proxy.trust)
+        head = f"CONNECT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(hidden)}\r\n"
+        writer.write(f"{head}\r\n{hidden}".encode())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(2):
+                await reader.read(65_536)
+        writer.close()
+        async with proxy.visitor() as session:
+            for _ in range(5):
+                own = {"X-Request-Id": "own"}
+                async with session.get("/api/v1/health/liveness", headers=own) as answer:
+                    assert answer.headers["X-Request-Id"] == "own"
+    assert "smuggled" not in (proxy.server.folder / "stderr").read_text()
+
+
 async def test_silent_socket_outlives_the_proxys_deadlines(proxy: Proxy) -> None:
     """A socket on which nobody says a word stays open for longer than the proxy waits."""
     async with proxy.visitor() as session:
