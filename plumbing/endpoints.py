@@ -27,7 +27,7 @@ from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import Unavailable
-from plumbing.deadline import RequestDeadline, deadline, uncounted
+from plumbing.deadline import RequestDeadline, uncounted
 from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots, Turns
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.settings import ServerSettings
@@ -417,17 +417,17 @@ async def wait_for(taking: Awaitable[TakenT]) -> TakenT:
 def in_turns(handler: Callable[..., Awaitable[Any]], slots: CallSlots) -> Callable[..., Any]:
     """Have a handler work on a few heavy calls at once; addresses take turns.
 
-    Its call waits no longer than for the database, which may be away while others have the turns.
+    Where the database is away, those of the address that wait for a turn are refused with the one
+    that found it out: they would come to know one after the other.
     """
     async def work(request: web.Request, **arguments: Any) -> Any:
         address = slots.address_of(request)
-        try:
-            async with asyncio.timeout_at(deadline()):
-                await slots.turns.take(address)
-        except TimeoutError:
-            raise Busy("Too many heavy calls are under way.") from None
+        await wait_for(slots.turns.take(address))
         try:
             return await handler(request, **arguments)
+        except Unavailable as error:
+            slots.turns.refuse(address, error)
+            raise
         finally:
             slots.turns.give_back(address)
 

@@ -412,6 +412,12 @@ class Turns:
                 self._begin(waiting)
                 turn.set_result(None)
 
+    def refuse(self, key: Hashable, error: Exception) -> None:
+        """Refuse the turns of all of a key that wait: `take` raises such an error."""
+        for turn in self._queues.pop(key, ()):
+            if not turn.cancelled():
+                turn.set_exception(type(error)(str(error)))
+
     def _next(self) -> tuple[Hashable, deque[asyncio.Future[None]]] | None:
         """Find the queue that is next, of a key that may work on more."""
         for key, queue in self._queues.items():

@@ -291,7 +291,7 @@ async def test_fewer_connections_than_wanted_serve_all(
     await alice.logs_in()
     await cluster_of_one.does(f"alter {whose} connection limit 5")
     for _ in range(3):
-        answers = await asyncio.gather(*[alice.asks("GET", "/chats") for _ in range(30)])
+        answers = await asyncio.gather(*[alice.asks("GET", "/users/me") for _ in range(30)])
         assert [answer.status for answer in answers] == [200] * 30
     assert "the database is away" not in told(caplog)
     await cluster_of_one.does(f"alter {whose} connection limit 20")
@@ -299,5 +299,5 @@ async def test_fewer_connections_than_wanted_serve_all(
     async with asyncio.timeout(SOON_SECONDS):
         while await superuser.fetchval(
             "select count(*) from pg_stat_activity where usename = 'app'") <= 5:
-            await asyncio.gather(*[alice.asks("GET", "/chats") for _ in range(30)])
+            await asyncio.gather(*[alice.asks("GET", "/users/me") for _ in range(30)])
     await superuser.close()
