@@ -230,7 +230,8 @@ PARTICIPANTS_A_CHANGE = 50  # with so many a new group counts for one change mor
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 AUTH_FRAMES = 100  # that an `auth` counts for, whose token takes long to check
-FRAMES_AT_ONCE = 16  # taken from one socket, until the others had their turn
+FRAMES_AT_ONCE = 16  # taken from one socket, until the others had their turn ...
+FRAMES_PAUSE_SECONDS = 0.004  # ... and of an address one socket rests after the other
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
 REFUSALS_PER_SECOND = 10
 SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read again
@@ -990,6 +991,7 @@ class Sessions:
         self._trusted.end(session_ids)
 
 # What the application holds, by key.
+PACE = web.AppKey("pace", guard.Slots)
 SETTINGS = web.AppKey("settings", Settings)
 DATABASE = web.AppKey("database", Database)
 BUS = web.AppKey("bus", Bus)
@@ -1541,7 +1543,10 @@ class Rooms:
         self._go_on(socket, socket.rooms[chat.id])
 
     def leave(self, socket: Socket) -> None:
-        """Forget a socket; what is on its way to it is dropped."""
+        """Forget a socket; what is on its way to it is dropped.
+
+        If it is catching up, that ends by itself: to cancel a statement costs its connection.
+        """
         for chat_id in list(socket.rooms):
             self._leave_room(socket, chat_id)
         self._sockets.discard(socket)
@@ -1550,8 +1555,6 @@ class Rooms:
             others.discard(socket)
             if not others:
                 del self._of_users[socket.asker.user_id]
-        if socket.catching_up is not None:
-            socket.catching_up.cancel()
 
     def _leave_room(self, socket: Socket, chat_id: int) -> None:
         room = socket.rooms.pop(chat_id, None)
@@ -2467,11 +2470,11 @@ async def keep_tidy(app: web.Application) -> None:
     swept = 1
     while swept:
         swept = (
-            await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS)
-            + await database.value(SETTLE_CLOCK, UPKEEP_ROWS)
+            await database.value(SETTLE_CLOCK, UPKEEP_ROWS)
             + await database.value(
                 PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, LEFT_SECONDS,
-                UPKEEP_ROWS))
+                UPKEEP_ROWS)
+            + await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS))
         await asyncio.sleep(0.05)  # others come first
 
 
@@ -3322,12 +3325,12 @@ async def begin(rooms: Rooms, socket: Socket, chat_id: int, after: str | None) -
 
 async def take_frames(request: web.Request, socket: Socket) -> None:
     """Take the frames of a socket until it is closed."""
-    taken = 0
+    taken, pause = 0, request.app[SETTINGS].bound(1) * FRAMES_PAUSE_SECONDS
     while (incoming := await socket.ws.receive()).type not in ENDS:  # smaller than `async for`
         socket.heard_at = time.monotonic()
         taken += 1
         if taken % FRAMES_AT_ONCE == 0:  # what came in one block is here without any wait
-            await asyncio.sleep(0)
+            await request.app[PACE].run(socket.address, asyncio.sleep, pause)
         if socket.close_code is not None:
             continue  # it is told to close: what it sends until it answers counts for nothing
         if incoming.type in (WSMsgType.TEXT, WSMsgType.BINARY):
@@ -3561,7 +3564,7 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
-    Endpoint("GET", "/api/v1/users", list_users),
+    Endpoint("GET", "/api/v1/users", list_users, heavy=True),
     Endpoint("POST", "/api/v1/users/login", login, public=True),
     Endpoint("POST", "/api/v1/users/refresh", refresh, public=True),
     Endpoint("POST", "/api/v1/users/logout", logout, 204),
@@ -3575,7 +3578,7 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/chats", list_chats, heavy=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}", get_chat),
     Endpoint("PATCH", "/api/v1/chats/{chat_id}", change_chat),
-    Endpoint("GET", "/api/v1/chats/{chat_id}/participants", list_participants),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/participants", list_participants, heavy=True),
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants", add_participant, 201),
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants/{user_id}", add_participant_by_id, 201),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/participants/{user_id}", remove_participant, 204),
@@ -3637,7 +3640,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[SESSIONS] = Sessions(settings, secret_key, app[DATABASE])
     app[ROOMS] = Rooms(app[DATABASE], app[SESSIONS], app[BUS], app[TASKS])
     app[INDEX] = SearchIndex(app[DATABASE])
-    app[TURNS] = guard.Slots(1)
+    app[TURNS], app[PACE] = guard.Slots(1), guard.Slots(settings.bound(1))
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
     slots = CallSlots.of(settings, address_of)
     if settings.access_log == "on":  # the first is outermost; each holds memory of every socket

@@ -191,11 +191,15 @@ class PromptConnection(web.RequestHandler):
         self._await_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """End: another may come instead."""
+        """End: another may come instead, once nothing is done any more for this one."""
+        working = self._task_handler
         super().connection_lost(exc)
         self._expect_nothing()
         self._cancel_resumption()
-        self.leave()
+        if working is None or working.done():
+            self.leave()
+        else:
+            working.add_done_callback(lambda _: self.leave())
 
     def pause_writing(self) -> None:
         """Expect progress: more is to be sent than the system takes."""

@@ -26,6 +26,7 @@ OK = 1000
 GOING_AWAY = 1001
 STALLED = 4408
 
+READ_AHEAD_BYTES = 2048
 HEARTBEAT_SECONDS = 25  # of silence, then a ping
 PONG_SECONDS = 15  # for its answer
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
@@ -68,8 +69,10 @@ class FragmentReader(WebSocketReader):
             self._tell(FRAGMENT, 0)
 
 
-# aiohttp lets nobody choose the reader.
+# aiohttp lets nobody choose the reader, nor for how many bytes it reads ahead of who takes the
+# frames: of empty ones very many would be parsed in one turn of the loop, for each socket.
 web_ws.WebSocketReader = FragmentReader  # type: ignore[attr-defined]
+web_ws.DEFAULT_CHUNK_SIZE = READ_AHEAD_BYTES  # type: ignore[attr-defined]
 
 
 class Connection:

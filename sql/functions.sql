@@ -764,12 +764,19 @@ begin
         delete from reads r using (
             select user_id, seq from reads where chat_id = chat limit at_most) old
         where r.chat_id = chat and r.user_id = old.user_id and r.seq = old.seq returning r.seq
+    ), revision as (
+        delete from revisions v where v.chat_id = chat and v.rev = any (array(
+            select rev from revisions where chat_id = chat order by rev limit at_most))
+        returning v.rev
+    ), departure as (
+        delete from departures d where d.chat_id = chat and d.version = any (array(
+            select version from departures where chat_id = chat order by version limit at_most))
+        returning d.version
     )
     select count(*) into swept
-    from (select from message union all select from word union all select from step) gone;
+    from (select from message union all select from word union all select from step
+          union all select from revision union all select from departure) gone;
     if swept = 0 then
-        delete from departures where chat_id = chat;
-        delete from revisions where chat_id = chat;
         delete from search_positions where chat_id = chat;
         delete from chats where id = chat;
     end if;

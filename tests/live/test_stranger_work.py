@@ -778,3 +778,59 @@ async def test_answer_that_was_taken_takes_no_memory(
     held = [each for each in gc.get_objects() if isinstance(each, web.Response) and each.body]
     assert max((len(each.body) for each in held), default=0) < 10_000
     raw.close()
+
+
+async def test_frames_of_an_address_are_taken_at_a_pace(
+    alice: Person, bob: Person, raw: Any, monkeypatch: Any
+) -> None:
+    """However many sockets an address has, their frames are taken one socket after the other, with
+    a pause; and not very many are read ahead."""
+    chat = await alice.opens(bob)
+    lines = [await raw(alice, chat) for _ in range(4)]
+    taken, began = 0, time.monotonic()
+
+    def count(*_: Any) -> None:
+        nonlocal taken
+        taken += 1
+
+    monkeypatch.setattr(messenger, "take_control", count)
+    monkeypatch.setattr(messenger, "FRAMES_PAUSE_SECONDS", 0.004)
+    await asyncio.gather(*(line.gives(bytes((PING, 0x80, 0, 0, 0, 0)) * 160) for line in lines))
+    async with asyncio.timeout(HEAR_SECONDS):
+        while taken < 640:
+            await asyncio.sleep(0.01)
+    assert time.monotonic() - began >= 4 * 9 * 0.004
+
+
+async def test_call_of_who_has_gone_counts_until_it_ends(monkeypatch: Any) -> None:
+    """A connection whose client has gone counts for its address as long as its call is worked on:
+    it holds as much as one that is open."""
+    left, working, end = [], asyncio.Event(), asyncio.Event()
+    lost = guard.PromptConnection.connection_lost
+
+    def note(connection: Any, exc: BaseException | None) -> None:
+        connection.leave = lambda: left.append(connection)
+        lost(connection, exc)
+
+    async def work(_request: web.Request) -> web.Response:
+        working.set()
+        await end.wait()
+        return web.Response()
+
+    monkeypatch.setattr(guard.PromptConnection, "connection_lost", note)
+    app = web.Application()
+    app.router.add_get("/", work)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    raw = await RawConnection.opens(
+        runner.addresses[0][1], b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+    await working.wait()
+    raw.writer.transport.abort()
+    await asyncio.sleep(0.1)
+    assert left == []
+    end.set()
+    async with asyncio.timeout(HEAR_SECONDS):
+        while not left:
+            await asyncio.sleep(0.01)
+    await runner.cleanup()
