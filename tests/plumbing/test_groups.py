@@ -12,6 +12,7 @@ from aiohttp import web
 import messenger
 from plumbing import database, groups
 from plumbing.groups import GroupReader, OneByOne
+from plumbing.guard import Rate
 from plumbing.process import Tasks
 from support.people import SOON_SECONDS, Line, Person
 from support.posts import numbers_of, post, written
@@ -255,6 +256,7 @@ async def test_many_senders_are_committed_in_groups(
 ) -> None:
     """Of 64 senders at once several messages share a commit, by PostgreSQL's own counter."""
     chat, _, lines = await crowd(people, alice, 64)
+    app[messenger.RATES][messenger.DELIVERIES] = Rate(10**6, 10**6)  # all come from one address
     before = await commits(app, sql)
 
     async def sends(line: Line) -> None:
