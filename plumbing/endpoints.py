@@ -26,7 +26,7 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from plumbing.database import Unavailable
+from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import RequestDeadline, uncounted
 from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots, Turns
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
@@ -426,7 +426,8 @@ def in_turns(handler: Callable[..., Awaitable[Any]], slots: CallSlots) -> Callab
         try:
             return await handler(request, **arguments)
         except Unavailable as error:
-            slots.turns.refuse(address, error)
+            if str(error) == ABSENT:  # else it is the call's own trouble, and no other's
+                slots.turns.refuse(address, error)
             raise
         finally:
             slots.turns.give_back(address)

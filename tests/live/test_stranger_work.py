@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
 import messenger
-from plumbing import endpoints, guard, search
+from plumbing import database, endpoints, guard, search
 from plumbing.credentials import checked_email
 from plumbing.endpoints import Problem
 from plumbing.guard import Rate
@@ -703,7 +703,7 @@ async def test_heavy_call_waits_for_its_turn_no_longer_than_for_the_database(
     async def hang(statement: str, *arguments: Any) -> Any:
         if statement == messenger.SELECT_MESSAGES_BEFORE:
             await asyncio.sleep(1)
-            raise messenger.Unavailable("It hangs.")
+            raise messenger.Unavailable(database.ABSENT)
         return await rows(statement, *arguments)
 
     monkeypatch.setattr(app[messenger.DATABASE], "rows", hang)
@@ -712,6 +712,26 @@ async def test_heavy_call_waits_for_its_turn_no_longer_than_for_the_database(
         person.asks("GET", f"/chats/{chat}/messages") for person in (alice, bob) * 2))
     assert [answer.status for answer in answers] == [503] * 4
     assert time.monotonic() - began < 3
+
+
+async def test_search_that_is_refused_refuses_no_other_call(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """Where a chat cannot be indexed in time, the heavy calls of the same address that wait behind
+    the search are answered: it is not the database that is away."""
+    chat = await alice.opens(bob)
+    searching = asyncio.Event()
+
+    async def fail(*_: Any) -> None:
+        searching.set()
+        await asyncio.sleep(0.3)
+        raise messenger.Unavailable("The chat is still being indexed.")
+
+    monkeypatch.setattr(app[messenger.INDEX], "index", fail)
+    search_call = asyncio.create_task(alice.asks("GET", f"/chats/{chat}/messages?q=x"))
+    await searching.wait()
+    assert (await bob.asks("GET", "/chats")).status == 200
+    assert (await search_call).status == 503
 
 
 async def test_search_that_has_much_to_index_ends_soon(
