@@ -113,7 +113,7 @@ import prometheus_client
 from aiohttp import WSMessage, WSMsgType, web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from plumbing import guard, metrics, process
+from plumbing import guard, metrics, process, websocket
 from plumbing.bus import Bus
 from plumbing.credentials import (
     Email,
@@ -246,12 +246,12 @@ REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `syn
 OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat at their end ...
 READY_CHARS = 20  # ... and as many more for each
 JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
+HANDSHAKES_AT_ONCE = 4  # of an address, joining their rooms
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 REPLAY_PIECE = 10  # of them are put together first; more, where that named few readers
 REPLAY_BYTES = 64 * 1024  # of them are written at once, but for the last
 READERS_AT_ONCE = 10  # whose names are added to a page of messages in one turn of the loop
-CLOSE_ALL_SECONDS = 1  # for all sockets together, at the end
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 SEARCH_SECONDS = 0.2  # for a page, where what the index names is not what was asked for
@@ -1318,16 +1318,17 @@ def encode_change(message: Message, since: int) -> bytes:
 class Rooms:
     """Which socket follows which chat, and everything that goes out to them."""
 
-    def __init__(self, database: Database, sessions: Sessions, bus: Bus, tasks: Tasks) -> None:
-        self.database = database
+    def __init__(self, app: web.Application) -> None:
+        self.database = app[DATABASE]
         self.polled_at = time.monotonic()  # when Watch last asked who joined and who logged out
-        self._sessions = sessions
-        self._bus = bus
-        self._tasks = tasks
+        self._sessions = app[SESSIONS]
+        self._bus = app[BUS]
+        self._tasks = app[TASKS]
+        self._handshakes = guard.Slots(app[SETTINGS].bound(HANDSHAKES_AT_ONCE))  # by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self._look_ups = GroupReader(self._followed_by)
-        self._joins = guard.Slots(JOINS_AT_ONCE)
-        self._coming = OneByOne(tasks, self._try_join)  # by user: the chats that they came into
+        self._joins = guard.Turns(JOINS_AT_ONCE)  # by user
+        self._coming = OneByOne(self._tasks, self._try_join)  # by user: chats they came into
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
@@ -1338,10 +1339,7 @@ class Rooms:
         sockets = list(self._sockets)
         for socket in sockets:
             self.close(socket, GOING_AWAY)
-        if sockets:
-            await asyncio.wait([socket.task for socket in sockets], timeout=CLOSE_ALL_SECONDS)
-        for socket in sockets:
-            socket.cut()
+        await websocket.await_ends(sockets)
 
     def all_sockets(self) -> list[Socket]:
         """List every open socket."""
@@ -1380,7 +1378,8 @@ class Rooms:
         self._of_users.setdefault(me, set()).add(socket)
         joining = socket.joining = asyncio.Event()
         try:
-            await self.replaying.run(me, self._join_rooms, socket)
+            await self.replaying.run(
+                me, self._handshakes.run, socket.address, self._join_rooms, socket)
         finally:
             socket.joining = None
             joining.set()
@@ -1522,7 +1521,7 @@ class Rooms:
         while absent := [socket for socket in sockets
                          if chat_id not in socket.rooms and socket in self._sockets]:
             me = absent[0].asker.user_id
-            chat = await self._joins.run("", read_chat, self.database, chat_id, me)
+            chat = await self._joins.run(me, read_chat, self.database, chat_id, me)
             if self._knows_newer(chat_id, chat.version):
                 await self._wait_for_version([chat_id], deadline)  # the user may be out again
             else:
@@ -2676,7 +2675,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     A refresh token can be used once. If you lost the answer, send the old one again, and you get
     the same two new tokens. For 30 s this works as long as the new refresh token was not used;
     after that, only if neither new token was used. Any other use of an old refresh token ends the
-    session. Access tokens of before a refresh stay valid until they expire.
+    session. An access token from before the refresh stays valid until it expires.
     Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
@@ -2735,7 +2734,7 @@ async def get_me(request: web.Request) -> User:
 
 
 async def get_user(request: web.Request, user_id: UserId) -> User:
-    """Get a user; the email is only in your own. Raises UserNotFound."""
+    """Get a user; only your own account has its email. Raises UserNotFound."""
     row = await request.app[DATABASE].row(SELECT_USER, user_id)
     if row is None:
         raise UserNotFound
@@ -2975,7 +2974,7 @@ async def add_participant(
     """Add a user to a group, or give a role to one who is in it.
 
     Every participant may add users. Only the owner gives roles, and hands the group over by giving
-    `owner`. If the user is in the group already, this answers 200, with the role as it is now.
+    `owner`. If the user is in the group already, this answers 200, with their role after the call.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
     TooManyChanges.
     """
@@ -2993,7 +2992,7 @@ async def add_participant_by_id(
 ) -> Answer[Participant]:
     """Add a user to a group, or give them a role; the path names the user.
 
-    If the user is in the group already, this answers 200, with the role as it is now.
+    If the user is in the group already, this answers 200, with their role after the call.
     Raises ChatNotFound, UserNotFound, OwnerOnly, PersonalChat, GroupFull, OwnerStays,
     TooManyChanges.
     """
@@ -3638,7 +3637,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[BUS] = Bus(app[DATABASE])
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
     app[SESSIONS] = Sessions(settings, secret_key, app[DATABASE])
-    app[ROOMS] = Rooms(app[DATABASE], app[SESSIONS], app[BUS], app[TASKS])
+    app[ROOMS] = Rooms(app)
     app[INDEX] = SearchIndex(app[DATABASE])
     app[TURNS], app[PACE] = guard.Slots(1), guard.Slots(settings.bound(1))
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)

@@ -174,7 +174,7 @@ async def measure(bench: Bench, bounds: Limits) -> list[tuple[str, str]]:
         close_all([*sockets, *senders])
         most = bounds.most_bytes()
     return [
-        ("start, with the packages already installed: the first, later ones",
+        ("first start, later starts (packages already installed)",
          f"{first:.1f} s, {second:.1f} s"),
         ("disk: the packages in `.venv`", f"{dependencies_bytes() / MEGA:.0f} MB"),
         ("disk: an empty database", f"{disk / MEGA:.0f} MB"),

@@ -27,7 +27,7 @@ from aiohttp import web
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import ABSENT, Unavailable
-from plumbing.deadline import RequestDeadline, uncounted
+from plumbing.deadline import RequestDeadline, deadline, uncounted
 from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots, Turns
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.settings import ServerSettings
@@ -358,15 +358,17 @@ class CallSlots:
     """How many calls may be under way at once (0: any number); further ones wait.
 
     A call of a known user takes one of the user's slots, any other and a refused one takes one of
-    its address. A `heavy` call also takes one of its address, since its answer may be large, and
-    is worked on in one of everybody's turns.
+    its address. A `heavy` call also takes one of its address, since its answer may be large. Reads
+    are worked on in turns, of which an address has few at once; what is written is committed
+    together.
     """
 
     light: Slots  # of a user
     heavy: Slots  # of a user
     address: Slots
     heavy_of_address: Slots
-    turns: Turns  # keys: addresses
+    light_turns: Turns  # keys: addresses
+    heavy_turns: Turns  # keys: addresses
     address_of: Callable[[web.Request], str]
 
     @classmethod
@@ -382,8 +384,10 @@ class CallSlots:
                 settings.calls_per_user, settings.reads_per_user, settings.calls_per_address,
                 HEAVY_OF_ADDRESS_MAX)]
         at_once = max(2, settings.database_connections // 2)
-        turns = Turns(at_once, of_each=settings.bound(max(1, at_once // 5)))
-        return cls(light, heavy, of_address, heavy_of_address, turns, address_of)
+        heavy_turns = Turns(at_once, of_each=settings.bound(max(1, at_once // 5)))
+        light_turns = Turns(2 * at_once, of_each=settings.bound(at_once))
+        return cls(
+            light, heavy, of_address, heavy_of_address, light_turns, heavy_turns, address_of)
 
     async def hold(self, request: web.Request, endpoint: Endpoint, asker: Hashable) -> None:
         """Hold the slots that a call of an endpoint takes. Raises TooManyCalls."""
@@ -414,23 +418,35 @@ async def wait_for(taking: Awaitable[TakenT]) -> TakenT:
         raise TooManyCalls from None
 
 
-def in_turns(handler: Callable[..., Awaitable[Any]], slots: CallSlots) -> Callable[..., Any]:
-    """Have a handler work on a few heavy calls at once; addresses take turns.
+async def wait_in_time(taking: Awaitable[None]) -> None:
+    """Wait until a turn is taken, as long as for the database. Raises Unavailable."""
+    try:
+        async with asyncio.timeout_at(deadline()):
+            await taking
+    except TimeoutError:
+        raise Unavailable(ABSENT) from None
+
+
+def in_turns(endpoint: Endpoint, slots: CallSlots) -> Callable[..., Awaitable[Any]]:
+    """Have the handler of an endpoint that reads work on a few calls at once; addresses take turns.
 
     Where the database is away, those of the address that wait for a turn are refused with the one
     that found it out: they would come to know one after the other.
     """
+    turns = slots.heavy_turns if endpoint.heavy else slots.light_turns
+    wait = wait_for if endpoint.heavy else wait_in_time
+
     async def work(request: web.Request, **arguments: Any) -> Any:
         address = slots.address_of(request)
-        await wait_for(slots.turns.take(address))
+        await wait(turns.take(address))
         try:
-            return await handler(request, **arguments)
+            return await endpoint.handler(request, **arguments)
         except Unavailable as error:
             if str(error) == ABSENT:  # else it is the call's own trouble, and no other's
-                slots.turns.refuse(address, error)
+                turns.refuse(address, error)
             raise
         finally:
-            slots.turns.give_back(address)
+            turns.give_back(address)
 
     return work
 
@@ -448,7 +464,8 @@ def bind(
     is refused with the problem of its name. One deadline bounds all that is waited for.
     """
     signature = Signature.of(endpoint)
-    work = in_turns(endpoint.handler, slots) if endpoint.heavy else endpoint.handler
+    reads = endpoint.method == "GET" and endpoint.status != SWITCHING and not endpoint.public
+    work = in_turns(endpoint, slots) if reads else endpoint.handler  # writes commit together
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with RequestDeadline():

@@ -8,6 +8,7 @@ uncompressed (RFC 6455, section 5).
 import asyncio
 import time
 import typing
+from collections.abc import Collection
 from typing import Any
 
 from aiohttp import WSMessage, WSMsgType, web, web_ws
@@ -30,6 +31,7 @@ READ_AHEAD_BYTES = 2048
 HEARTBEAT_SECONDS = 25  # of silence, then a ping
 PONG_SECONDS = 15  # for its answer
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
+CLOSE_ALL_SECONDS = 1  # the same for all connections together
 
 
 def text_frame(payload: bytes) -> bytes:
@@ -180,3 +182,11 @@ class Connection:
         """End the connection at once."""
         if self._transport is not None:
             self._transport.abort()
+
+
+async def await_ends(connections: Collection[Connection]) -> None:
+    """Wait until connections that are being closed have ended; cut those that do not end soon."""
+    if connections:
+        await asyncio.wait([each.task for each in connections], timeout=CLOSE_ALL_SECONDS)
+    for each in connections:
+        each.cut()

@@ -510,6 +510,27 @@ async def readers(house: House) -> tuple[Person, Person, int]:
     return alice, bob, chat
 
 
+class Held:
+    """Work that is held until it is let go, and how much of it was under way at once."""
+
+    def __init__(self) -> None:
+        self.working = self.most = 0
+        self.let_go = asyncio.Event()
+
+    async def waits(self) -> None:
+        """Work, as long as it is held."""
+        self.working += 1
+        self.most = max(self.most, self.working)
+        await self.let_go.wait()
+        self.working -= 1
+
+    async def until_working(self, count: int) -> None:
+        """Wait until so much is under way."""
+        async with asyncio.timeout(SOON_SECONDS):
+            while self.working < count:
+                await asyncio.sleep(0.01)
+
+
 async def test_heavy_calls_of_an_address_take_turns_with_others(house: House) -> None:
     """Heavy calls of all are worked on a few at a time; of those that wait, each address has one in
     its turn: many accounts of one address hold up another's only for one call."""
@@ -532,6 +553,70 @@ async def test_heavy_calls_of_an_address_take_turns_with_others(house: House) ->
     await asks(bob, "192.0.2.2")
     await asyncio.gather(*flood)
     assert came.index("192.0.2.2") < 20
+
+
+@pytest.fixture
+async def flooded(house: House, monkeypatch: Any) -> tuple[Client, list[Person], Held]:
+    """A server whose light reads and handshakes from one address are held, and its users."""
+    here = await house.opens(calls_per_user=0)
+    people = [await house.takes_in(here, f"user_{number}") for number in range(7)]
+    held = Held()
+    get_user, join_rooms = messenger.Database.row, messenger.Rooms._join_rooms
+
+    async def read_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_USER and arguments[0] != people[0].id:
+            await held.waits()
+        return await get_user(self, statement, *arguments)
+
+    async def join_slowly(self: messenger.Rooms, socket: messenger.Socket) -> None:
+        if socket.asker.user_id != people[0].id:
+            await held.waits()
+        await join_rooms(self, socket)
+
+    monkeypatch.setattr(messenger.Database, "row", read_slowly)
+    monkeypatch.setattr(messenger.Rooms, "_join_rooms", join_slowly)
+    return here, people, held
+
+
+FLOODING, ANOTHER = {"X-Forwarded-For": "192.0.2.1"}, {"X-Forwarded-For": "192.0.2.2"}
+
+
+async def test_light_reads_of_an_address_take_turns_with_others(
+    flooded: tuple[Client, list[Person], Held]
+) -> None:
+    """Of many light calls of an address half as many are worked on as there are connections to the
+    database, whoever makes them, and another's is not kept waiting."""
+    here, (bob, *strangers), held = flooded
+
+    async def asks(user: Person, origin: dict[str, str]) -> None:
+        async with here.get("/api/v1/users/me", headers=user.headers | origin) as answer:
+            assert answer.status == 200, await answer.text()
+
+    flood = [asyncio.create_task(asks(user, FLOODING)) for user in strangers * 5]
+    await held.until_working(SETTINGS.database_connections // 2)
+    await asks(bob, ANOTHER)
+    held.let_go.set()
+    await asyncio.gather(*flood)
+    assert held.most == SETTINGS.database_connections // 2
+
+
+async def test_handshakes_of_an_address_take_turns_with_others(
+    flooded: tuple[Client, list[Person], Held]
+) -> None:
+    """Of many handshakes of an address a few are worked on at once, whoever makes them, and
+    another's is not kept waiting."""
+    here, (bob, *strangers), held = flooded
+
+    async def comes(user: Person, origin: dict[str, str]) -> None:
+        async with here.ws_connect("/ws", headers=user.headers | origin) as ws:
+            assert (await ws.receive_json(timeout=SOON_SECONDS))["type"] == "hello"
+
+    flood = [asyncio.create_task(comes(user, FLOODING)) for user in strangers]
+    await held.until_working(messenger.HANDSHAKES_AT_ONCE)
+    await comes(bob, ANOTHER)
+    held.let_go.set()
+    await asyncio.gather(*flood)
+    assert held.most == messenger.HANDSHAKES_AT_ONCE
 
 
 async def asks_unread(person: Person, path: str) -> socket.socket:

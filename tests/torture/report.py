@@ -14,25 +14,27 @@ from torture.tally import Tally
 MEANINGS = {
     "lost": "answered, or shown to somebody, and afterwards not in the database, or not as it was",
     "doubled": "more than once in the database, or answered with two numbers",
-    "missed": "a member who followed did not end with it",
-    "misordered": "numbers or watermarks that went back, or had holes",
+    "missed": "at the end, a client of a member did not have it",
+    "misordered": "numbers of messages, or read marks, that went back or had holes",
     "leaked": "shown to, or accepted from, somebody who had been removed",
-    "fooled": "in a client's own store, and not in the database, though nobody had told the client",
+    "fooled": "a client kept what the database had lost, for nobody told it of the new history",
     "wrong": "an answer that nobody should get, a server that ended or complained by itself",
 }
 INTRODUCTION = """\
 Clients post, edit, delete, read, are removed and come back, while everything beneath them is
-killed, stopped, filled, cut off or put back to what it was. What each was answered and shown, and
-what each keeps in a store of its own, is then held against the database.
+killed, stopped, filled, cut off or replaced by an older copy. At the end, the answers and frames
+that each client got, and what it stored itself, are compared with the database.
 `./run torture --help` tells how to repeat it."""
 
 UNDONE = """\
-*Undone*: acknowledged after the copy that the database went back to, or before a standby that was
-behind had it. *Told*: how often a client learned that the history is another."""
+*Undone*: acknowledged messages that the torture itself removed, when it replaced the database with
+an older copy, or promoted a standby that had not received them yet. *Told*: how often a client was
+told that the history was rewritten."""
 RECOVERY = """\
-Recovery ends when each chat has had a post accepted that was sent after the fault. After the loss
-of a primary it begins with the promotion of its standby; after a copy was put in the database's
-place, with the end of the old one; after a full disk, when there is room again."""
+Recovery begins with the fault, and ends when each chat has accepted a post that was sent after it.
+There are three exceptions. If a primary is lost, recovery begins when its standby is promoted. If
+the database is replaced by a copy, it begins when the old database stops. If the disk is full, it
+begins when there is room again. A row without times is the kill that ends a run."""
 
 
 def page(
@@ -93,12 +95,13 @@ def _rest(
             yield (f"{name.capitalize()}: with all hints between the workers dropped, a message"
                    f" reached every socket within {tally.slowest_delivery:.2f} s.")
         if tally.returns:
-            yield (f"{name.capitalize()}: once the database had gone back, every client had what it"
-                   f" has after {tally.slowest_return:.2f} s at the latest.")
+            yield (f"{name.capitalize()}: each time the database was replaced, all clients then"
+                   " paused until they had the same messages as the database. This ended at most"
+                   f" {tally.slowest_return:.2f} s after the fault, with the comparison itself.")
     if control is not None:
         counted = ", ".join(f"{kind} {count:,}" for kind, count in control.found.items())
         yield (
-            "The control: a power cut with `fsync = off` was"
-            + (f" found ({counted})." if counted else " NOT FOUND."))
+            "As a control, power was also cut with `fsync = off`, which must lose data. The torture"
+            + (f" found it: {counted}." if counted else " DID NOT FIND IT."))
     if no_disk:
         yield f"No disk was full, and no power cut: {no_disk}."
