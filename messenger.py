@@ -947,31 +947,29 @@ class Sessions:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
         return self._tokens.read(token, kind, TOKEN_LEEWAY_SECONDS)
 
-    async def asker(self, token: str) -> Asker:
-        """Tell who holds an access token. Raises Unauthorized, Unavailable."""
+    async def asker(self, request: web.Request, token: str) -> Asker:
+        """Tell who holds an access token of a request. Raises Unauthorized, Unavailable.
+
+        A session is asked for unless it is believed alive; that a token of its newest generation
+        is used is noted.
+        """
         claims = self.read(token, "access")
         if claims is None:
             raise Unauthorized
         asker = Asker(int(claims["sub"]), claims["sid"], claims["exp"])
         secret, generation = claims.get("key", ""), claims.get("gen", 0)
-        if not self._trusted.holds(asker.session_id, (secret, generation)):
-            asked_at = time.monotonic()
-            await self._look_up(asker, secret, generation)
-            if not self._trusted.put(asker.session_id, (secret, generation), asked_at):
-                raise Unauthorized
-        return asker
-
-    async def _look_up(self, asker: Asker, secret: str, generation: int) -> None:
-        """Ask whether a session is alive, and note that a token of its generation was used.
-
-        Raises Unauthorized, Unavailable.
-        """
-        session = await self._look_ups.get((asker.session_id, asker.user_id, secret))
+        if self._trusted.holds(asker.session_id, (secret, generation)):
+            return asker
+        asked_at, named = time.monotonic(), (asker.session_id, asker.user_id, secret)
+        session = await guard.unless_gone(request, self._look_ups.get, named)
         if session is None:
             raise Unauthorized
         newest, is_used = session
         if generation >= newest and not is_used:
             await self._database.rows(USE_SESSION, asker.session_id, generation)
+        if not self._trusted.put(asker.session_id, (secret, generation), asked_at):
+            raise Unauthorized
+        return asker
 
     async def _sessions_of(
         self, asked: list[tuple[int, int, str]]
@@ -1044,7 +1042,7 @@ async def authenticate(request: web.Request) -> int:
     """
     try:
         token = guard.token_of(request, SUBPROTOCOL if is_of_socket(request) else None)
-        request[ASKER] = await request.app[SESSIONS].asker(token)
+        request[ASKER] = await request.app[SESSIONS].asker(request, token)
     except Unauthorized:
         if is_of_socket(request):
             charge(request.app, TooManyHandshakes, address_of(request))
@@ -3294,7 +3292,7 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
     is_handshake = socket.can_open(request)
     try:
         if is_handshake or socket.chat_id is not None:  # all chats only where it is worth the work
-            await rooms.join(socket)
+            await guard.unless_gone(request, rooms.join, socket)
         if not is_handshake:
             raise UpgradeRequired
         if socket.chat_id is not None:
@@ -3492,7 +3490,7 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
 async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None:
     """Let the socket belong to a fresh token's session."""
     charge(request.app, TooManyFrames, socket.key, AUTH_FRAMES)
-    asker = await request.app[SESSIONS].asker(frame.token)
+    asker = await request.app[SESSIONS].asker(request, frame.token)
     if asker.user_id != socket.asker.user_id:
         raise Unauthorized("The token is another user's.")
     socket.asker = asker

@@ -28,7 +28,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import RequestDeadline, deadline, uncounted
-from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots, Turns
+from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots, Turns, unless_gone
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.settings import ServerSettings
 from plumbing.text import COMPOSED_FROM_MAX, composed
@@ -404,25 +404,29 @@ async def hold_slots(request: web.Request, *wanted: tuple[Slots, Hashable]) -> N
     """Hold one of the slots of each key until the answer was taken. Raises TooManyCalls."""
     with contextlib.ExitStack() as held:
         for slots, key in wanted:
-            held.callback(await wait_for(slots.take(key)))
+            held.callback(await wait_for(request, slots.take, key))
         request[GIVE_BACK] = held.pop_all().close
 
 
-async def wait_for(taking: Awaitable[TakenT]) -> TakenT:
-    """Wait until a slot or a turn is taken. Raises TooManyCalls."""
+async def wait_for(
+    request: web.Request, take: Callable[[Hashable], Awaitable[TakenT]], key: Hashable
+) -> TakenT:
+    """Wait until a slot or a turn of a key is taken. Raises TooManyCalls."""
     try:
         async with asyncio.timeout(SLOT_SECONDS):
             with uncounted():  # the answers before may be taken over a slow line
-                return await taking
+                return await unless_gone(request, take, key)
     except TimeoutError:
         raise TooManyCalls from None
 
 
-async def wait_in_time(taking: Awaitable[None]) -> None:
-    """Wait until a turn is taken, as long as for the database. Raises Unavailable."""
+async def wait_in_time(
+    request: web.Request, take: Callable[[Hashable], Awaitable[None]], key: Hashable
+) -> None:
+    """Wait until a turn of a key is taken, as long as for the database. Raises Unavailable."""
     try:
         async with asyncio.timeout_at(deadline()):
-            await taking
+            await unless_gone(request, take, key)
     except TimeoutError:
         raise Unavailable(ABSENT) from None
 
@@ -438,7 +442,7 @@ def in_turns(endpoint: Endpoint, slots: CallSlots) -> Callable[..., Awaitable[An
 
     async def work(request: web.Request, **arguments: Any) -> Any:
         address = slots.address_of(request)
-        await wait(turns.take(address))
+        await wait(request, turns.take, address)
         try:
             return await endpoint.handler(request, **arguments)
         except Unavailable as error:

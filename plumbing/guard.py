@@ -176,12 +176,13 @@ class PromptConnection(web.RequestHandler):
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("_progress", "_resumption", "leave")
+    __slots__ = ("_progress", "_resumption", "give_up", "leave")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
             *args, **options | {"auto_decompress": False, "read_bufsize": BUFFER_BYTES})
         self.leave: Callable[[], None] = nothing  # called once the connection has ended
+        self.give_up: Callable[[], object] = nothing  # called when it is lost (unless_gone)
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
         self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
 
@@ -194,6 +195,7 @@ class PromptConnection(web.RequestHandler):
         """End: another may come instead, once nothing is done any more for this one."""
         working = self._task_handler
         super().connection_lost(exc)
+        self.give_up()
         self._expect_nothing()
         self._cancel_resumption()
         if working is None or working.done():
@@ -283,6 +285,24 @@ class PromptConnection(web.RequestHandler):
             self._keepalive_handle.cancel()
             self._keepalive_handle = self._loop.call_at(close_at, self._process_keepalive)
             self._next_keepalive_close_time = close_at
+
+
+async def unless_gone(
+    request: web.BaseRequest, wait: Callable[..., Awaitable[Result]], *args: Any
+) -> Result:
+    """Await what may be given up at any moment: if the client of a GET hangs up before or while it
+    waits, the handler is cancelled. Else clients who come and go would leave thousands waiting.
+    """
+    connection, task = request.protocol, asyncio.current_task()
+    if request.method != "GET" or task is None or not isinstance(connection, PromptConnection):
+        return await wait(*args)
+    if connection.transport is None:
+        raise asyncio.CancelledError
+    connection.give_up = task.cancel
+    try:
+        return await wait(*args)
+    finally:
+        connection.give_up = nothing
 
 
 # What aiohttp makes of each connection, and what it tells of itself in each answer: no versions.

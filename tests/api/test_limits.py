@@ -20,7 +20,7 @@ from plumbing.deadline import REQUEST_SECONDS
 from plumbing.guard import Rate
 from support.databases import until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
-from support.raw import HANDSHAKE, RawConnection, transport_of
+from support.raw import HANDSHAKE, RawConnection, handshake, transport_of
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
@@ -556,9 +556,16 @@ async def test_heavy_calls_of_an_address_take_turns_with_others(house: House) ->
 
 
 @pytest.fixture
-async def flooded(house: House, monkeypatch: Any) -> tuple[Client, list[Person], Held]:
-    """A server whose light reads and handshakes from one address are held, and its users."""
-    here = await house.opens(calls_per_user=0)
+async def flooded(
+    house: House, monkeypatch: Any, request: pytest.FixtureRequest
+) -> tuple[Client, list[Person], Held]:
+    """A server, maybe with other settings, and its users; the light reads and the handshakes of all
+    but the first are held."""
+    here = await house.opens(**getattr(request, "param", {"calls_per_user": 0}))
+    runner = cast("TestServer", here.server).runner
+    assert runner is not None
+    assert runner.server is not None
+    runner.server.handler_cancellation = False  # as it is outside of tests
     people = [await house.takes_in(here, f"user_{number}") for number in range(7)]
     held = Held()
     get_user, join_rooms = messenger.Database.row, messenger.Rooms._join_rooms
@@ -617,6 +624,51 @@ async def test_handshakes_of_an_address_take_turns_with_others(
     held.let_go.set()
     await asyncio.gather(*flood)
     assert held.most == messenger.HANDSHAKES_AT_ONCE
+
+
+@pytest.mark.parametrize("path", ["/api/v1/users/me", "/ws"])
+async def test_who_hangs_up_waits_for_no_turn(
+    flooded: tuple[Client, list[Person], Held], path: str
+) -> None:
+    """A call that reads, or a handshake, is given up while it waits for its turn, once its client
+    is gone: those who come and go leave no thousands waiting."""
+    here, (_, *strangers), held = flooded
+
+    async def comes(user: Person) -> RawConnection:
+        return await RawConnection.opens(here.port, handshake(here.port, path, user.access))
+
+    callers = [await comes(user) for user in strangers * 3]
+    await held.until_working(messenger.HANDSHAKES_AT_ONCE)
+    await asyncio.sleep(0.2)  # the others wait
+    working, before = held.working, len(asyncio.all_tasks())
+    for caller in callers:
+        caller.writer.transport.abort()
+    async with asyncio.timeout(SOON_SECONDS / 3):  # before they are refused for waiting too long
+        while len(asyncio.all_tasks()) > before - (len(callers) - working):
+            await asyncio.sleep(0.01)
+    assert held.working == working
+    held.let_go.set()
+
+
+@pytest.mark.parametrize("flooded", [{"calls_per_user": 1}], indirect=True)
+async def test_change_of_who_hangs_up_is_made(flooded: tuple[Client, list[Person], Held]) -> None:
+    """A message is posted though its sender hung up while it waited for a slot."""
+    here, (bob, carol, *_), held = flooded
+    chat = await bob.opens(carol)
+    reading = asyncio.create_task(carol.asks("GET", "/users/me"))
+    await held.until_working(1)
+    caller = await RawConnection.opens(here.port, (
+        f"POST /api/v1/chats/{chat}/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n"
+        f'Authorization: Bearer {carol.access}\r\n\r\n{{"text": "gone"}}').encode())
+    await asyncio.sleep(0.2)  # it waits
+    caller.writer.transport.abort()
+    await asyncio.sleep(0.2)  # the server hears of it
+    assert await bob.history(chat) == []
+    held.let_go.set()
+    assert (await reading).status == 200
+    async with asyncio.timeout(SOON_SECONDS):
+        while await bob.history(chat) != ["gone"]:
+            await asyncio.sleep(0.01)
 
 
 async def asks_unread(person: Person, path: str) -> socket.socket:
