@@ -3104,7 +3104,10 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
 
 
 async def get_message(request: web.Request, chat_id: ChatId, message_id: MessageId) -> Message:
-    """Get a message as it is now. Raises ChatNotFound, MessageNotFound."""
+    """Get a message as it is now.
+
+    A deleted message is answered, too, with an empty text. Raises ChatNotFound, MessageNotFound.
+    """
     me, database = request[ME], request.app[DATABASE]
     rows = await database.rows(SELECT_MESSAGE, chat_id, me, message_id)
     if not rows:

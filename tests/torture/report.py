@@ -34,7 +34,8 @@ RECOVERY = """\
 Recovery begins with the fault, and ends when each chat has accepted a post that was sent after it.
 There are three exceptions. If a primary is lost, recovery begins when its standby is promoted. If
 the database is replaced by a copy, it begins when the old database stops. If the disk is full, it
-begins when there is room again. A row without times is the kill that ends a run."""
+begins when there is room again. A row without a recovery time is the kill that ends
+a run."""
 
 
 def page(
@@ -84,7 +85,7 @@ def _faults(told: Sequence[tuple[str, Tally]]) -> Iterator[str]:
             measured = (statistics.median(took), max(took)) if took else ()
             cells = [f"{seconds:.2f} s" for seconds in measured] or ["", ""]
             rows.append([f"{name}: {kind}", str(times), *cells])
-    return _table(["", "times", "recovery, median", "slowest"], rows)
+    return _table(["", "count", "recovery, median", "slowest"], rows)
 
 
 def _rest(
@@ -96,8 +97,9 @@ def _rest(
                    f" reached every socket within {tally.slowest_delivery:.2f} s.")
         if tally.returns:
             yield (f"{name.capitalize()}: each time the database was replaced, all clients then"
-                   " paused until they had the same messages as the database. This ended at most"
-                   f" {tally.slowest_return:.2f} s after the fault, with the comparison itself.")
+                   " paused until they had the same messages as the database. The pause, which"
+                   " includes the comparison, was over at most"
+                   f" {tally.slowest_return:.2f} s after the fault.")
     if control is not None:
         counted = ", ".join(f"{kind} {count:,}" for kind, count in control.found.items())
         yield (
