@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 import messenger
-from support.floods import BLOCKS, CALLS, SILENCE, Flood, flood
+from support.floods import BLOCKS, CALLS, HASTE, SILENCE, Flood, flood
 from support.fuzzing import LONG
 from support.hostile import CLOSE, CONTINUATION, FIN, PING, PONG, TEXT, frame
 from support.people import HEAR_SECONDS, PASSWORD, Line, Person
@@ -27,6 +27,7 @@ FLOOD_SECONDS = 5.0 if LONG else 1.0
 P99_SECONDS = 0.1 if LONG else HEAR_SECONDS  # of an honest call; long: on a quiet machine
 PAUSE_SECONDS = 0.02  # between two honest calls
 CONNECTIONS = 200
+ACCOMPLICES = 49 if LONG else 4  # other accounts of the stranger
 BLOCK = 4_000  # control frames in one write
 ENDING = ("refresh", "logout", "delete_user", "delete_session")  # calls that end a session
 REFUSED = {"calls", "marks in a login", *ENDING}  # floods that may be answered 401
@@ -128,6 +129,16 @@ class Stranger:
             of("handshakes", frame(FIN | CLOSE, b""), 30, "/ws"),
         ]
 
+    def of_many(self, accomplices: list[Person]) -> list[Flood]:
+        """Make floods by many accounts, each of which asks for no more than it may."""
+        tokens = [person.access for person in (self.person, *accomplices)]
+        asked = [self.request("GET", "/api/v1/users/me", token=token) for token in tokens]
+        opened = [handshake(self.port, "/ws", token).decode("latin-1") for token in tokens]
+        return [
+            Flood("light calls of many", CALLS, asked, 4 * len(tokens)),
+            Flood("handshakes that are cut off", HASTE, opened, 10),
+        ]
+
     def of_connections(self) -> list[Flood]:
         """Make floods of connections that are held, with nothing or with an unread answer."""
         return [
@@ -198,13 +209,15 @@ async def test_honest_user_is_served_beside_floods(
     stranger = Stranger(flooded.port, mallory, theirs, message["id"])
     groups = [row["id"] for row in await sql.fetch("select id from chats where name = 'group'")]
     calls = stranger.of_calls(spent, bob.id)
-    others = stranger.of_texts() + stranger.of_frames(groups)
+    many = stranger.of_many([
+        await people_of(flooded, f"accomplice_{number}") for number in range(ACCOMPLICES)])
+    others = stranger.of_texts() + stranger.of_frames(groups) + many
     floods = [[each] for each in calls + others + stranger.of_connections()]
     asyncio.get_running_loop().set_debug(False)  # what the honest user takes is not the server's
     if not LONG:  # all calls in turn, then all else, then the connections
         sends = [sent for each in calls for sent in each.sends]
         texts, frames = stranger.of_texts(), stranger.of_frames(groups)
-        floods = [[Flood("calls", CALLS, sends)], texts, frames, stranger.of_connections()]
+        floods = [[Flood("calls", CALLS, sends)], texts, frames, many, stranger.of_connections()]
     chat = await alice.opens(bob)
     line = await alice.listens_live(chat)
     slow = {}

@@ -17,7 +17,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-CALLS, BLOCKS, SILENCE = "calls", "blocks", "silence"
+CALLS, BLOCKS, SILENCE, HASTE = "calls", "blocks", "silence", "haste"
+HASTE_SECONDS = 0.004  # until who is in haste hangs up
 SMALL_BYTES = 4096  # of the buffer of who does not read
 
 
@@ -28,10 +29,11 @@ class Flood:
     `calls`: each sends a request, reads the answer, and goes on with the next. `blocks`: each sends
     the first once, then the second again and again, and passes over what it hears; who is hung up
     on comes back. `silence`: each sends the first, which may be nothing, and reads nothing.
+    `haste`: each sends one, hangs up before it can be answered, and comes back at once.
     """
 
     name: str
-    kind: Literal["calls", "blocks", "silence"]
+    kind: Literal["calls", "blocks", "silence", "haste"]
     sends: list[str]  # bytes, as Latin-1
     connections: int = 30
 
@@ -45,7 +47,8 @@ class Flooder:
 
     async def sends(self, flood: Flood) -> None:
         """Send a flood over one connection after the other."""
-        work = {CALLS: self.calls, BLOCKS: self.blocks, SILENCE: self.is_silent}[flood.kind]
+        work = {CALLS: self.calls, BLOCKS: self.blocks, SILENCE: self.is_silent,
+                HASTE: self.hangs_up}[flood.kind]
         sends = itertools.cycle(each.encode("latin-1") for each in flood.sends)
         connections = [self.comes_back(work, sends, flood) for _ in range(flood.connections)]
         await asyncio.gather(*connections)
@@ -67,7 +70,7 @@ class Flooder:
                     writer.close()
             except (OSError, EOFError, asyncio.IncompleteReadError):
                 self.heard["closed"] += 1
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0 if flood.kind == HASTE else 0.05)
 
     async def calls(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
@@ -114,6 +117,16 @@ class Flooder:
         writer.write(next(sends))
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await asyncio.sleep(3600)
+
+    async def hangs_up(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+        sends: "itertools.cycle[bytes]",
+    ) -> None:
+        """Send something, and hang up."""
+        writer.write(next(sends))
+        await asyncio.sleep(HASTE_SECONDS)
+        writer.transport.abort()
+        self.heard["hung up"] += 1
 
 
 async def main() -> None:
