@@ -97,9 +97,8 @@ def _rest(
                    f" reached every socket within {tally.slowest_delivery:.2f} s.")
         if tally.returns:
             yield (f"{name.capitalize()}: each time the database was replaced, all clients then"
-                   " paused until they had the same messages as the database. The pause, which"
-                   " includes the comparison, was over at most"
-                   f" {tally.slowest_return:.2f} s after the fault.")
+                   " paused until they had the same messages as the database. The pause, comparison"
+                   f" included, ended no later than {tally.slowest_return:.2f} s after the fault.")
     if control is not None:
         counted = ", ".join(f"{kind} {count:,}" for kind, count in control.found.items())
         yield (
