@@ -372,7 +372,8 @@ class NewParticipant(Body):
     """Which user is added to a group, and in which role.
 
     role: Only the owner may give one. With `owner` the group has a new owner, and the old one
-        becomes an admin. Without a role, a new participant is a member.
+        becomes an admin. Without a role, a new participant is a member, and a present one keeps
+        theirs.
     """
     user_id: UserId
     role: Role | None = None
@@ -382,7 +383,8 @@ class GivenRole(Body):
     """The role in which a user is added to a group.
 
     role: Only the owner may give one. With `owner` the group has a new owner, and the old one
-        becomes an admin. Without a role, a new participant is a member.
+        becomes an admin. Without a role, a new participant is a member, and a present one keeps
+        theirs.
     """
     role: Role | None = None
 
