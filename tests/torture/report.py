@@ -18,7 +18,7 @@ MEANINGS = {
     "misordered": "numbers of messages, or read marks, that went back or had holes",
     "leaked": "shown to, or accepted from, somebody who had been removed",
     "fooled": "a client kept what the database had lost, for nobody told it of the new history",
-    "wrong": "an answer that nobody should get, a server that ended or complained by itself",
+    "wrong": "an answer that nobody should get, or a server that failed though it had no reason to",
 }
 INTRODUCTION = """\
 Clients post, edit, delete, read, are removed and come back, while everything beneath them is
@@ -96,9 +96,11 @@ def _rest(
             yield (f"{name.capitalize()}: with all hints between the workers dropped, a message"
                    f" reached every socket within {tally.slowest_delivery:.2f} s.")
         if tally.returns:
-            yield (f"{name.capitalize()}: each time the database was replaced, all clients then"
-                   " paused until they had the same messages as the database. The pause, comparison"
-                   f" included, ended no later than {tally.slowest_return:.2f} s after the fault.")
+            what = ("each promotion of a standby" if name == "failover"
+                    else "each replacement by an older copy")
+            yield (f"{name.capitalize()}: after {what}, the test stopped all posting, let every"
+                   " client catch up, and compared what the clients had with the database. This was"
+                   f" done at most {tally.slowest_return:.2f} s after the fault.")
     if control is not None:
         counted = ", ".join(f"{kind} {count:,}" for kind, count in control.found.items())
         yield (
