@@ -246,7 +246,6 @@ REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `syn
 OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat at their end ...
 READY_CHARS = 20  # ... and as many more for each
 JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
-HANDSHAKES_AT_ONCE = 4  # of an address, joining their rooms
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 REPLAY_PIECE = 10  # of them are put together first; more, where that named few readers
@@ -949,11 +948,11 @@ class Sessions:
         """Read a token's claims; None unless it is ours, of this kind and not expired."""
         return self._tokens.read(token, kind, TOKEN_LEEWAY_SECONDS)
 
-    async def asker(self, request: web.Request, token: str) -> Asker:
-        """Tell who holds an access token of a request. Raises Unauthorized, Unavailable.
+    async def asker(self, token: str, request: web.Request | None = None) -> Asker:
+        """Tell who holds an access token; one that came with a request is given up with its client.
 
-        A session is asked for unless it is believed alive; that a token of its newest generation
-        is used is noted.
+        Where its session is not believed alive, PostgreSQL is asked; the first use of a newest
+        token is noted there. Raises Unauthorized, Unavailable.
         """
         claims = self.read(token, "access")
         if claims is None:
@@ -1044,7 +1043,7 @@ async def authenticate(request: web.Request) -> int:
     """
     try:
         token = guard.token_of(request, SUBPROTOCOL if is_of_socket(request) else None)
-        request[ASKER] = await request.app[SESSIONS].asker(request, token)
+        request[ASKER] = await request.app[SESSIONS].asker(token, request)
     except Unauthorized:
         if is_of_socket(request):
             charge(request.app, TooManyHandshakes, address_of(request))
@@ -1324,7 +1323,7 @@ class Rooms:
         self._sessions = app[SESSIONS]
         self._bus = app[BUS]
         self._tasks = app[TASKS]
-        self._handshakes = guard.Slots(app[SETTINGS].bound(HANDSHAKES_AT_ONCE))  # by address
+        self._pieces = guard.Turns(1)  # of new sockets' rooms that they join, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self._look_ups = GroupReader(self._followed_by)
         self._joins = guard.Turns(JOINS_AT_ONCE)  # by user
@@ -1378,8 +1377,7 @@ class Rooms:
         self._of_users.setdefault(me, set()).add(socket)
         joining = socket.joining = asyncio.Event()
         try:
-            await self.replaying.run(
-                me, self._handshakes.run, socket.address, self._join_rooms, socket)
+            await self.replaying.run(me, self._join_rooms, socket)
         finally:
             socket.joining = None
             joining.set()
@@ -1395,21 +1393,29 @@ class Rooms:
             if socket.chat_id is not None and not followed:
                 raise ChatNotFound
             piece, rest = followed[:SYNC_CHATS_MAX], followed[SYNC_CHATS_MAX:]
-            newer = [chat_id for chat_id, _, _, version in piece
-                     if self._knows_newer(chat_id, version)]
+            newer = await self._pieces.call(
+                socket.address, self._join_piece, socket, piece, bool(rest))
             if newer:
                 await self._wait_for_version(newer, deadline)
                 again = await self._look_ups.get(asked)
-                followed = [chat for chat in again if chat[0] not in socket.rooms]
-                continue
+                rest = [chat for chat in again if chat[0] not in socket.rooms]
+            elif not rest:
+                return
+            followed = rest
+
+    def _join_piece(
+        self, socket: Socket, piece: list[tuple[int, int, str, int]], more: bool
+    ) -> list[int]:
+        """Let a socket join some rooms, and tell it. Or answer which rooms know of a later change
+        of participants than was asked for, and do nothing.
+        """
+        newer = [chat_id for chat_id, _, _, version in piece if self._knows_newer(chat_id, version)]
+        if not newer:
             for chat in piece:
                 self._join_room(socket, *chat)
             if socket.chat_id is None:
-                self._tell_chats(socket, [chat[0] for chat in piece], more=bool(rest))
-            if not rest:
-                return
-            followed = rest
-            await asyncio.sleep(0)
+                self._tell_chats(socket, [chat[0] for chat in piece], more)
+        return newer
 
     def _is_beyond(self, socket: Socket, count: int) -> bool:
         """Tell whether so many chats more on a socket would take those of its user, or of its
@@ -3307,7 +3313,7 @@ async def follow(request: web.Request, socket: Socket, after: str | None) -> web
             await take_frames(request, socket)
     except asyncio.CancelledError:
         if socket.close_code is None or socket.is_open():
-            raise  # the server stops
+            raise  # the server stops, or the client hung up
         socket.task.uncancel()  # Connection.begin_close
         raise CLOSED_EARLY.get(socket.close_code, ServiceUnavailable) from None
     finally:
@@ -3495,7 +3501,7 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
 async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None:
     """Let the socket belong to a fresh token's session."""
     charge(request.app, TooManyFrames, socket.key, AUTH_FRAMES)
-    asker = await request.app[SESSIONS].asker(request, frame.token)
+    asker = await request.app[SESSIONS].asker(frame.token)
     if asker.user_id != socket.asker.user_id:
         raise Unauthorized("The token is another user's.")
     socket.asker = asker

@@ -358,8 +358,8 @@ class CallSlots:
     """How many calls may be under way at once (0: any number); further ones wait.
 
     A call of a known user takes one of the user's slots, any other and a refused one takes one of
-    its address. A `heavy` call also takes one of its address, since its answer may be large. Reads
-    are worked on in turns, of which an address has few at once; what is written is committed
+    its address. A `heavy` call also takes one of its address, since its answer may be large. Calls
+    that read are worked on in turns; those that write are not, for what they write is committed
     together.
     """
 
@@ -385,68 +385,64 @@ class CallSlots:
                 HEAVY_OF_ADDRESS_MAX)]
         at_once = max(2, settings.database_connections // 2)
         heavy_turns = Turns(at_once, of_each=settings.bound(max(1, at_once // 5)))
-        light_turns = Turns(2 * at_once, of_each=settings.bound(at_once))
+        light_turns = Turns(settings.database_connections)
         return cls(
             light, heavy, of_address, heavy_of_address, light_turns, heavy_turns, address_of)
 
     async def hold(self, request: web.Request, endpoint: Endpoint, asker: Hashable) -> None:
         """Hold the slots that a call of an endpoint takes. Raises TooManyCalls."""
-        if endpoint.public:
-            await hold_slots(request, (self.address, asker))
-        elif endpoint.heavy:
-            of_address = self.heavy_of_address, self.address_of(request)
-            await hold_slots(request, (self.heavy, asker), of_address)
-        else:
-            await hold_slots(request, (self.light, asker))
+        wanted = [(self.address if endpoint.public else self.light, asker)]
+        if endpoint.heavy:
+            wanted = [
+                (self.heavy, asker), (self.heavy_of_address, self.address_of(request))]
+        await unless_gone(request, hold_slots, request, *wanted)
 
 
 async def hold_slots(request: web.Request, *wanted: tuple[Slots, Hashable]) -> None:
     """Hold one of the slots of each key until the answer was taken. Raises TooManyCalls."""
     with contextlib.ExitStack() as held:
         for slots, key in wanted:
-            held.callback(await wait_for(request, slots.take, key))
+            held.callback(await wait_patiently(slots.take, key))
         request[GIVE_BACK] = held.pop_all().close
 
 
-async def wait_for(
-    request: web.Request, take: Callable[[Hashable], Awaitable[TakenT]], key: Hashable
-) -> TakenT:
-    """Wait until a slot or a turn of a key is taken. Raises TooManyCalls."""
+async def wait_patiently(take: Callable[[Hashable], Awaitable[TakenT]], key: Hashable) -> TakenT:
+    """Wait until a slot or a turn of a key is taken, for as long as others may be slow to take
+    their answers. Raises TooManyCalls.
+    """
     try:
         async with asyncio.timeout(SLOT_SECONDS):
-            with uncounted():  # the answers before may be taken over a slow line
-                return await unless_gone(request, take, key)
+            with uncounted():
+                return await take(key)
     except TimeoutError:
         raise TooManyCalls from None
 
 
-async def wait_in_time(
-    request: web.Request, take: Callable[[Hashable], Awaitable[None]], key: Hashable
-) -> None:
-    """Wait until a turn of a key is taken, as long as for the database. Raises Unavailable."""
+async def wait_in_time(take: Callable[[Hashable], Awaitable[None]], key: Hashable) -> None:
+    """Wait until a turn of a key is taken, within the time of the request. Raises Unavailable."""
     try:
         async with asyncio.timeout_at(deadline()):
-            await unless_gone(request, take, key)
+            await take(key)
     except TimeoutError:
         raise Unavailable(ABSENT) from None
 
 
 def in_turns(endpoint: Endpoint, slots: CallSlots) -> Callable[..., Awaitable[Any]]:
-    """Have the handler of an endpoint that reads work on a few calls at once; addresses take turns.
+    """Bound how many calls the handler of an endpoint works on at once; addresses take turns.
 
-    Where the database is away, those of the address that wait for a turn are refused with the one
-    that found it out: they would come to know one after the other.
+    A heavy call may wait long. So where one finds the database away, those of its address that wait
+    are refused with it: else each would find it out by itself, one after the other.
     """
     turns = slots.heavy_turns if endpoint.heavy else slots.light_turns
-    wait = wait_for if endpoint.heavy else wait_in_time
+    wait = wait_patiently if endpoint.heavy else wait_in_time
 
     async def work(request: web.Request, **arguments: Any) -> Any:
         address = slots.address_of(request)
-        await wait(request, turns.take, address)
+        await unless_gone(request, wait, turns.take, address)
         try:
             return await endpoint.handler(request, **arguments)
         except Unavailable as error:
-            if str(error) == ABSENT:  # else it is the call's own trouble, and no other's
+            if endpoint.heavy and str(error) == ABSENT:  # else it is the call's own trouble
                 turns.refuse(address, error)
             raise
         finally:

@@ -20,7 +20,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import bcrypt
@@ -288,14 +288,18 @@ class PromptConnection(web.RequestHandler):
 
 
 async def unless_gone(
-    request: web.BaseRequest, wait: Callable[..., Awaitable[Result]], *args: Any
+    request: web.BaseRequest | None, wait: Callable[..., Awaitable[Result]], *args: Any
 ) -> Result:
-    """Await what may be given up at any moment: if the client of a GET hangs up before or while it
-    waits, the handler is cancelled. Else clients who come and go would leave thousands waiting.
+    """Await what may be given up at any moment: where the client of a call that only reads hangs up
+    before it or meanwhile, the handler is cancelled. Else clients who come and go would leave
+    thousands of calls waiting. A call that changes something goes on without its client.
+
+    Raises asyncio.CancelledError.
     """
-    connection, task = request.protocol, asyncio.current_task()
-    if request.method != "GET" or task is None or not isinstance(connection, PromptConnection):
+    task = asyncio.current_task()
+    if request is None or request.method not in ("GET", "HEAD") or task is None:
         return await wait(*args)
+    connection = cast("PromptConnection", request.protocol)
     if connection.transport is None:
         raise asyncio.CancelledError
     connection.give_up = task.cancel
@@ -414,7 +418,7 @@ class Turns:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled():  # it was given in the same moment
+            if not turn.cancelled() and turn.exception() is None:  # it was given a moment ago
                 self.give_back(key)
             raise
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -15,12 +16,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
-from plumbing import endpoints, guard
+from plumbing import database, endpoints, guard
 from plumbing.deadline import REQUEST_SECONDS
 from plumbing.guard import Rate
 from support.databases import until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
-from support.raw import HANDSHAKE, RawConnection, handshake, transport_of
+from support.raw import HANDSHAKE, TEXT, RawConnection, RawLine, handshake, transport_of
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
@@ -511,24 +512,48 @@ async def readers(house: House) -> tuple[Person, Person, int]:
 
 
 class Held:
-    """Work that is held until it is let go, and how much of it was under way at once."""
+    """Work that is held until it is let go, and how much of it is under way."""
 
     def __init__(self) -> None:
-        self.working = self.most = 0
-        self.let_go = asyncio.Event()
+        self.working = 0
+        self._permits = asyncio.Semaphore(0)
 
     async def waits(self) -> None:
         """Work, as long as it is held."""
         self.working += 1
-        self.most = max(self.most, self.working)
-        await self.let_go.wait()
-        self.working -= 1
+        try:
+            await self._permits.acquire()
+        finally:
+            self.working -= 1
 
-    async def until_working(self, count: int) -> None:
-        """Wait until so much is under way."""
-        async with asyncio.timeout(SOON_SECONDS):
-            while self.working < count:
-                await asyncio.sleep(0.01)
+    def let_go(self, count: int = 100) -> None:
+        """Let so much of it go on."""
+        for _ in range(count):
+            self._permits.release()
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(SOON_SECONDS):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
+def app_of(client: Client) -> web.Application:
+    """Answer the application that a client asks."""
+    return cast("TestServer", client.server).app
+
+
+def slots_of(client: Client) -> endpoints.CallSlots:
+    """Find the slots and turns of its calls."""
+    return next(
+        cell.cell_contents for cell in app_of(client).middlewares[-1].__closure__
+        if isinstance(cell.cell_contents, endpoints.CallSlots))
+
+
+def waiting_for(turns: guard.Turns) -> int:
+    """Count who waits for a turn."""
+    return sum(map(len, turns._queues.values()))
 
 
 async def test_heavy_calls_of_an_address_take_turns_with_others(house: House) -> None:
@@ -591,63 +616,162 @@ FLOODING, ANOTHER = {"X-Forwarded-For": "192.0.2.1"}, {"X-Forwarded-For": "192.0
 async def test_light_reads_of_an_address_take_turns_with_others(
     flooded: tuple[Client, list[Person], Held]
 ) -> None:
-    """Of many light calls of an address half as many are worked on as there are connections to the
-    database, whoever makes them, and another's is not kept waiting."""
+    """However many light calls of an address wait, of whatever users: another's has the next turn
+    but one."""
     here, (bob, *strangers), held = flooded
+    turns = slots_of(here).light_turns
 
     async def asks(user: Person, origin: dict[str, str]) -> None:
         async with here.get("/api/v1/users/me", headers=user.headers | origin) as answer:
             assert answer.status == 200, await answer.text()
 
     flood = [asyncio.create_task(asks(user, FLOODING)) for user in strangers * 5]
-    await held.until_working(SETTINGS.database_connections // 2)
-    await asks(bob, ANOTHER)
-    held.let_go.set()
+    at_once = SETTINGS.database_connections
+    await until(lambda: held.working == at_once)
+    asking = asyncio.create_task(asks(bob, ANOTHER))
+    await until(lambda: waiting_for(turns) == len(flood) - at_once + 1)
+    held.let_go(2)
+    await asyncio.wait_for(asking, SOON_SECONDS)
+    held.let_go()
     await asyncio.gather(*flood)
-    assert held.most == SETTINGS.database_connections // 2
 
 
 async def test_handshakes_of_an_address_take_turns_with_others(
-    flooded: tuple[Client, list[Person], Held]
+    house: House, monkeypatch: Any
 ) -> None:
-    """Of many handshakes of an address a few are worked on at once, whoever makes them, and
-    another's is not kept waiting."""
-    here, (bob, *strangers), held = flooded
+    """However many new sockets of an address wait to join their rooms, of whatever users: another's
+    has the next turn but one."""
+    here = await house.opens()
+    bob, *strangers = [await house.takes_in(here, f"user_{number}") for number in range(7)]
+    rooms, joined = app_of(here)[messenger.ROOMS], []
+    join_piece = messenger.Rooms._join_piece
+
+    def note(self: messenger.Rooms, socket: messenger.Socket, *args: Any) -> list[int]:
+        joined.append(socket.address)
+        return join_piece(self, socket, *args)
 
     async def comes(user: Person, origin: dict[str, str]) -> None:
         async with here.ws_connect("/ws", headers=user.headers | origin) as ws:
             assert (await ws.receive_json(timeout=SOON_SECONDS))["type"] == "hello"
 
-    flood = [asyncio.create_task(comes(user, FLOODING)) for user in strangers]
-    await held.until_working(messenger.HANDSHAKES_AT_ONCE)
-    await comes(bob, ANOTHER)
-    held.let_go.set()
-    await asyncio.gather(*flood)
-    assert held.most == messenger.HANDSHAKES_AT_ONCE
+    monkeypatch.setattr(messenger.Rooms, "_join_piece", note)
+    await rooms._pieces.take("held")
+    coming = [asyncio.create_task(comes(user, FLOODING)) for user in strangers]
+    await until(lambda: waiting_for(rooms._pieces) == len(coming))
+    coming.append(asyncio.create_task(comes(bob, ANOTHER)))
+    await until(lambda: waiting_for(rooms._pieces) == len(coming))
+    rooms._pieces.give_back("held")
+    await asyncio.gather(*coming)
+    assert joined.index("192.0.2.2") == 1
 
 
-@pytest.mark.parametrize("path", ["/api/v1/users/me", "/ws"])
-async def test_who_hangs_up_waits_for_no_turn(
-    flooded: tuple[Client, list[Person], Held], path: str
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_read_of_who_hangs_up_waits_for_no_turn(
+    flooded: tuple[Client, list[Person], Held], method: str
 ) -> None:
-    """A call that reads, or a handshake, is given up while it waits for its turn, once its client
-    is gone: those who come and go leave no thousands waiting."""
+    """A call that reads is given up once its client is gone, while it waits for its turn."""
     here, (_, *strangers), held = flooded
-
-    async def comes(user: Person) -> RawConnection:
-        return await RawConnection.opens(here.port, handshake(here.port, path, user.access))
-
-    callers = [await comes(user) for user in strangers * 3]
-    await held.until_working(messenger.HANDSHAKES_AT_ONCE)
-    await asyncio.sleep(0.2)  # the others wait
-    working, before = held.working, len(asyncio.all_tasks())
+    turns, at_once = slots_of(here).light_turns, SETTINGS.database_connections
+    callers = [
+        await RawConnection.opens(here.port, (
+            f"{method} /api/v1/users/me HTTP/1.1\r\nHost: x\r\n"
+            f"Authorization: Bearer {user.access}\r\n\r\n").encode())
+        for user in strangers * 3]
+    await until(lambda: waiting_for(turns) == len(callers) - at_once)
     for caller in callers:
         caller.writer.transport.abort()
-    async with asyncio.timeout(SOON_SECONDS / 3):  # before they are refused for waiting too long
-        while len(asyncio.all_tasks()) > before - (len(callers) - working):
+    async with asyncio.timeout(SOON_SECONDS / 3):  # before they have waited too long
+        while any(not turn.done() for queue in turns._queues.values() for turn in queue):
             await asyncio.sleep(0.01)
-    assert held.working == working
-    held.let_go.set()
+    assert held.working == at_once, "what has a connection to the database keeps it"
+    held.let_go()
+    await until(lambda: turns._free == at_once)
+
+
+async def test_handshake_of_who_hangs_up_is_given_up(
+    flooded: tuple[Client, list[Person], Held]
+) -> None:
+    """A handshake is given up once its client is gone, while it is to join its rooms."""
+    here, (_, *strangers), held = flooded
+    callers = [
+        await RawConnection.opens(here.port, handshake(here.port, "/ws", user.access))
+        for user in strangers * 3]
+    await until(lambda: held.working == 2 * len(strangers))  # REPLAYS_PER_USER
+    for caller in callers:
+        caller.writer.transport.abort()
+    rooms = app_of(here)[messenger.ROOMS]
+    await until(lambda: rooms.all_sockets() == [])
+    assert held.working == 0
+
+
+@pytest.mark.real_deadlines
+async def test_handshakes_are_refused_together_while_the_database_hangs(
+    house: House, monkeypatch: Any
+) -> None:
+    """However many users of an address come, none of them waits for the others' handshakes."""
+    here = await house.opens()
+    people = [await house.takes_in(here, f"user_{number}") for number in range(7)]
+    rows = messenger.Database.rows
+
+    async def hang(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_FOLLOWED:
+            await asyncio.sleep(1)
+            raise messenger.Unavailable(database.ABSENT)
+        return await rows(self, statement, *arguments)
+
+    monkeypatch.setattr(messenger.Database, "rows", hang)
+    began = time.monotonic()
+    answers = await asyncio.gather(*(
+        here.get("/ws", headers=person.headers | HANDSHAKE) for person in people * 2))
+    assert {answer.status for answer in answers} == {503}
+    assert time.monotonic() - began < 3
+
+
+async def test_frames_of_who_hangs_up_after_an_auth_are_taken(
+    house: House, monkeypatch: Any
+) -> None:
+    """A socket that is lost while its `auth` is looked up is not given up: what was sent behind it
+    is taken."""
+    here = await house.opens()
+    cast("Any", here.server).runner.server.handler_cancellation = False  # as outside of tests
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    line = await RawLine().opens(here.port, f"/ws/{chat}", alice.access)
+    held, rows = Held(), messenger.Database.rows
+
+    async def look_up_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_SESSIONS_ALIVE:
+            await held.waits()
+        return await rows(self, statement, *arguments)
+
+    app_of(here)[messenger.SESSIONS].forget()
+    monkeypatch.setattr(messenger.Database, "rows", look_up_slowly)
+    for sent in ({"type": "auth", "token": alice.access}, {"type": "message", "text": "behind it"}):
+        await line.sends(TEXT, json.dumps(sent).encode())
+    await until(lambda: held.working == 1)
+    line.socket.close()
+    await asyncio.sleep(0.2)  # the server hears of it
+    held.let_go()
+    async with asyncio.timeout(SOON_SECONDS):
+        while await bob.history(chat) != ["behind it"]:
+            await asyncio.sleep(0.01)
+
+
+async def test_refused_call_of_who_hangs_up_takes_its_slot(house: House) -> None:
+    """Who is refused rests in a slot of the address, even if they hang up at once: a flood of
+    refusals costs as little as before."""
+    here = await house.opens()
+    slots = slots_of(here).address
+    address = "127.0.0.1"
+    held = [await slots.take(address) for _ in range(SETTINGS.calls_per_address)]
+    caller = await RawConnection.opens(here.port, (
+        b"GET /api/v1/users/me HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer x\r\n\r\n"))
+    await until(lambda: waiting_for(slots._of[address]) == 1)
+    caller.writer.transport.abort()
+    await asyncio.sleep(0.2)  # the server hears of it
+    assert waiting_for(slots._of[address]) == 1
+    for give_back in held:
+        give_back()
 
 
 @pytest.mark.parametrize("flooded", [{"calls_per_user": 1}], indirect=True)
@@ -656,15 +780,16 @@ async def test_change_of_who_hangs_up_is_made(flooded: tuple[Client, list[Person
     here, (bob, carol, *_), held = flooded
     chat = await bob.opens(carol)
     reading = asyncio.create_task(carol.asks("GET", "/users/me"))
-    await held.until_working(1)
+    await until(lambda: held.working == 1)
     caller = await RawConnection.opens(here.port, (
         f"POST /api/v1/chats/{chat}/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n"
         f'Authorization: Bearer {carol.access}\r\n\r\n{{"text": "gone"}}').encode())
-    await asyncio.sleep(0.2)  # it waits
+    slots = slots_of(here).light
+    await until(lambda: waiting_for(slots._of[carol.id]) == 1)
     caller.writer.transport.abort()
     await asyncio.sleep(0.2)  # the server hears of it
     assert await bob.history(chat) == []
-    held.let_go.set()
+    held.let_go()
     assert (await reading).status == 200
     async with asyncio.timeout(SOON_SECONDS):
         while await bob.history(chat) != ["gone"]:

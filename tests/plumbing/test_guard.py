@@ -910,6 +910,23 @@ async def test_turns_are_never_all_of_one_key() -> None:
         await asyncio.wait_for(turns.take(key), HEAR_SECONDS)
 
 
+async def test_turn_that_is_refused_and_cancelled_at_once_was_never_taken() -> None:
+    """Who gives up in the same moment in which they are refused gives no turn back."""
+    turns = guard.Turns(1)
+    await turns.take("a")
+    waiting = asyncio.create_task(turns.take("a"))
+    await asyncio.sleep(0)
+    turns.refuse("a", guard.Busy("away"))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    other = asyncio.create_task(turns.take("b"))
+    await asyncio.sleep(0)
+    assert not other.done()
+    turns.give_back("a")
+    await asyncio.wait_for(other, HEAR_SECONDS)
+
+
 # ---- What is believed
 
 
