@@ -214,7 +214,8 @@ PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in
 QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
-SYNC_CHATS_MAX = 1000  # in one frame
+SYNC_CHATS_MAX = 1000  # in one frame; so many does a new socket join at once ...
+SYNC_PIECE = 20  # ... and of so many do replays begin
 TEXT_CHARS_MAX = 4096
 UNREAD_MAX = 100  # counted, as the statements do
 USER_AGENT_CHARS_MAX = 200
@@ -1323,7 +1324,7 @@ class Rooms:
         self._sessions = app[SESSIONS]
         self._bus = app[BUS]
         self._tasks = app[TASKS]
-        self._pieces = guard.Turns(1)  # of new sockets' rooms that they join, by address
+        self._pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self._look_ups = GroupReader(self._followed_by)
         self._joins = guard.Turns(JOINS_AT_ONCE)  # by user
@@ -1384,37 +1385,34 @@ class Rooms:
 
     async def _join_rooms(self, socket: Socket) -> None:
         """Let a new socket join its rooms, in pieces: who is in very many chats delays nobody."""
-        asked = socket.chat_id, socket.asker.user_id
-        followed = await self._look_ups.get(asked)
+        me, deadline = socket.asker.user_id, time.monotonic() + VERSION_SECONDS
+        followed = await self._look_ups.get((socket.chat_id, me))
         if self._is_beyond(socket, len(followed)):
             raise TooManySockets
-        deadline = time.monotonic() + VERSION_SECONDS
-        while True:
-            if socket.chat_id is not None and not followed:
-                raise ChatNotFound
-            piece, rest = followed[:SYNC_CHATS_MAX], followed[SYNC_CHATS_MAX:]
+        while followed or socket.chat_id is None:
+            piece, followed = followed[:SYNC_CHATS_MAX], followed[SYNC_CHATS_MAX:]
             newer = await self._pieces.call(
-                socket.address, self._join_piece, socket, piece, bool(rest))
+                socket.address, self._join_piece, socket, piece, bool(followed))
             if newer:
-                await self._wait_for_version(newer, deadline)
-                again = await self._look_ups.get(asked)
-                rest = [chat for chat in again if chat[0] not in socket.rooms]
-            elif not rest:
+                await self._wait_for_version(deadline)
+            for chat_id in newer:
+                followed += await self._look_ups.get((chat_id, me))
+            if not followed and not newer:
                 return
-            followed = rest
+        raise ChatNotFound
 
     def _join_piece(
         self, socket: Socket, piece: list[tuple[int, int, str, int]], more: bool
-    ) -> list[int]:
-        """Let a socket join some rooms, and tell it. Or answer which rooms know of a later change
-        of participants than was asked for, and do nothing.
+    ) -> set[int]:
+        """Let a socket join some rooms, and tell it; answer which of them know of a later change of
+        participants than was asked for, and are left out.
         """
-        newer = [chat_id for chat_id, _, _, version in piece if self._knows_newer(chat_id, version)]
-        if not newer:
-            for chat in piece:
-                self._join_room(socket, *chat)
-            if socket.chat_id is None:
-                self._tell_chats(socket, [chat[0] for chat in piece], more)
+        newer = {chat_id for chat_id, _, _, version in piece if self._knows_newer(chat_id, version)}
+        chats = [chat for chat in piece if chat[0] not in newer]
+        for chat in chats:
+            self._join_room(socket, *chat)
+        if socket.chat_id is None:
+            self._tell_chats(socket, [chat[0] for chat in chats], more or bool(newer))
         return newer
 
     def _is_beyond(self, socket: Socket, count: int) -> bool:
@@ -1450,14 +1448,12 @@ class Rooms:
         """Tell whether a room knows of a later change of participants than a query saw."""
         return chat_id in self._rooms and version < self._rooms[chat_id].version
 
-    async def _wait_for_version(self, chat_ids: Iterable[int], deadline: float) -> None:
-        """Wait a moment, until a query sees the version that the rooms of chats know.
-
-        After the deadline it never will, for the database went back: those rooms start over.
+    async def _wait_for_version(self, deadline: float) -> None:
+        """Wait a moment, until a query sees the version that a room knows: not beyond a deadline,
+        for the database may have gone back, which the poll finds out. Raises Unavailable.
         """
         if time.monotonic() > deadline:
-            for chat_id in chat_ids:
-                self.close_room(chat_id)
+            raise Unavailable("The participants of a chat are changing.")
         await asyncio.sleep(VERSION_PAUSE_SECONDS)
 
     def close_room(self, chat_id: int) -> None:
@@ -1529,7 +1525,7 @@ class Rooms:
             me = absent[0].asker.user_id
             chat = await self._joins.run(me, read_chat, self.database, chat_id, me)
             if self._knows_newer(chat_id, chat.version):
-                await self._wait_for_version([chat_id], deadline)  # the user may be out again
+                await self._wait_for_version(deadline)  # the user may be out again
             else:
                 for socket in absent:
                     self._show_chat(socket, chat)
@@ -1619,7 +1615,9 @@ class Rooms:
             marks = await self._marks_of(socket, after)
         except Unavailable as error:
             return dict.fromkeys(after, Unavailable(str(error)))
-        for chat_id, (number, claimed) in after.items():
+        for place, (chat_id, (number, claimed)) in enumerate(after.items()):
+            if place % SYNC_PIECE == 0:
+                await self._pieces.come(socket.address)
             if chat_id in refused:
                 continue
             if chat_id not in socket.rooms or chat_id not in marks:
@@ -3568,7 +3566,7 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 # ==== Endpoints ===================================================================================
 # The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
 # passes over parameters that the handler does not name. Of `heavy` calls a user may have fewer at
-# the same time.
+# the same time; what `joint` ones change is committed together.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -3590,13 +3588,14 @@ ENDPOINTS = (
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants", add_participant, 201),
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants/{user_id}", add_participant_by_id, 201),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/participants/{user_id}", remove_participant, 204),
-    Endpoint("POST", "/api/v1/chats/{chat_id}/messages", send_message, 201),
+    Endpoint("POST", "/api/v1/chats/{chat_id}/messages", send_message, 201, joint=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages, heavy=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages/{message_id}", get_message),
-    Endpoint("PATCH", "/api/v1/chats/{chat_id}/messages/{message_id}", change_message),
-    Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204),
+    Endpoint("PATCH", "/api/v1/chats/{chat_id}/messages/{message_id}", change_message, joint=True),
+    Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204,
+             joint=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}/changes", list_changes, heavy=True),
-    Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message),
+    Endpoint("POST", "/api/v1/chats/{chat_id}/read", read_message, joint=True),
     Endpoint("GET", "/ws/{chat_id}", follow_chat, 101, any_query=True),
     Endpoint("GET", "/ws", follow_chats, 101, any_query=True),
     Endpoint("GET", "/", get_web_client, public=True, any_query=True),

@@ -7,6 +7,7 @@ rendered here in one place.
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import logging
 import math
@@ -44,7 +45,7 @@ PLACES = ("before", "after", "cursor")  # the parameters of a query that say whe
 PROBLEM_JSON = "application/problem+json"
 RETRY_SECONDS = 1  # after which to try again, where nothing better is known
 ENCODER = msgspec.json.Encoder()
-OBJECT = msgspec.json.Decoder(dict[str, Any])
+RAW = msgspec.json.Decoder(msgspec.Raw)  # reads any JSON, and makes nothing of it
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what is no JSON raises
 
 ShapeT = TypeVar("ShapeT")
@@ -177,19 +178,40 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
         try:
             return decoder.decode(text)
         except msgspec.ValidationError as error:
-            msgspec.json.decode(text)  # the shape was wrong before the end: is the rest JSON?
+            check_json(text)  # the shape was wrong before the end: is the rest JSON?
             refusal = invalid(*describe(error, decoder.type))
     except UNREADABLE:
         refusal = MalformedRequest("What was sent is not JSON.")
     raise refusal
 
 
+def check_json(text: bytes | str) -> None:
+    """Raise one of UNREADABLE where a text is no JSON."""
+    if isinstance(text, bytes):
+        text.decode()
+    RAW.decode(text)
+
+
 def peek(text: bytes | str, **kinds: Sequence[type]) -> dict[str, Any]:
-    """Read fields of a JSON object as far as it can be read: None for one of another type."""
+    """Read fields of a JSON object as far as it can be read: None for one of another type. Nothing
+    else in it is made into objects, of which there might be very many.
+    """
     found: dict[str, Any] = {}
     with contextlib.suppress(*UNREADABLE):
-        found = OBJECT.decode(text)
+        raw = peeking(*kinds).decode(text)
+        for name in kinds:
+            value: msgspec.Raw = getattr(raw, name)
+            if memoryview(value)[:1] not in (b"[", b"{"):
+                found[name] = msgspec.json.decode(value)
     return {name: found[name] if type(found.get(name)) in kinds[name] else None for name in kinds}
+
+
+@functools.cache
+def peeking(*names: str) -> msgspec.json.Decoder[Any]:
+    """Make the decoder of an object of which only some fields are looked at."""
+    nothing = msgspec.Raw(b"null")
+    fields = [(name, msgspec.Raw, nothing) for name in names]
+    return msgspec.json.Decoder(msgspec.defstruct("Peeked", fields))
 
 
 # ---- Endpoints and answers
@@ -200,7 +222,8 @@ class Endpoint:
     """One line of the table: what a method on a path calls, and the status of success.
 
     A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
-    Of those that are `heavy` somebody has fewer under way at once.
+    Of those that are `heavy` somebody has fewer under way at once. What `joint` ones change is
+    committed together.
     """
 
     method: str
@@ -210,6 +233,7 @@ class Endpoint:
     public: bool = False
     any_query: bool = False
     heavy: bool = False
+    joint: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,17 +382,20 @@ class CallSlots:
     """How many calls may be under way at once (0: any number); further ones wait.
 
     A call of a known user takes one of the user's slots, any other and a refused one takes one of
-    its address. A `heavy` call also takes one of its address, since its answer may be large. Calls
-    that read are worked on in turns; those that write are not, for what they write is committed
-    together.
+    its address. A `heavy` call also takes one of its address, since its answer may be large.
+
+    Each call also needs turns, which addresses take: to begin (`starts`; None: it needs none), and
+    to have its statements run, but for `joint` ones.
     """
 
     light: Slots  # of a user
     heavy: Slots  # of a user
     address: Slots
     heavy_of_address: Slots
-    light_turns: Turns  # keys: addresses
-    heavy_turns: Turns  # keys: addresses
+    starts: Turns | None  # keys: addresses, here and below
+    reading: Turns
+    heavy_reading: Turns
+    writing: Turns
     address_of: Callable[[web.Request], str]
 
     @classmethod
@@ -384,10 +411,20 @@ class CallSlots:
                 settings.calls_per_user, settings.reads_per_user, settings.calls_per_address,
                 HEAVY_OF_ADDRESS_MAX)]
         at_once = max(2, settings.database_connections // 2)
-        heavy_turns = Turns(at_once, of_each=settings.bound(max(1, at_once // 5)))
-        light_turns = Turns(settings.database_connections)
+        heavy_reading = Turns(at_once, of_each=settings.bound(max(1, at_once // 5)))
+        reading = Turns(settings.database_connections)
+        writing = Turns(2 * at_once, of_each=settings.bound(at_once))
+        starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(
-            light, heavy, of_address, heavy_of_address, light_turns, heavy_turns, address_of)
+            light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading, writing,
+            address_of)
+
+    async def let_begin(self, request: web.Request) -> None:
+        """Let a call begin in a turn of the loop of its own: whatever came at the same time, each
+        address gets one into each.
+        """
+        if self.starts is not None:
+            await unless_gone(request, self.starts.come, self.address_of(request))
 
     async def hold(self, request: web.Request, endpoint: Endpoint, asker: Hashable) -> None:
         """Hold the slots that a call of an endpoint takes. Raises TooManyCalls."""
@@ -430,11 +467,13 @@ async def wait_in_time(take: Callable[[Hashable], Awaitable[None]], key: Hashabl
 def in_turns(endpoint: Endpoint, slots: CallSlots) -> Callable[..., Awaitable[Any]]:
     """Bound how many calls the handler of an endpoint works on at once; addresses take turns.
 
-    A heavy call may wait long. So where one finds the database away, those of its address that wait
-    are refused with it: else each would find it out by itself, one after the other.
+    What takes long may wait long. So where one such call finds the database away, those of its
+    address that wait are refused with it: else each would find it out by itself, one after the
+    other.
     """
-    turns = slots.heavy_turns if endpoint.heavy else slots.light_turns
-    wait = wait_patiently if endpoint.heavy else wait_in_time
+    is_short = endpoint.method == "GET" and not endpoint.heavy
+    turns = slots.heavy_reading if endpoint.heavy else slots.reading if is_short else slots.writing
+    wait = wait_in_time if is_short else wait_patiently
 
     async def work(request: web.Request, **arguments: Any) -> Any:
         address = slots.address_of(request)
@@ -442,7 +481,7 @@ def in_turns(endpoint: Endpoint, slots: CallSlots) -> Callable[..., Awaitable[An
         try:
             return await endpoint.handler(request, **arguments)
         except Unavailable as error:
-            if endpoint.heavy and str(error) == ABSENT:  # else it is the call's own trouble
+            if not is_short and str(error) == ABSENT:  # else it is the call's own trouble
                 turns.refuse(address, error)
             raise
         finally:
@@ -464,8 +503,8 @@ def bind(
     is refused with the problem of its name. One deadline bounds all that is waited for.
     """
     signature = Signature.of(endpoint)
-    reads = endpoint.method == "GET" and endpoint.status != SWITCHING and not endpoint.public
-    work = in_turns(endpoint, slots) if reads else endpoint.handler  # writes commit together
+    is_free = endpoint.public or endpoint.joint or endpoint.status == SWITCHING
+    work = endpoint.handler if is_free else in_turns(endpoint, slots)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with RequestDeadline():
@@ -579,6 +618,7 @@ def answer_problems(
     async def answer_problem(request: web.Request, handler: Handler) -> web.StreamResponse:
         began = time.perf_counter()
         try:
+            await slots.let_begin(request)
             check_expectation(request)
             check_dates(request)
             refuse_foreign_page(request)

@@ -17,7 +17,7 @@ import secrets
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -119,13 +119,13 @@ def named_by(element: str) -> str:
     return named.get("for", "") if all(pairs) else ""
 
 
-def nearest_stranger(peer: Address, way: Sequence[str], trusted: list[Network]) -> Address:
+def nearest_stranger(peer: Address, way: Iterable[str], trusted: list[Network]) -> Address:
     """Follow a request's way back for as long as trusted proxies tell of it.
 
-    `way` is what the proxies wrote, the last one's word last. What a client wrote itself stands
-    before the word of the first trusted proxy, and is never reached.
+    `way` is what the proxies wrote, the last one's word first. What a client wrote itself stands
+    behind the word of the first trusted proxy, and is never reached, nor looked into.
     """
-    for node in reversed(way):
+    for node in way:
         told = read_address(node)
         if told is None or not any(peer in network for network in trusted):
             break
@@ -142,13 +142,14 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     peer = read_address(request.remote or "")
     if peer is None:
         return ""  # a Unix socket
+    if not any(peer in network for network in trusted):
+        return party_of(peer)
     listed, elements = (
-        ",".join(request.headers.getall(name, ()))[-FORWARDED_CHARS_MAX:].split(",")
+        ",".join(request.headers.getall(name, ()))[-FORWARDED_CHARS_MAX:].split(",")[::-1]
         for name in ("X-Forwarded-For", "Forwarded"))
-    named = [named_by(element) for element in elements]
     told = {
         nearest_stranger(peer, way, trusted)
-        for way, header in ((listed, listed), (named, elements)) if any(header)}
+        for way, header in ((listed, listed), (map(named_by, elements), elements)) if any(header)}
     return party_of(told.pop() if len(told) == 1 else peer)
 
 
@@ -439,6 +440,15 @@ class Turns:
             if not turn.cancelled():
                 self._begin(waiting)
                 turn.set_result(None)
+
+    async def come(self, key: Hashable) -> None:
+        """Wait for a turn, which lasts for a turn of the loop: of all who come one goes on in each.
+        """
+        await self.take(key)
+        try:
+            await asyncio.sleep(0)
+        finally:
+            self.give_back(key)
 
     def refuse(self, key: Hashable, error: Exception) -> None:
         """Refuse the turns of all of a key that wait: `take` raises such an error."""

@@ -619,7 +619,7 @@ async def test_light_reads_of_an_address_take_turns_with_others(
     """However many light calls of an address wait, of whatever users: another's has the next turn
     but one."""
     here, (bob, *strangers), held = flooded
-    turns = slots_of(here).light_turns
+    turns = slots_of(here).reading
 
     async def asks(user: Person, origin: dict[str, str]) -> None:
         async with here.get("/api/v1/users/me", headers=user.headers | origin) as answer:
@@ -646,7 +646,7 @@ async def test_handshakes_of_an_address_take_turns_with_others(
     rooms, joined = app_of(here)[messenger.ROOMS], []
     join_piece = messenger.Rooms._join_piece
 
-    def note(self: messenger.Rooms, socket: messenger.Socket, *args: Any) -> list[int]:
+    def note(self: messenger.Rooms, socket: messenger.Socket, *args: Any) -> set[int]:
         joined.append(socket.address)
         return join_piece(self, socket, *args)
 
@@ -671,7 +671,7 @@ async def test_read_of_who_hangs_up_waits_for_no_turn(
 ) -> None:
     """A call that reads is given up once its client is gone, while it waits for its turn."""
     here, (_, *strangers), held = flooded
-    turns, at_once = slots_of(here).light_turns, SETTINGS.database_connections
+    turns, at_once = slots_of(here).reading, SETTINGS.database_connections
     callers = [
         await RawConnection.opens(here.port, (
             f"{method} /api/v1/users/me HTTP/1.1\r\nHost: x\r\n"

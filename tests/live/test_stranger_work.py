@@ -770,6 +770,9 @@ async def test_users_who_delete_their_accounts_leave_one_after_the_other(
             return await row(statement, *arguments)
         at_once += 1
         assert at_once == 1
+        async with asyncio.timeout(HEAR_SECONDS):
+            while not order and not app[messenger.TURNS]._of["leaving"]._queues:
+                await asyncio.sleep(0.01)  # until the other waits
         order.append(arguments[0])
         left = await row(statement, *arguments)
         at_once -= 1
