@@ -1123,13 +1123,18 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
     order by c.active_at desc, c.id desc"""
 
 SELECT_FOLLOWED = """  -- chat_ids, asker_ids
-    -- participants_of_user, chats_pkey
-    -- Of each asker, by their place: all of their chats, or (where it is not null) the one.
+    -- participants_pkey, participants_of_user, chats_pkey
+    -- Of each asker, by their place: the one chat or (where it is null) all of their chats.
     select asked.place, c.id, c.last_rev, c.last_mark, c.version
     from unnest($1::bigint[], $2::bigint[]) with ordinality asked (chat_id, user_id, place)
-    join participants p
-        on p.user_id = asked.user_id and p.chat_id = coalesce(asked.chat_id, p.chat_id)
-    join chats c on c.id = p.chat_id"""
+    join participants p on p.chat_id = asked.chat_id and p.user_id = asked.user_id
+    join chats c on c.id = p.chat_id
+    union all
+    select asked.place, c.id, c.last_rev, c.last_mark, c.version
+    from unnest($1::bigint[], $2::bigint[]) with ordinality asked (chat_id, user_id, place)
+    join participants p on p.user_id = asked.user_id
+    join chats c on c.id = p.chat_id
+    where asked.chat_id is null"""
 
 SELECT_MARKS = """  -- chat_ids, asker_id, numbers
     -- participants_pkey, chats_pkey, messages_pkey, revisions_pkey

@@ -201,7 +201,7 @@ def peek(text: bytes | str, **kinds: Sequence[type]) -> dict[str, Any]:
         raw = peeking(*kinds).decode(text)
         for name in kinds:
             value: msgspec.Raw = getattr(raw, name)
-            if memoryview(value)[:1] not in (b"[", b"{"):
+            if bytes(memoryview(value)[:1]) not in (b"[", b"{"):
                 found[name] = msgspec.json.decode(value)
     return {name: found[name] if type(found.get(name)) in kinds[name] else None for name in kinds}
 

@@ -636,6 +636,57 @@ async def test_light_reads_of_an_address_take_turns_with_others(
     await asyncio.gather(*flood)
 
 
+async def test_changes_of_an_address_leave_turns_to_others(house: House, monkeypatch: Any) -> None:
+    """However many changes of an address wait for the database, of whatever users: another's is
+    made at once."""
+    here = await house.opens(calls_per_user=0)
+    bob, *strangers = [await house.takes_in(here, f"user_{number}") for number in range(4)]
+    held, rows = Held(), messenger.Database.rows
+    flood_ids = {user.id for user in strangers}
+
+    async def change_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.END_SESSION and flood_ids & set(arguments):
+            await held.waits()
+        return await rows(self, statement, *arguments)
+
+    async def ends(user: Person, origin: dict[str, str]) -> None:
+        path = "/api/v1/users/me/sessions/999999"
+        async with here.delete(path, headers=user.headers | origin) as answer:
+            assert answer.status == 404, await answer.text()
+
+    monkeypatch.setattr(messenger.Database, "rows", change_slowly)
+    flood = [asyncio.create_task(ends(user, FLOODING)) for user in strangers * 10]
+    writing = slots_of(here).writing
+    half = SETTINGS.database_connections // 2
+    await until(lambda: held.working == half and waiting_for(writing) == len(flood) - half)
+    await ends(bob, ANOTHER)
+    held.let_go()
+    await asyncio.gather(*flood)
+
+
+async def test_calls_of_an_address_begin_in_turns_with_others(house: House) -> None:
+    """Of all calls that come at the same time one begins in each turn of the loop, and addresses
+    take turns: many of one address hold up no other's, whatever they ask for."""
+    here = await house.opens()
+    starts = slots_of(here).starts
+    assert starts is not None
+    began: list[str] = []
+
+    async def comes(address: str) -> None:
+        await starts.come(address)
+        began.append(address)
+
+    await starts.take("held")
+    calls = [asyncio.create_task(comes("192.0.2.1")) for _ in range(50)]
+    asked = asyncio.create_task(
+        cast("Any", here.get("/nothing", headers=ANOTHER)).__aenter__())
+    await until(lambda: waiting_for(starts) == 51)
+    starts.give_back("held")
+    assert (await asked).status == 404
+    assert len(began) < 25, "the call began when its turn came"
+    await asyncio.gather(*calls)
+
+
 async def test_handshakes_of_an_address_take_turns_with_others(
     house: House, monkeypatch: Any
 ) -> None:

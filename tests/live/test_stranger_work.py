@@ -220,6 +220,40 @@ async def test_syncs_are_done_in_turn_with_others(
     assert await turns.most() <= messenger.REPLAYS_PER_USER
 
 
+async def test_sync_of_many_chats_is_done_in_turn_with_others(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """Of one sync that names many chats, only a few begin to be replayed in a turn of the loop."""
+    chats = [await alice.founds(bob) for _ in range(3 * messenger.SYNC_PIECE)]
+    line = await alice.client.ws_connect("/ws", headers=alice.headers)
+    turns, put_replay = Turns(len(chats)), messenger.Rooms._put_replay
+
+    def count(*args: Any) -> Any:
+        turns.done += 1
+        return put_replay(*args)
+
+    monkeypatch.setattr(messenger.Rooms, "_put_replay", count)
+    await line.send_json({"type": "sync", "chats": dict.fromkeys(map(str, chats), 0)})
+    assert await turns.most() <= messenger.SYNC_PIECE
+
+
+async def test_slow_handshake_closes_no_others_socket(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """While participants of a chat change faster than a new socket can be told, it is the new one
+    that is refused: who follows the chat already goes on."""
+    chat = await alice.founds(bob)
+    line = await alice.listens_live(chat)
+    monkeypatch.setattr(messenger, "VERSION_SECONDS", 0.1)
+    monkeypatch.setattr(messenger.Rooms, "_knows_newer", lambda *_: True)
+    for path in (f"/ws/{chat}", "/ws"):
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await bob.client.ws_connect(path, headers=bob.headers)
+        assert refused.value.status == 503
+    await bob.says(chat, "still here")
+    await line.hears_text("still here")
+
+
 async def test_syncs_that_are_repeated_are_bounded(
     alice: Person, bob: Person, raw: Any, monkeypatch: Any
 ) -> None:

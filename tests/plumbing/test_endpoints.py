@@ -4,10 +4,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -233,6 +235,32 @@ def test_fields_are_read_as_far_as_they_can_be(
 ) -> None:
     """Fields of the right types are found; of anything else, whatever it is, nothing."""
     assert endpoints.peek(text, a=(int,), b=(str, int)) == found
+
+
+@pytest.mark.parametrize("look", [
+    lambda text: endpoints.peek(text, a=(int,), x=(int,)),
+    lambda text: endpoints.decode_json(msgspec.json.Decoder(messenger.Login), text)])
+@pytest.mark.parametrize("text", [
+    b'{"x": [' + b"[]," * 20_000 + b"1]}", b'{"' + b'": 1, "'.join(b"%d" % n for n in range(6_000))
+    + b'": 1}'])
+def test_nothing_is_made_of_what_is_not_wanted(look: Callable[[bytes], Any], text: bytes) -> None:
+    """Of a text of another shape no objects are made, of which there would be thousands."""
+    with contextlib.suppress(endpoints.InvalidInput):
+        look(text)  # what it needs itself is there now
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(endpoints.InvalidInput):
+            look(text)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(text)
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("text", [b'{"email": 1, "x": "\xff"}', b'{"email": 1, "x": tru}'])
+def test_text_of_a_wrong_shape_is_json_to_its_end(text: bytes) -> None:
+    """What is no JSON is refused as such, though its shape was wrong before."""
+    with pytest.raises(endpoints.MalformedRequest):
+        endpoints.decode_json(msgspec.json.Decoder(messenger.Login), text)
 
 
 @pytest.mark.parametrize("name", ["If-Modified-Since", "If-Unmodified-Since", "If-Range"])

@@ -422,6 +422,18 @@ def test_long_way_is_not_read_to_its_beginning(name: str, noise: str) -> None:
     assert time.process_time() - began < 1  # of the processor; it took 2 s and more
 
 
+def test_way_of_a_stranger_is_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that a client writes is taken apart where no trusted proxy sent it, nor what stands
+    behind the first proxy's word."""
+    looked_into = []
+    monkeypatch.setattr(guard, "named_by", lambda element: looked_into.append(element) or "")
+    forged = ("Forwarded", "for=127.0.0.1," * 100)
+    assert asked_by("203.0.113.9", forged) == "203.0.113.9"
+    assert looked_into == []
+    assert asked_by(PROXY, forged) == PROXY
+    assert len(looked_into) == 1
+
+
 # ---- Passwords
 
 
