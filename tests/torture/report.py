@@ -99,8 +99,9 @@ def _rest(
             what = ("each promotion of a standby" if name == "failover"
                     else "each replacement by an older copy")
             yield (f"{name.capitalize()}: after {what}, the test stopped all posting, let every"
-                   " client catch up, and compared what the clients had with the database. This was"
-                   f" done at most {tally.slowest_return:.2f} s after the fault.")
+                   " client catch up, and compared what the clients had with the database. The"
+                   f" comparison was finished {tally.slowest_return:.2f} s after the fault at the"
+                   " latest.")
     if control is not None:
         counted = ", ".join(f"{kind} {count:,}" for kind, count in control.found.items())
         yield (
