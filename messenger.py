@@ -246,7 +246,7 @@ FEW_LIVE = 20  # ... where more hear of it
 REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
 OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat at their end ...
 READY_CHARS = 20  # ... and as many more for each
-JOINS_AT_ONCE = 4  # chats read at once for users who came into them, in all
+BACKGROUND_READS = 4  # at once: of chats that users came into; of pages that sockets missed
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 REPLAY_PIECE = 10  # of them are put together first; more, where that named few readers
@@ -1331,8 +1331,9 @@ class Rooms:
         self._tasks = app[TASKS]
         self._pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
+        self.missed = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
         self._look_ups = GroupReader(self._followed_by)
-        self._joins = guard.Turns(JOINS_AT_ONCE)  # by user
+        self._joins = guard.Turns(BACKGROUND_READS)  # by user
         self._coming = OneByOne(self._tasks, self._try_join)  # by user: chats they came into
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
@@ -1771,8 +1772,9 @@ ROOMS = web.AppKey("rooms", Rooms)
 
 SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
     -- messages_pkey, messages_changed, participants_by_ordinal, departures_pkey, sessions_ended
-    -- One row for each message; every row also has everything else that is new. One snapshot:
-    -- whoever left, or whose session ended, before a message was posted is named together with it.
+    -- One row for each message; every row also has everything else that is new. No row of a chat
+    -- that everybody left: its history may be swept away. One snapshot: whoever left, or whose
+    -- session ended, before a message was posted is named together with it.
     select m.*, c.*
     from (
         select c.last_rev, c.last_mark, c.version, c.name, p.*,
@@ -1797,7 +1799,7 @@ SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
                    array_agg(v.last_read_seq order by v.ordinal) as read_seqs
             from participant_view v
             where v.chat_id = $1 and c.version > $3 and v.version > $3) p
-        where c.id = $1
+        where c.id = $1 and c.participant_count > 0
         offset 0
     ) c
     left join lateral changed_messages(
@@ -1916,7 +1918,8 @@ async def replay_page(rooms: Rooms, socket: Socket) -> None:
             await asyncio.wait([room.filling])
         return
     upto, mark = room.delivered, room.mark
-    rows = await rooms.database.rows(
+    rows = await rooms.missed.run(
+        socket.address, rooms.database.rows,
         SELECT_MISSED, chat_id, socket.asker.user_id, replay.at, upto, REPLAY_PAGE)
     if socket.replays.get(chat_id) is not replay:
         return  # another sync replaced this one, or the socket lost the chat
@@ -1972,7 +1975,7 @@ async def read_news(rooms: Rooms, room: Room) -> None:
     since = time.monotonic() - rooms.polled_at + POLL_BACK_SECONDS
     rows = await rooms.database.rows(
         SELECT_ROOM, room.chat_id, room.delivered, room.version, since, REPLAY_PAGE)
-    if not rows:  # the chat is gone
+    if not rows:  # the chat is gone, or will be: everybody left it
         for socket in list(room.sockets):
             rooms.leave_chat(socket, room.chat_id)
         room.latest = (room.delivered, room.version)
@@ -1994,9 +1997,7 @@ def drop_departed(rooms: Rooms, room: Room, departed: set[int], ended: set[int])
         rooms.leave_chat(socket, room.chat_id)
 
 
-def deliver_snapshot(
-    rooms: Rooms, room: Room, row: Mapping[str, Any], messages: list[Message]
-) -> None:
+def deliver_snapshot(rooms: Rooms, room: Room, row: Any, messages: list[Message]) -> None:
     """Let who left or logged out go first, so that they get nothing newer; then write out the rest.
     """
     drop_departed(rooms, room, set(row["departed"]), set(row["ended"]))

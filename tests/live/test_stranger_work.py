@@ -253,6 +253,60 @@ async def test_slow_handshake_closes_no_others_socket(
     await bob.says(chat, "still here")
     await line.hears_text("still here")
 
+async def test_pages_that_sockets_missed_are_read_one_by_one_of_an_address(
+    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any
+) -> None:
+    """However many sockets of an address catch up, whoever has them: one page at a time is read for
+    them, so that others find a connection to the database."""
+    chat = await alice.founds(bob, carol)
+    for _ in range(3):
+        await alice.says(chat, "missed")
+    rows, reading, most = app[messenger.DATABASE].rows, 0, 0
+
+    async def count(statement: str, *arguments: Any) -> Any:
+        nonlocal reading, most
+        if statement != messenger.SELECT_MISSED:
+            return await rows(statement, *arguments)
+        reading += 1
+        most = max(most, reading)
+        await asyncio.sleep(0.05)
+        found = await rows(statement, *arguments)
+        reading -= 1
+        return found
+
+    monkeypatch.setattr(app[messenger.DATABASE], "rows", count)
+    lines = await asyncio.gather(*(
+        person.listens(chat, "?after=0") for person in (alice, bob, carol) * 2))
+    for line in lines:
+        await line.hears("ready")
+    assert most == 1
+
+
+async def test_history_of_a_chat_that_everybody_left_is_not_rewritten(
+    app: web.Application, alice: Person, bob: Person, sql: asyncpg.Connection, monkeypatch: Any
+) -> None:
+    """What upkeep sweeps away of a chat whose last member has just left closes nobody's sockets,
+    though a room still knew its history."""
+    chat, other = await alice.opens(bob), await bob.founds(alice)
+    line = await alice.listens_live(chat)
+    await bob.listens_live(other)
+    await bob.says(other, "history")
+    await alice.expects(204, "DELETE", f"/chats/{other}/participants/{alice.id}")
+    rows, swept = app[messenger.DATABASE].rows, asyncio.Event()
+
+    async def sweep_first(statement: str, *arguments: Any) -> Any:
+        is_asked = statement == messenger.SELECT_ROOM and arguments[0] == other
+        if is_asked and await rows(messenger.SWEEP_EMPTY_CHAT, 1000):
+            assert not await sql.fetch("select from messages where chat_id = $1", other)
+            swept.set()
+        return await rows(statement, *arguments)
+
+    monkeypatch.setattr(app[messenger.DATABASE], "rows", sweep_first)
+    await bob.expects(204, "DELETE", f"/chats/{other}/participants/{bob.id}")
+    await asyncio.wait_for(swept.wait(), HEAR_SECONDS)
+    await bob.says(chat, "still open")
+    await line.hears_text("still open")
+
 
 async def test_syncs_that_are_repeated_are_bounded(
     alice: Person, bob: Person, raw: Any, monkeypatch: Any
@@ -440,7 +494,7 @@ async def test_chats_that_users_come_into_are_read_a_few_at_a_time(
         heard = [(await line.hears("chat"))["data"]["id"] for _ in made]
         assert sorted(heard) == sorted(made)
     assert len(read) == 2 * chats
-    assert max(at_once) <= messenger.JOINS_AT_ONCE
+    assert max(at_once) <= messenger.BACKGROUND_READS
 
 
 @pytest.mark.parametrize("ref", ["x" * 40_000, 10**4_000], ids=["text", "number"])
