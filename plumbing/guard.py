@@ -119,6 +119,11 @@ def named_by(element: str) -> str:
     return named.get("for", "") if all(pairs) else ""
 
 
+def is_trusted(address: Address, trusted: list[Network]) -> bool:
+    """Tell whether an address is one of a trusted proxy."""
+    return any(address in network for network in trusted)
+
+
 def nearest_stranger(peer: Address, way: Iterable[str], trusted: list[Network]) -> Address:
     """Follow a request's way back for as long as trusted proxies tell of it.
 
@@ -127,7 +132,7 @@ def nearest_stranger(peer: Address, way: Iterable[str], trusted: list[Network]) 
     """
     for node in way:
         told = read_address(node)
-        if told is None or not any(peer in network for network in trusted):
+        if told is None or not is_trusted(peer, trusted):
             break
         peer = told
     return peer
@@ -142,7 +147,7 @@ def client_address(request: web.Request, trusted: list[Network]) -> str:
     peer = read_address(request.remote or "")
     if peer is None:
         return ""  # a Unix socket
-    if not any(peer in network for network in trusted):
+    if not is_trusted(peer, trusted):
         return party_of(peer)
     listed, elements = (
         ",".join(request.headers.getall(name, ()))[-FORWARDED_CHARS_MAX:].split(",")[::-1]
@@ -377,7 +382,7 @@ class Connections:
         gone; None where they may not come in.
         """
         address = read_address(peer) if self._at_most else None
-        if address is None or any(address in network for network in self._trusted):
+        if address is None or is_trusted(address, self._trusted):
             return nothing
         party = party_of(address)
         if self._open[party] >= self._at_most:
@@ -444,11 +449,7 @@ class Turns:
     async def come(self, key: Hashable) -> None:
         """Wait for a turn, which lasts for a turn of the loop: of all who come one goes on in each.
         """
-        await self.take(key)
-        try:
-            await asyncio.sleep(0)
-        finally:
-            self.give_back(key)
+        await self.call(key, nothing)
 
     def refuse(self, key: Hashable, error: Exception) -> None:
         """Refuse the turns of all of a key that wait: `take` raises such an error."""

@@ -22,7 +22,7 @@ from plumbing.guard import Rate
 from support.databases import until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
 from support.raw import HANDSHAKE, TEXT, RawConnection, RawLine, handshake, transport_of
-from support.servers import SECRET_KEY, SETTINGS
+from support.servers import SECRET_KEY, SETTINGS, slots_of
 
 Client = TestClient[Any, Any]
 SLOW = 1000  # seconds until a spent allowance has one more: no test waits for it by chance
@@ -544,13 +544,6 @@ def app_of(client: Client) -> web.Application:
     return cast("TestServer", client.server).app
 
 
-def slots_of(client: Client) -> endpoints.CallSlots:
-    """Find the slots and turns of its calls."""
-    return next(
-        cell.cell_contents for cell in app_of(client).middlewares[-1].__closure__
-        if isinstance(cell.cell_contents, endpoints.CallSlots))
-
-
 def waiting_for(turns: guard.Turns) -> int:
     """Count who waits for a turn."""
     return sum(map(len, turns._queues.values()))
@@ -619,7 +612,7 @@ async def test_light_reads_of_an_address_take_turns_with_others(
     """However many light calls of an address wait, of whatever users: another's has the next turn
     but one."""
     here, (bob, *strangers), held = flooded
-    turns = slots_of(here).reading
+    turns = slots_of(app_of(here)).reading
 
     async def asks(user: Person, origin: dict[str, str]) -> None:
         async with here.get("/api/v1/users/me", headers=user.headers | origin) as answer:
@@ -656,7 +649,7 @@ async def test_changes_of_an_address_leave_turns_to_others(house: House, monkeyp
 
     monkeypatch.setattr(messenger.Database, "rows", change_slowly)
     flood = [asyncio.create_task(ends(user, FLOODING)) for user in strangers * 10]
-    writing = slots_of(here).writing
+    writing = slots_of(app_of(here)).writing
     half = SETTINGS.database_connections // 2
     await until(lambda: held.working == half and waiting_for(writing) == len(flood) - half)
     await ends(bob, ANOTHER)
@@ -668,7 +661,7 @@ async def test_calls_of_an_address_begin_in_turns_with_others(house: House) -> N
     """Of all calls that come at the same time one begins in each turn of the loop, and addresses
     take turns: many of one address hold up no other's, whatever they ask for."""
     here = await house.opens()
-    starts = slots_of(here).starts
+    starts = slots_of(app_of(here)).starts
     assert starts is not None
     began: list[str] = []
 
@@ -722,7 +715,7 @@ async def test_read_of_who_hangs_up_waits_for_no_turn(
 ) -> None:
     """A call that reads is given up once its client is gone, while it waits for its turn."""
     here, (_, *strangers), held = flooded
-    turns, at_once = slots_of(here).reading, SETTINGS.database_connections
+    turns, at_once = slots_of(app_of(here)).reading, SETTINGS.database_connections
     callers = [
         await RawConnection.opens(here.port, (
             f"{method} /api/v1/users/me HTTP/1.1\r\nHost: x\r\n"
@@ -811,18 +804,16 @@ async def test_frames_of_who_hangs_up_after_an_auth_are_taken(
 async def test_refused_call_of_who_hangs_up_takes_its_slot(house: House) -> None:
     """Who is refused rests in a slot of the address, even if they hang up at once: a flood of
     refusals costs as little as before."""
-    here = await house.opens()
-    slots = slots_of(here).address
-    address = "127.0.0.1"
-    held = [await slots.take(address) for _ in range(SETTINGS.calls_per_address)]
+    here = await house.opens(calls_per_address=1)
+    slots, address = slots_of(app_of(here)).address, "127.0.0.1"
+    give_back = await slots.take(address)
     caller = await RawConnection.opens(here.port, (
         b"GET /api/v1/users/me HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer x\r\n\r\n"))
     await until(lambda: waiting_for(slots._of[address]) == 1)
     caller.writer.transport.abort()
     await asyncio.sleep(0.2)  # the server hears of it
     assert waiting_for(slots._of[address]) == 1
-    for give_back in held:
-        give_back()
+    give_back()
 
 
 @pytest.mark.parametrize("flooded", [{"calls_per_user": 1}], indirect=True)
@@ -835,7 +826,7 @@ async def test_change_of_who_hangs_up_is_made(flooded: tuple[Client, list[Person
     caller = await RawConnection.opens(here.port, (
         f"POST /api/v1/chats/{chat}/messages HTTP/1.1\r\nHost: x\r\nContent-Length: 16\r\n"
         f'Authorization: Bearer {carol.access}\r\n\r\n{{"text": "gone"}}').encode())
-    slots = slots_of(here).light
+    slots = slots_of(app_of(here)).light
     await until(lambda: waiting_for(slots._of[carol.id]) == 1)
     caller.writer.transport.abort()
     await asyncio.sleep(0.2)  # the server hears of it

@@ -28,7 +28,7 @@ from plumbing.text import words_of
 from support.databases import crowd
 from support.people import HEAR_SECONDS, PASSWORD, Person, follows
 from support.raw import HANDSHAKE, RawConnection, RawLine
-from support.servers import ROOT, Server
+from support.servers import ROOT, Server, slots_of
 
 PING, PONG, CLOSE, CONTINUED = 0x89, 0x8A, 0x88, 0x00
 MARKS = "\u0344" * 16_000 + "\u0323" * 15_900  # to be sorted, in quadratic time
@@ -289,14 +289,15 @@ async def test_history_of_a_chat_that_everybody_left_is_not_rewritten(
     though a room still knew its history."""
     chat, other = await alice.opens(bob), await bob.founds(alice)
     line = await alice.listens_live(chat)
-    await bob.listens_live(other)
+    last = await bob.listens_live(other)
     await bob.says(other, "history")
     await alice.expects(204, "DELETE", f"/chats/{other}/participants/{alice.id}")
+    await last.hears("chat_updated")  # the room has read that; what it reads next is that bob left
     rows, swept = app[messenger.DATABASE].rows, asyncio.Event()
 
     async def sweep_first(statement: str, *arguments: Any) -> Any:
         is_asked = statement == messenger.SELECT_ROOM and arguments[0] == other
-        if is_asked and await rows(messenger.SWEEP_EMPTY_CHAT, 1000):
+        if is_asked and (await rows(messenger.SWEEP_EMPTY_CHAT, 1000))[0][0]:
             assert not await sql.fetch("select from messages where chat_id = $1", other)
             swept.set()
         return await rows(statement, *arguments)
@@ -766,9 +767,7 @@ async def test_heavy_answers_of_an_address_that_are_not_read_are_bounded(
     """So many heavy calls of an address are under way at once, whoever makes them."""
     chat = await alice.opens(bob)
     monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.2)
-    slots = next(
-        cell.cell_contents for cell in app.middlewares[-1].__closure__
-        if isinstance(cell.cell_contents, endpoints.CallSlots))
+    slots = slots_of(app)
     address = "127.0.0.1"
     held = [await slots.heavy_of_address.take(address)
             for _ in range(endpoints.HEAVY_OF_ADDRESS_MAX)]

@@ -18,7 +18,7 @@ from aiohttp import web
 from prometheus_client.mmap_dict import MmapedDict
 
 import messenger
-from plumbing import metrics
+from plumbing import endpoints, metrics
 from support.people import SOON_SECONDS, Line, Person
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,13 @@ def settings_for(url: str, folder: Path) -> messenger.Settings:
     """Make the settings of a server on a database, or on the embedded one in a folder."""
     return msgspec.structs.replace(
         SETTINGS, database_url=url, secret_key=SECRET_KEY if url else "", data_dir=str(folder))
+
+
+def slots_of(app: web.Application) -> endpoints.CallSlots:
+    """Find the slots and turns of an application's calls."""
+    return next(
+        cell.cell_contents for cell in app.middlewares[-1].__closure__
+        if isinstance(cell.cell_contents, endpoints.CallSlots))
 
 
 # ---- A server of its own process
