@@ -210,8 +210,14 @@ async def test_log_in_json_is_json_from_start_to_stop(tmp_path: Path) -> None:
         async with aiohttp.ClientSession(url) as client:
             async with client.get("/api/v1/nowhere", headers={"X-Request-Id": "own.id"}):
                 await log.hears(" 404 ")
+            settings = server.data / "postgres/postgresql.conf"
+            away = settings.rename(settings.with_suffix(".away"))  # it does not start without
             os.kill(server.postmaster(), signal.SIGKILL)
             await log.hears("PostgreSQL has ended")
+            async with client.get("/api/v1/health/readiness") as answer:
+                assert answer.status == 503
+            await log.hears("the database is away")
+            away.rename(settings)
             await log.hears("the database is back")
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(STOP_SECONDS):
