@@ -231,7 +231,7 @@ PARTICIPANTS_A_CHANGE = 50  # with so many a new group counts for one change mor
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
 AUTH_FRAMES = 100  # that an `auth` counts for, whose token takes long to check
-FRAMES_AT_ONCE = 16  # taken from one socket, until the others had their turn ...
+FRAMES_AT_ONCE = 16  # small ones taken from one socket, until the others had their turn ...
 FRAMES_PAUSE_SECONDS = 0.004  # ... and of an address one socket rests after the other
 REFUSALS_BURST = 1000  # frames of a socket that came too fast, before it is closed
 REFUSALS_PER_SECOND = 10
@@ -254,6 +254,7 @@ REPLAY_BYTES = 64 * 1024  # of them are written at once, but for the last
 READERS_AT_ONCE = 10  # whose names are added to a page of messages in one turn of the loop
 INDEX_PAGE = 500  # messages whose words are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
+SMALL_CHARS = 512  # of a frame or text: a larger one is worth several
 SEARCH_SECONDS = 0.2  # for a page, where what the index names is not what was asked for
 INDEX_SECONDS = 0.5  # how long a search waits for its chat to be indexed
 INDEX_PAUSE_SECONDS = 1.0  # between two rounds in the background
@@ -990,6 +991,7 @@ class Sessions:
         """Believe no longer that these sessions are alive."""
         self._trusted.end(session_ids)
 
+
 # What the application holds, by key.
 PACE = web.AppKey("pace", guard.Slots)
 SETTINGS = web.AppKey("settings", Settings)
@@ -1147,8 +1149,7 @@ SELECT_MARKS = """  -- chat_ids, asker_id, numbers
 
 async def read_chat(database: Database, chat_id: int, asker_id: int) -> Chat:
     """Read a chat as one of its participants sees it. Raises ChatNotFound, Unavailable."""
-    rows = await database.rows(
-        SELECT_CHATS, asker_id, chat_id, chat_id, PLACE_MAX, INT8_MAX, 1)
+    rows = await database.rows(SELECT_CHATS, asker_id, chat_id, chat_id, PLACE_MAX, INT8_MAX, 1)
     if not rows:
         raise ChatNotFound
     return chats_of(rows)[0]
@@ -1165,10 +1166,7 @@ def chats_of(rows: list[Any]) -> list[Chat]:
             position_of(last_rev, row["last_mark"]), version, unread)
     readers: dict[int, list[tuple[datetime, int, str | None]]] = {}
     for row in [row for row in rows if row["chat_ids"]]:
-        columns = row["chat_ids"], row["user_ids"], row["usernames"], row["roles"], row["read_seqs"]
-        for chat_id, user_id, username, role, seq, at in zip(
-            *columns, row["read_ats"], strict=True
-        ):
+        for chat_id, user_id, username, role, seq, at in zip(*row[-6:], strict=True):
             chat = chats[chat_id]
             if username is not None:
                 chat.participants.append(Participant(user_id, username, role, seq))
@@ -1410,15 +1408,20 @@ class Rooms:
     def _join_piece(
         self, socket: Socket, piece: list[tuple[int, int, str, int]], more: bool
     ) -> set[int]:
-        """Let a socket join some rooms, and tell it; answer which of them know of a later change of
-        participants than was asked for, and are left out.
+        """Let a socket join some rooms, where it is live, and tell it how far they are, and whether
+        others follow.
+
+        Answers those that know of a later change of participants than was asked for: they are left
+        out.
         """
         newer = {chat_id for chat_id, _, _, version in piece if self._knows_newer(chat_id, version)}
         chats = [chat for chat in piece if chat[0] not in newer]
         for chat in chats:
             self._join_room(socket, *chat)
         if socket.chat_id is None:
-            self._tell_chats(socket, [chat[0] for chat in chats], more or bool(newer))
+            rooms = [socket.rooms[chat[0]] for chat in chats]
+            stands = {room.chat_id: (room.position(), room.version) for room in rooms}
+            socket.send(ChatsOut(data=ChatPositions(stands, more or bool(newer))))
         return newer
 
     def _is_beyond(self, socket: Socket, count: int) -> bool:
@@ -1442,13 +1445,6 @@ class Rooms:
         """
         rows = await self.database.rows(SELECT_FOLLOWED, *columns_of(asked))
         return by_place(rows, len(asked))
-
-    def _tell_chats(self, socket: Socket, chat_ids: list[int], more: bool) -> None:
-        """Tell a socket where some of its chats stand, and whether others follow: there it is live.
-        """
-        rooms = [socket.rooms[chat_id] for chat_id in chat_ids]
-        stands = {room.chat_id: (room.position(), room.version) for room in rooms}
-        socket.send(ChatsOut(data=ChatPositions(stands, more)))
 
     def _knows_newer(self, chat_id: int, version: int) -> bool:
         """Tell whether a room knows of a later change of participants than a query saw."""
@@ -1665,8 +1661,7 @@ class Rooms:
         if before := socket.replays.get(chat_id):
             start = min(before, replay, key=attrgetter("at"))
             before.refs += replay.refs
-            replay = Replay(
-                min(before.since, replay.since), start.at, start.mark, before.refs)
+            replay = Replay(min(before.since, replay.since), start.at, start.mark, before.refs)
         socket.replays[chat_id] = replay
         return replay
 
@@ -1989,24 +1984,20 @@ async def read_news(rooms: Rooms, room: Room) -> None:
         room.latest = (rows[0]["last_rev"], rows[0]["version"])
 
 
-def drop_departed(rooms: Rooms, room: Room, departed: set[int], ended: set[int]) -> None:
-    """Close the sockets of sessions that have ended; let those of users who left leave the chat."""
-    for socket in [socket for socket in room.sockets if socket.asker.session_id in ended]:
-        rooms.close(socket, TOKEN_ENDED)
-    for socket in [socket for socket in room.sockets if socket.asker.user_id in departed]:
-        rooms.leave_chat(socket, room.chat_id)
-
-
 def deliver_snapshot(rooms: Rooms, room: Room, row: Any, messages: list[Message]) -> None:
     """Let who left or logged out go first, so that they get nothing newer; then write out the rest.
     """
-    drop_departed(rooms, room, set(row["departed"]), set(row["ended"]))
+    departed, ended = set(row["departed"]), set(row["ended"])
+    for socket in list(room.sockets):
+        if socket.asker.session_id in ended:
+            rooms.close(socket, TOKEN_ENDED)
+        elif socket.asker.user_id in departed:
+            rooms.leave_chat(socket, room.chat_id)
     frames = []
     if row["version"] > room.version:
         columns = [row[name] or () for name in ("user_ids", "usernames", "roles", "read_seqs")]
         people = [Participant(*one) for one in zip(*columns, strict=True)]
-        left = sorted(row["departed"])
-        update = ChatUpdate(room.chat_id, row["version"], row["name"], people, left)
+        update = ChatUpdate(room.chat_id, row["version"], row["name"], people, sorted(departed))
         frames.append(encode_frame(ChatUpdatedOut(data=update)))
         room.version = row["version"]
         rooms.join_users(room.chat_id, [person.user_id for person in people])
@@ -2245,6 +2236,11 @@ SETTLE_CLOCK = """  -- limit
     select count(*) from (table session union all table participant union all table attempt) put"""
 
 
+def smalls_in(text: str | bytes) -> int:
+    """Tell how many small texts or frames one is worth."""
+    return 1 + len(text) // SMALL_CHARS
+
+
 class ChatItem(Struct):
     """What changes a chat, on its way to a writer.
 
@@ -2300,6 +2296,10 @@ class ChatWriter(GroupWriter[ItemT, Outcome]):
         super().__init__()
         self._app = app
 
+    async def write(self, request: web.Request, item: ItemT) -> Outcome:
+        """Have an item of a request written, in turns with those of other addresses."""
+        return await self.submit(item, address_of(request))
+
     async def commit(self, items: list[ItemT]) -> list[Any]:
         """Commit a group; answer a row for each item."""
         columns = columns_of(map(msgspec.structs.astuple, items))
@@ -2319,6 +2319,10 @@ class PostWriter(ChatWriter[NewPost, Posted]):
     """Posts messages."""
 
     STATEMENT = POST_MESSAGES
+
+    def size_of(self, post: NewPost) -> int:
+        """Tell how much of a group a message is."""
+        return smalls_in(post.text)
 
     async def commit(self, items: list[NewPost]) -> list[Any]:
         """Commit a group; a lone message costs half without arrays."""
@@ -2363,6 +2367,10 @@ class ChangeWriter(ChatWriter[NewChange, None]):
     """Edits and deletes messages."""
 
     STATEMENT = CHANGE_MESSAGES
+
+    def size_of(self, change: NewChange) -> int:
+        """Tell how much of a group an edit is."""
+        return smalls_in(change.text or "")
 
     def publish(
         self, changes: list[NewChange], rows: Sequence[Any], again: list[bool]
@@ -2446,8 +2454,7 @@ class SearchIndex:
                     break
             seqs = [row["seq"] for row in rows[:len(words)]]
             upto = rows[len(words) - 1]["rev"]
-            await self._database.rows(
-                INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
+            await self._database.rows(INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""
@@ -2794,8 +2801,7 @@ async def verified_hash(request: web.Request, password: str | UnsetType) -> str:
         raise invalid("$.current_password", "is missing")
     me = request[ME]
     hashed: str | None = await request.app[DATABASE].value(SELECT_HASH, me)
-    await count_attempt(
-        request, f"password:{me}", request.app[SETTINGS].login_failures_per_account)
+    await count_attempt(request, f"password:{me}", request.app[SETTINGS].login_failures_per_account)
     address, passwords = address_of(request), request.app[PASSWORDS]
     if hashed is None or await passwords.matching(password, hashed, address) is None:
         raise WrongPassword
@@ -2918,8 +2924,7 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
         if body.name is None:
             raise invalid("$.name", "must be given for a group")
         if not 1 <= len(others) < GROUP_PARTICIPANTS_MAX:
-            raise invalid(
-                "$.participant_ids", "must make 2 to 1,000 participants with the creator")
+            raise invalid("$.participant_ids", "must make 2 to 1,000 participants with the creator")
         row = await request.app[DATABASE].row(CREATE_GROUP, me, body.name, others)
     else:
         if body.name is not None:
@@ -3108,7 +3113,7 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
     """
     await charge_call(request, TooManyMessages, request[ME], chat_id)
     post = NewPost(chat_id, request[ME], body.id or uuid7(), body.text, body.reply_to)
-    posted = await request.app[POSTS].submit(post)
+    posted = await request.app[POSTS].write(request, post)
     message = posted.message or await get_message(request, chat_id, post.id)
     if not posted.is_new:
         return Answer(message, 200)
@@ -3138,7 +3143,8 @@ async def change_message(
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     await charge_call(request, TooManyMessages, request[ME], chat_id)
-    await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, body.text))
+    change = NewChange(chat_id, request[ME], message_id, body.text)
+    await request.app[CHANGES].write(request, change)
     return await get_message(request, chat_id, message_id)
 
 
@@ -3150,7 +3156,7 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     await charge_call(request, TooManyMessages, (request[ME], "deleted"), chat_id)
-    await request.app[CHANGES].submit(NewChange(chat_id, request[ME], message_id, None))
+    await request.app[CHANGES].write(request, NewChange(chat_id, request[ME], message_id, None))
 
 
 async def list_messages(
@@ -3247,8 +3253,7 @@ async def list_changes(
     """
     database = request.app[DATABASE]
     number, mark = read_position("$.after", after)
-    rows = await database.rows(
-        SELECT_MISSED, chat_id, request[ME], number, INT8_MAX, limit + 1)
+    rows = await database.rows(SELECT_MISSED, chat_id, request[ME], number, INT8_MAX, limit + 1)
     if not rows:
         raise ChatNotFound
     if mark is not None and mark != rows[0]["mark"]:
@@ -3265,7 +3270,7 @@ async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) ->
     Raises ChatNotFound, MessageNotFound, TooMuchReading.
     """
     await charge_call(request, TooMuchReading, request[ME], chat_id)
-    return await request.app[READS].submit(NewRead(chat_id, request[ME], body.message_id))
+    return await request.app[READS].write(request, NewRead(chat_id, request[ME], body.message_id))
 
 
 # ==== Handlers: the socket ========================================================================
@@ -3340,8 +3345,9 @@ async def take_frames(request: web.Request, socket: Socket) -> None:
     taken, pause = 0, request.app[SETTINGS].bound(1) * FRAMES_PAUSE_SECONDS
     while (incoming := await socket.ws.receive()).type not in ENDS:  # smaller than `async for`
         socket.heard_at = time.monotonic()
-        taken += 1
-        if taken % FRAMES_AT_ONCE == 0:  # what came in one block is here without any wait
+        taken += smalls_in(incoming.data)
+        if taken >= FRAMES_AT_ONCE:  # what came in one block is here without any wait
+            taken = 0
             await request.app[PACE].run(socket.address, asyncio.sleep, pause)
         if socket.close_code is not None:
             continue  # it is told to close: what it sends until it answers counts for nothing
@@ -3450,7 +3456,8 @@ def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None
         elif frame.ref is not None:
             socket.send(AckOut(data=outcome.ack, ref=frame.ref))
 
-    request.app[POSTS].put(post, acknowledge)  # which is called later, never before this returns
+    # It is called later, never before this returns.
+    request.app[POSTS].put(post, socket.address, acknowledge)
     socket.unanswered += 1
 
 
@@ -3458,7 +3465,8 @@ async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None
     """Mark everything up to a message as read."""
     chat_id = chat_of(socket, frame.chat_id)
     charge_frame(request, TooMuchReading, socket, chat_id)
-    await request.app[READS].submit(NewRead(chat_id, socket.asker.user_id, frame.message_id))
+    read = NewRead(chat_id, socket.asker.user_id, frame.message_id)
+    await request.app[READS].write(request, read)
     tell_taken(socket, frame, chat_id)
 
 

@@ -9,5 +9,5 @@ import messenger
 from plumbing import groups
 
 if __name__ == "__main__":
-    groups.GROUP_ITEMS_MAX = 1
+    groups.GROUP_SIZE_MAX = 1
     sys.exit(messenger.main())

@@ -404,7 +404,8 @@ class CallSlots:
 
         Heavy calls on more than half of the database's connections would not read more; they would
         only delay the light ones. An address has few of their turns, at first a single one: two
-        large pages at a time would take all of a core.
+        large pages at a time would take all of a core. Of changes it has a third: a client that
+        writes a proxy's header itself may count as two addresses (guard.client_address).
         """
         light, heavy, of_address, heavy_of_address = [
             Slots(settings.bound(limit)) for limit in (
@@ -413,7 +414,7 @@ class CallSlots:
         at_once = max(2, settings.database_connections // 2)
         heavy_reading = Turns(at_once, of_each=settings.bound(max(1, at_once // 5)))
         reading = Turns(settings.database_connections)
-        writing = Turns(2 * at_once, of_each=settings.bound(at_once))
+        writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(
             light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading, writing,

@@ -22,7 +22,7 @@ from plumbing.process import Tasks
 
 WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
 WRITE_PAUSE_SECONDS = 0.05
-GROUP_ITEMS_MAX = 512  # in one commit
+GROUP_SIZE_MAX = 512  # of what one commit takes
 LOOKED_UP_MAX = 64  # items at once
 PENDING_MAX = 20_000  # items that wait for a commit
 
@@ -150,6 +150,7 @@ class Entry(Generic[Item, Outcome]):
     """An item on its way."""
 
     item: Item
+    party: Hashable  # whose it is
     answer: Callable[[Outcome | Exception], None]  # is told what became of it
     deadline: float  # until when it is tried, by the loop's clock
     again: bool = False  # whether it may have been committed before
@@ -164,6 +165,43 @@ class Written(Generic[Item, Outcome]):
     error: Exception | None = None
 
 
+class Queues(Generic[Item, Outcome]):
+    """Entries that wait, in a queue of each party. Parties take turns, so that whatever one of them
+    puts in, another's entry is the next but a few.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[Hashable, deque[Entry[Item, Outcome]]] = {}  # first whose turn is next
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Entry[Item, Outcome]]:
+        return itertools.chain.from_iterable(self._of.values())
+
+    def append(self, entry: Entry[Item, Outcome]) -> None:
+        """Let an entry wait behind those of its party."""
+        self._of.setdefault(entry.party, deque()).append(entry)
+        self._count += 1
+
+    def put_back(self, entries: Sequence[Entry[Item, Outcome]]) -> None:
+        """Let entries wait in their order, before all others of their parties."""
+        for entry in reversed(entries):
+            self._of.setdefault(entry.party, deque()).appendleft(entry)
+        self._count += len(entries)
+
+    def popleft(self) -> Entry[Item, Outcome]:
+        """Take the first entry of the party whose turn it is."""
+        party = next(iter(self._of))
+        queue = self._of.pop(party)
+        entry = queue.popleft()
+        if queue:
+            self._of[party] = queue  # behind all others
+        self._count -= 1
+        return entry
+
+
 def is_held(error: Exception) -> bool:
     """Tell whether a statement failed because somebody else held a lock that it needs."""
     return isinstance(error.__cause__, asyncpg.LockNotAvailableError)
@@ -176,14 +214,18 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
     fails alone, for the group is sent again item by item; a group whose answer was lost is sent
     again as it is. So committing an item twice must be the same as once.
 
+    Parties take turns in a group, and what one commit takes is bounded by size: a flood of long
+    items makes its own party wait, and another's item is in the next group but one.
+
     Items whose lock somebody else holds leave their group and wait in a lane, one for each lock,
-    until one of them is written: they delay no others. Items of one lock always keep their order.
+    until one of them is written: they delay no others. Items of one party and lock always keep
+    their order.
 
     A subclass says how: `commit`, `publish`, `lock_of` and `free`.
     """
 
     def __init__(self) -> None:
-        self._pending: deque[Entry[Item, Outcome]] = deque()
+        self._pending: Queues[Item, Outcome] = Queues()
         self._lanes: dict[Hashable, deque[Entry[Item, Outcome]]] = {}  # by the lock that is held
         self._running: asyncio.Task[None] | None = None
         self._trying: asyncio.Task[None] | None = None  # whether locks are free again
@@ -211,8 +253,14 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
     async def free(self, locks: list[Any]) -> set[Any]:
         """Answer those of some locks that nobody holds right now. Raises Unavailable."""
 
-    def put(self, item: Item, answer: Callable[[Outcome | Exception], None]) -> None:
-        """Add an item. Raises Unavailable where too much waits.
+    def size_of(self, _item: Item) -> int:
+        """Tell how much of a group an item is, where a small one is 1."""
+        return 1
+
+    def put(
+        self, item: Item, party: Hashable, answer: Callable[[Outcome | Exception], None]
+    ) -> None:
+        """Add an item of a party. Raises Unavailable where too much waits.
 
         `answer` is called with its outcome or the exception that prevented it, right after the item
         is published: what both write leaves together. `answer` must not wait.
@@ -220,11 +268,11 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         if len(self._pending) + sum(map(len, self._lanes.values())) >= PENDING_MAX:
             raise Unavailable("Too much is waiting to be written.")
         until = asyncio.get_running_loop().time() + WRITE_SECONDS
-        self._pending.append(Entry(item, answer, until))
+        self._pending.append(Entry(item, party, answer, until))
         self._run()
 
-    async def submit(self, item: Item) -> Outcome:
-        """Add an item, and wait for its outcome; raises the exception that prevented it."""
+    async def submit(self, item: Item, party: Hashable) -> Outcome:
+        """Add an item of a party, and wait for its outcome; raises what prevented it."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
 
         def settle(outcome: Outcome | Exception) -> None:
@@ -235,7 +283,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
             else:
                 future.set_result(outcome)
 
-        self.put(item, settle)
+        self.put(item, party, settle)
         try:
             async with asyncio.timeout_at(deadline()):
                 return await future
@@ -256,14 +304,14 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         that neither side waits for the other.
         """
         written: Written[Item, Outcome] | None = None
-        size = 0
+        count = 0
         try:
             while self._pending or written is not None:
                 # Behind another group take half: else the two sides take turns, and each waits
                 # for the other.
-                size = (size + len(self._pending) + 1) // 2 if written else GROUP_ITEMS_MAX
-                group = self._take(min(size, GROUP_ITEMS_MAX))
-                size = len(group)
+                count = (count + len(self._pending) + 1) // 2 if written else len(self._pending)
+                group = self._take(count)
+                count = len(group)
                 if written is None:
                     written = await self._write(group)
                     continue
@@ -274,18 +322,19 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         finally:
             self._running = None
 
-    def _take(self, size: int) -> list[Entry[Item, Outcome]]:
-        """Take so many of the pending entries; what needs a held lock goes to its lane, and what is
-        past its deadline is refused.
+    def _take(self, count: int) -> list[Entry[Item, Outcome]]:
+        """Take so many of the pending entries, or fewer where they are large; what needs a held
+        lock goes to its lane, and what is past its deadline is refused.
         """
         group: list[Entry[Item, Outcome]] = []
-        now = asyncio.get_running_loop().time()
-        while self._pending and len(group) < size:
+        now, size = asyncio.get_running_loop().time(), 0
+        while self._pending and len(group) < count and size < GROUP_SIZE_MAX:
             entry = self._pending.popleft()
             if entry.deadline < now:  # a commit for nobody would make the next ones late, too
                 _answer(entry, Unavailable(ABSENT))
             elif not self._queue_in_lane(entry):
                 group.append(entry)
+                size += self.size_of(entry.item)
         return group
 
     async def _write(self, group: list[Entry[Item, Outcome]]) -> Written[Item, Outcome]:
@@ -403,7 +452,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         """Let what waits for the locks of a group that was written go on as usual."""
         for entry in group:
             if lane := self._lanes.pop(self.lock_of(entry.item), None):
-                self._pending.extendleft(reversed(lane))
+                self._pending.put_back(lane)
                 lane.clear()  # their deadlines are the group's again
                 self._run()
 

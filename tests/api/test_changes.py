@@ -291,7 +291,7 @@ async def test_bad_change_fails_alone(
 
     async def written(*asked: tuple[int, Person, str | None]) -> list[Any]:
         items = [messenger.NewChange(at, who.id, sent["id"], text) for at, who, text in asked]
-        futures = [asyncio.create_task(app[messenger.CHANGES].submit(item)) for item in items]
+        futures = [asyncio.create_task(app[messenger.CHANGES].submit(item, "")) for item in items]
         return [type(one) for one in await asyncio.gather(*futures, return_exceptions=True)]
 
     nothing, gone, no_chat = type(None), messenger.MessageNotFound, messenger.ChatNotFound

@@ -875,8 +875,7 @@ async def test_chat_that_changes_while_others_are_joined_is_as_it_is_then(
     is told nothing; with another that changed meanwhile it joins the chat as it is."""
     monkeypatch.setattr(messenger, "SYNC_CHATS_MAX", 1)
     chats = [await bob.founds(alice) for _ in range(3)]
-    await bob.listens_live(chats[1])
-    await bob.listens_live(chats[2])
+    lines = [await bob.listens_live(chat) for chat in chats[1:]]
     rooms, changed = app[messenger.ROOMS], asyncio.Event()
     followed_by = rooms._followed_by
 
@@ -886,6 +885,8 @@ async def test_chat_that_changes_while_others_are_joined_is_as_it_is_then(
             changed.set()
             await removes(bob, chats[1], alice)
             await bob.expects(200, "PATCH", f"/chats/{chats[2]}", {"name": "renamed"})
+            for line in lines:
+                await line.hears("chat_updated")  # now the room knows
         return followed
 
     rooms._look_ups._look_up = changes_after

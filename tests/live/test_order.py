@@ -11,7 +11,7 @@ from aiohttp import web
 
 import messenger
 from plumbing.database import Unavailable
-from plumbing.groups import GROUP_ITEMS_MAX
+from plumbing.groups import GROUP_SIZE_MAX
 from support.databases import until_waiting
 from support.people import SOON_SECONDS, Heard, Line, Person, new_id
 from support.posts import numbers_of, post, written
@@ -182,7 +182,7 @@ async def test_chain_of_replies_to_a_refused_one_delays_nobody(
     """In a full group each replies to the one before, from a refused one on: all are decided, and a
     neighbour is posted."""
     chat = await alice.opens(bob)
-    ids = [messenger.uuid7() for _ in range(GROUP_ITEMS_MAX)]
+    ids = [messenger.uuid7() for _ in range(GROUP_SIZE_MAX)]
     chain = [
         post(chat, alice, id=one, reply_to=before)
         for before, one in zip([messenger.uuid7(), *ids], ids[:-1], strict=False)
@@ -380,7 +380,7 @@ async def test_reads_of_many_in_one_group_are_each_answered(
     reads = [messenger.NewRead(chat, who.id, UUID(sent[place]["id"])) for who, place in steps]
     reads.append(messenger.NewRead(chat, bob.id, messenger.uuid7()))
     reads.append(messenger.NewRead(2**62, bob.id, UUID(sent[0]["id"])))
-    futures = [asyncio.create_task(app[messenger.READS].submit(each)) for each in reads]
+    futures = [asyncio.create_task(app[messenger.READS].submit(each, "")) for each in reads]
     *stood, unknown, nowhere = await asyncio.gather(*futures, return_exceptions=True)
     assert [getattr(each, "seq", each) for each in stood] == [4, 2, 4, 4, 2]
     assert isinstance(unknown, messenger.MessageNotFound)

@@ -27,7 +27,7 @@ from plumbing.guard import Rate
 from plumbing.text import words_of
 from support.databases import crowd
 from support.people import HEAR_SECONDS, PASSWORD, Person, follows
-from support.raw import HANDSHAKE, RawConnection, RawLine
+from support.raw import HANDSHAKE, TEXT, RawConnection, RawLine, masked
 from support.servers import ROOT, Server, slots_of
 
 PING, PONG, CLOSE, CONTINUED = 0x89, 0x8A, 0x88, 0x00
@@ -198,6 +198,21 @@ async def test_frames_are_taken_in_turn_with_others(
         await line.sends(0x01)
     await line.gives(bytes((opcode, 0x80, 0, 0, 0, 0)) * 1_000)
     assert await turns.most() <= messenger.FRAMES_AT_ONCE
+
+
+async def test_few_long_frames_are_taken_in_turn_with_others(
+    app: web.Application, alice: Person, bob: Person, raw: Any, monkeypatch: Any
+) -> None:
+    """Of long frames in one block fewer are taken before anybody else has a turn."""
+    line = await raw(alice, await alice.opens(bob))
+    turns = Turns(40)
+
+    def count(*_: Any) -> None:
+        turns.done += 1
+
+    monkeypatch.setattr(messenger, "take_message", count)
+    await line.gives(masked(TEXT, b'{"type":"message","text":"%s"}' % (b"x" * 4_096)) * 40)
+    assert await turns.most() <= 2
 
 
 async def test_syncs_are_done_in_turn_with_others(

@@ -114,8 +114,8 @@ async def test_commit_that_comes_too_late_is_not_waited_for() -> None:
     with RequestDeadline():
         await asyncio.sleep(REQUEST_SECONDS - 0.3)
         with pytest.raises(Unavailable):
-            await writer.submit(1)
-    writer.put(2, told.append)
+            await writer.submit(1, "")
+    writer.put(2, "", told.append)
     await writer.finish()
     assert told == [2]
 

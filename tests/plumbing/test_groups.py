@@ -1,7 +1,8 @@
 """Look-ups and commits in groups: several items at once, and none that holds up the others."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -11,7 +12,7 @@ from aiohttp import web
 
 import messenger
 from plumbing import database, groups
-from plumbing.groups import GroupReader, OneByOne
+from plumbing.groups import GroupReader, GroupWriter, OneByOne
 from plumbing.guard import Rate
 from plumbing.process import Tasks
 from support.people import SOON_SECONDS, Line, Person
@@ -99,11 +100,11 @@ async def test_what_is_late_delays_nothing(
 
     monkeypatch.setattr(writer, "commit", note)
     monkeypatch.setattr(groups, "WRITE_SECONDS", -1)
-    late = [asyncio.create_task(writer.submit(post(chat, alice, "late"))) for _ in range(3)]
+    late = [asyncio.create_task(writer.submit(post(chat, alice, "late"), "")) for _ in range(3)]
     await asyncio.sleep(0)
     monkeypatch.undo()
     monkeypatch.setattr(writer, "commit", note)
-    in_time = asyncio.create_task(writer.submit(post(chat, alice, "in time")))
+    in_time = asyncio.create_task(writer.submit(post(chat, alice, "in time"), ""))
     refused = await asyncio.gather(*late, return_exceptions=True)
     assert [type(each) for each in refused] == [database.Unavailable] * 3
     assert (await in_time).is_new
@@ -184,6 +185,88 @@ async def test_many_held_chats_delay_no_other(
     assert set(map(type, outcomes)) == {messenger.Posted}
 
 
+class Noting(GroupWriter[str, str]):
+    """A writer of texts, as large as they are long, that notes its groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[list[str]] = []
+
+    def size_of(self, item: str) -> int:
+        """Tell how long a text is."""
+        return len(item)
+
+    async def commit(self, items: list[str]) -> list[str]:
+        """Note a group, once others had a turn."""
+        self.groups.append(items)
+        await asyncio.sleep(0)
+        return items
+
+    def publish(
+        self, items: list[str], rows: Sequence[str], again: list[bool]
+    ) -> list[str | Exception]:
+        """Answer the rows."""
+        return list(rows)
+
+    def lock_of(self, item: str) -> str:
+        """Lock nothing in common."""
+        return item
+
+    async def free(self, locks: list[str]) -> set[str]:
+        """Answer that nobody holds any lock."""
+        return set(locks)
+
+
+async def test_parties_take_turns_in_groups() -> None:
+    """Whatever one party put in, another's item is in the next group, before most of the flood;
+    what each put in keeps its order."""
+    writer = Noting()
+    for number in range(5_000):
+        writer.put(f"flood {number}", "flood", str)
+    for number in range(3):
+        writer.put(f"{number}", "another", str)
+    await writer.finish()
+    assert {"0", "1", "2"} < set(writer.groups[0][:6])
+    written = list(itertools.chain.from_iterable(writer.groups))
+    assert [each for each in written if len(each) == 1] == ["0", "1", "2"]
+    assert [each for each in written if len(each) > 1] == [f"flood {each}" for each in range(5_000)]
+
+
+async def test_group_is_bounded_by_what_its_items_are_worth() -> None:
+    """Of large items fewer share a commit, and one alone may be larger than a group."""
+    writer = Noting()
+    for size in (100, 200, 300, 9_000, 100, 100):
+        writer.put("a" * size, "", str)
+    await writer.finish()
+    sizes = [sum(map(len, group)) for group in writer.groups]
+    assert sum(sizes) == 9_800
+    assert max(sizes) <= 9_000 + groups.GROUP_SIZE_MAX
+    assert sizes[0] == 600
+
+
+async def test_long_posts_share_a_commit_with_few(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit takes many short messages, but few long ones; so with edits."""
+    chat, sizes = await alice.opens(bob), []
+    for key in (messenger.POSTS, messenger.CHANGES):
+        commit = app[key].commit
+
+        async def note(items: list[Any], commit: Any = commit) -> Any:
+            sizes.append(len(items))
+            return await commit(items)
+
+        monkeypatch.setattr(app[key], "commit", note)
+    long = [post(chat, alice, "x" * 4_096) for _ in range(200)]
+    assert numbers_of(await written(app, *long)) == list(range(1, 201))
+    changes = [messenger.NewChange(chat, alice.id, each.id, "y" * 4_096) for each in long]
+    await asyncio.gather(*[app[messenger.CHANGES].submit(each, "") for each in changes])
+    assert max(sizes) < 60
+    sizes.clear()
+    await written(app, *[post(chat, alice) for _ in range(200)])
+    assert max(sizes) > 60
+
+
 @pytest.mark.real_deadlines
 async def test_held_reader_delays_no_other(
     app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
@@ -197,13 +280,13 @@ async def test_held_reader_delays_no_other(
         await sql.execute(
             "select 1 from participants where chat_id = $1 and user_id = $2 for update",
             chat, bob.id)
-        waits = asyncio.create_task(reads.submit(stuck))
+        waits = asyncio.create_task(reads.submit(stuck, ""))
         for number in ids:
-            moved = await reads.submit(messenger.NewRead(chat, alice.id, UUID(number)))
+            moved = await reads.submit(messenger.NewRead(chat, alice.id, UUID(number)), "")
             assert str(moved.message_id) == number
         with pytest.raises(database.Unavailable):
             await waits
-    assert (await reads.submit(stuck)).seq == 1
+    assert (await reads.submit(stuck, "")).seq == 1
 
 
 @pytest.mark.real_deadlines

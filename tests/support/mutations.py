@@ -109,8 +109,8 @@ MUTATIONS = (
         (FUNCTIONS, LOCK + ACCEPTED, ACCEPTED),
         (FUNCTIONS, NOT_THERE, NOT_THERE + LOCK)), 9.0),
     Mutation("late removal", ("leaked",), ("listeners cut",), (
-        ("messenger.py", "in departed]:\n        rooms.leave_chat(",
-         "in departed]:\n        asyncio.get_running_loop().call_later(0.3, rooms.leave_chat, "),)),
+        ("messenger.py", "in departed:\n            rooms.leave_chat(",
+         "in departed:\n            room.filling.get_loop().call_later(0.3, rooms.leave_chat, "),)),
     Mutation("a watermark that may go back", ("misordered",), ("listeners cut",), (
         (FUNCTIONS, "        where m.seq > p.last_read_seq\n        group by p.chat_id",
          "        group by p.chat_id"),)),

@@ -17,7 +17,7 @@ def post(chat: int, sender: Person, text: str = "hello", **fields: Any) -> messe
 
 async def written(app: web.Application, *posts: messenger.NewPost) -> list[Any]:
     """Put items into the writer as one group; answer what became of each."""
-    futures = [asyncio.create_task(app[messenger.POSTS].submit(each)) for each in posts]
+    futures = [asyncio.create_task(app[messenger.POSTS].submit(each, "")) for each in posts]
     async with asyncio.timeout(50):
         return list(await asyncio.gather(*futures, return_exceptions=True))
 

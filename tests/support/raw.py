@@ -18,6 +18,18 @@ HANDSHAKE = {
 LONG = "x" * 4000  # a text, a few of which fill the buffers of a socket that is not read
 
 
+def masked(opcode: int, payload: bytes) -> bytes:
+    """Make a frame, masked by zeros."""
+    size = len(payload)
+    if size < 126:
+        head = bytes((opcode, 0x80 | size))
+    elif size < 65_536:
+        head = bytes((opcode, 0xFE)) + size.to_bytes(2, "big")
+    else:
+        head = bytes((opcode, 0xFF)) + size.to_bytes(8, "big")
+    return head + bytes(4) + payload
+
+
 def handshake(port: int, path: str, token: str) -> bytes:
     """Write the request that opens a websocket."""
     headers = {"Host": f"127.0.0.1:{port}", **HANDSHAKE, "Authorization": f"Bearer {token}"}
@@ -58,14 +70,7 @@ class RawLine:
 
     async def sends(self, opcode: int, payload: bytes = b"") -> None:
         """Send a frame, masked by zeros."""
-        size = len(payload)
-        if size < 126:
-            head = bytes((opcode, 0x80 | size))
-        elif size < 65_536:
-            head = bytes((opcode, 0xFE)) + size.to_bytes(2, "big")
-        else:
-            head = bytes((opcode, 0xFF)) + size.to_bytes(8, "big")
-        await self.gives(head + bytes(4) + payload)
+        await self.gives(masked(opcode, payload))
 
     async def takes(self) -> tuple[int, bytes]:
         """Read a frame: its first byte and its payload. Raises EOFError, ConnectionError."""
