@@ -433,14 +433,22 @@ class CallSlots:
         if endpoint.heavy:
             wanted = [
                 (self.heavy, asker), (self.heavy_of_address, self.address_of(request))]
-        await unless_gone(request, hold_slots, request, *wanted)
+        wait = functools.partial(unless_gone, request, wait_patiently)
+        await hold_slots(request, wait, *wanted)
 
 
-async def hold_slots(request: web.Request, *wanted: tuple[Slots, Hashable]) -> None:
-    """Hold one of the slots of each key until the answer was taken. Raises TooManyCalls."""
+async def hold_slots(
+    request: web.Request,
+    wait: Callable[..., Awaitable[Callable[[], None]]],
+    *wanted: tuple[Slots, Hashable],
+) -> None:
+    """Hold one of the slots of each key until the answer was taken. Raises TooManyCalls.
+
+    `wait` is called like wait_patiently for a slot that cannot be had at once.
+    """
     with contextlib.ExitStack() as held:
         for slots, key in wanted:
-            held.callback(await wait_patiently(slots.take, key))
+            held.callback(slots.take_now(key) or await wait(slots.take, key))
         request[GIVE_BACK] = held.pop_all().close
 
 
@@ -478,7 +486,8 @@ def in_turns(endpoint: Endpoint, slots: CallSlots) -> Callable[..., Awaitable[An
 
     async def work(request: web.Request, **arguments: Any) -> Any:
         address = slots.address_of(request)
-        await unless_gone(request, wait, turns.take, address)
+        if not turns.take_now(address):
+            await unless_gone(request, wait, turns.take, address)
         try:
             return await endpoint.handler(request, **arguments)
         except Unavailable as error:
@@ -635,7 +644,8 @@ def answer_problems(
             answer = problem_answer(problem or InternalError(), request)
         if answer.status >= 400 and GIVE_BACK not in request:
             with contextlib.suppress(TooManyCalls):  # it waited long enough
-                await hold_slots(request, (slots.address, slots.address_of(request)))
+                own = slots.address, slots.address_of(request)
+                await hold_slots(request, wait_patiently, own)
         if answer.status != SWITCHING:
             operation = request.match_info.route.name or "none"
             observe_request(operation, answer.status, time.perf_counter() - began)

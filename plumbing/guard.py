@@ -414,10 +414,15 @@ class Turns:
         # Key: who waits, the first first; the key whose turn is next stands first.
         self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
 
+    def take_now(self, key: Hashable) -> bool:
+        """Take a turn if there is one right now, and tell whether it did."""
+        if is_free := self._free > 0 and self._working[key] < self._of_each:
+            self._begin(key)
+        return is_free
+
     async def take(self, key: Hashable) -> None:
         """Wait for a turn; `give_back` ends it."""
-        if self._free and self._working[key] < self._of_each:
-            self._begin(key)
+        if self.take_now(key):
             return
         turn = asyncio.get_running_loop().create_future()
         self._queues.setdefault(key, deque()).append(turn)
@@ -495,11 +500,19 @@ class Slots:
         # An entry lives as long as somebody has or awaits a slot.
         self._of: WeakValueDictionary[Hashable, Turns] = WeakValueDictionary()
 
-    async def take(self, key: Hashable) -> Callable[[], None]:
-        """Wait for a slot, and answer what is to be called at its end."""
+    def take_now(self, key: Hashable) -> Callable[[], None] | None:
+        """Take a slot if there is one right now; answer what is to be called at its end, or None.
+        """
         if not self._at_once:
             return nothing
         turns = self._of.setdefault(key, Turns(self._at_once))
+        return functools.partial(turns.give_back, key) if turns.take_now(key) else None
+
+    async def take(self, key: Hashable) -> Callable[[], None]:
+        """Wait for a slot, and answer what is to be called at its end."""
+        if give_back := self.take_now(key):
+            return give_back
+        turns = self._of[key]  # whoever has the others keeps it
         await turns.take(key)
         return functools.partial(turns.give_back, key)
 

@@ -874,6 +874,21 @@ async def test_slots_let_so_many_of_each_key_in() -> None:
         give_back()
 
 
+async def test_slot_is_taken_at_once_only_where_it_is_free() -> None:
+    """Nothing is taken where it would have to be waited for; nor before who waits already."""
+    slots = guard.Slots(1)
+    give_back = slots.take_now("a")
+    assert give_back is not None
+    assert slots.take_now("a") is None
+    assert slots.take_now("b") is not None
+    waiting = asyncio.create_task(slots.take("a"))
+    await asyncio.sleep(0)
+    give_back()
+    assert slots.take_now("a") is None
+    (await asyncio.wait_for(waiting, HEAR_SECONDS))()
+    assert slots.take_now("a") is not None
+
+
 async def test_slots_may_be_without_bound() -> None:
     """With a bound of 0 any number is let in."""
     slots = guard.Slots(0)
