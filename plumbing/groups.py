@@ -263,7 +263,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         """Add an item of a party. Raises Unavailable where too much waits.
 
         `answer` is called with its outcome or the exception that prevented it, right after the item
-        is published: what both write leaves together. `answer` must not wait.
+        is published. It must not wait.
         """
         if len(self._pending) + sum(map(len, self._lanes.values())) >= PENDING_MAX:
             raise Unavailable("Too much is waiting to be written.")

@@ -129,13 +129,19 @@ class Stranger:
             of("handshakes", frame(FIN | CLOSE, b""), 30, "/ws"),
         ]
 
-    def of_many(self, accomplices: list[Person]) -> list[Flood]:
-        """Make floods by many accounts, each of which asks for no more than it may."""
+    def of_many(self, accomplices: dict[Person, int]) -> list[Flood]:
+        """Make floods by many accounts, each with a chat of its own."""
         tokens = [person.access for person in (self.person, *accomplices)]
         asked = [self.request("GET", "/api/v1/users/me", token=token) for token in tokens]
         opened = [handshake(self.port, "/ws", token).decode("latin-1") for token in tokens]
+        texts = [
+            json.dumps({"type": "message", "text": "字" * 4_096, "chat_id": chat}).encode()
+            for chat in (self.chat, *accomplices.values())]
+        bursts = [(frame(FIN | TEXT, text) * 20).decode("latin-1") for text in texts]
+        posted = itertools.chain.from_iterable(zip(opened, bursts, strict=True))
         return [
             Flood("light calls of many", CALLS, asked, 4 * len(tokens)),
+            Flood("long messages of many", BLOCKS, list(posted), len(tokens)),
             Flood("handshakes that are cut off", HASTE, opened, 10),
         ]
 
@@ -209,8 +215,9 @@ async def test_honest_user_is_served_beside_floods(
     stranger = Stranger(flooded.port, mallory, theirs, message["id"])
     groups = [row["id"] for row in await sql.fetch("select id from chats where name = 'group'")]
     calls = stranger.of_calls(spent, bob.id)
-    many = stranger.of_many([
-        await people_of(flooded, f"accomplice_{number}") for number in range(ACCOMPLICES)])
+    accomplices = [
+        await people_of(flooded, f"accomplice_{number}") for number in range(ACCOMPLICES)]
+    many = stranger.of_many({each: await each.founds(bob) for each in accomplices})
     others = stranger.of_texts() + stranger.of_frames(groups) + many
     floods = [[each] for each in calls + others + stranger.of_connections()]
     asyncio.get_running_loop().set_debug(False)  # what the honest user takes is not the server's
