@@ -129,10 +129,13 @@ class Server:
         return await self.ends()
 
     async def dies(self) -> None:
-        """Kill it and all its processes at once."""
-        for pid in processes_in(self.folder):
-            with contextlib.suppress(ProcessLookupError):  # it may go with the one before
-                os.kill(pid, signal.SIGKILL)
+        """Kill it and all its processes at once, those too that were started meanwhile."""
+        async with asyncio.timeout(START_SECONDS):
+            while running := processes_in(self.folder):
+                for pid in running:
+                    with contextlib.suppress(ProcessLookupError):  # it may go with the one before
+                        os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.01)
         await self.ends()
 
 
