@@ -244,8 +244,8 @@ FREE_SOCKETS = 4  # of a user, which may follow more; the first may do so at any
 DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends ...
 FEW_LIVE = 20  # ... where more hear of it
 REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
-OWED_CHARS_MAX = 2 * 1024 * 1024  # of each `ref` that a socket's replays repeat at their end ...
-READY_CHARS = 20  # ... and as many more for each
+OWED_BYTES_MAX = 128 * 1024  # of each `ref` that a socket's replays repeat at their end ...
+READY_BYTES = 20  # ... and as many more for each
 BACKGROUND_READS = 4  # at once: of chats that users came into; of pages that sockets missed
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
@@ -1227,16 +1227,16 @@ class Replay:
     mark: str  # ... and its mark
     refs: list[Ref | None]  # of each `ready` that is due at the end
 
-    def owed_chars(self) -> int:
+    def owed_bytes(self) -> int:
         """Tell how much it has to remember for its end."""
-        return sum(READY_CHARS + len(str(ref)) for ref in self.refs)
+        return sum(READY_BYTES + len(str(ref).encode()) for ref in self.refs)
 
 
 class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
     __slots__ = (
-        "address", "answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_chars",
+        "address", "answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_bytes",
         "replays", "request_id", "rooms", "unanswered")
 
     def __init__(self, request: web.Request, chat_id: int | None) -> None:
@@ -1249,7 +1249,7 @@ class Socket(Connection):
         self.joining: asyncio.Event | None = None  # its rooms, at the start
         self.rooms: dict[int, Room] = {}
         self.replays: dict[int, Replay] = {}
-        self.owed_chars = 0  # of them all
+        self.owed_bytes = 0  # of them all
         self.catching_up: asyncio.Task[None] | None = None
         self.unanswered = 0  # frames whose commit is still under way
         self.answered: asyncio.Future[None] | None = None  # who waits until there are fewer
@@ -1262,7 +1262,7 @@ class Socket(Connection):
         """Let there be no replay of a chat; answer the one that there was."""
         replay = self.replays.pop(chat_id, None)
         if replay is not None:
-            self.owed_chars -= replay.owed_chars()
+            self.owed_bytes -= replay.owed_bytes()
         return replay
 
 
@@ -1657,7 +1657,7 @@ class Rooms:
         A replay that is under way goes on from the smaller number. Answers the one that there is.
         """
         socket.rooms[chat_id].live.discard(socket)
-        socket.owed_chars += replay.owed_chars()
+        socket.owed_bytes += replay.owed_bytes()
         if before := socket.replays.get(chat_id):
             start = min(before, replay, key=attrgetter("at"))
             before.refs += replay.refs
@@ -3500,7 +3500,7 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     refused: dict[int, Exception] = dict.fromkeys(foreign, ChatNotFound())
     if len(str(frame.ref)) * len(given) > REFS_CHARS_MAX:
         raise invalid("$.ref", "is too long for so many chats")
-    if socket.owed_chars > OWED_CHARS_MAX:
+    if socket.owed_bytes > OWED_BYTES_MAX:
         raise TooManyFrames
     own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
     rooms, me = request.app[ROOMS], socket.asker.user_id

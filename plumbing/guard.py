@@ -10,6 +10,7 @@ import contextlib
 import functools
 import hashlib
 import ipaddress
+import itertools
 import logging
 import os
 import re
@@ -25,7 +26,11 @@ from weakref import WeakValueDictionary
 
 import bcrypt
 import jwt
-from aiohttp import web, web_response, web_server
+from aiohttp import web, web_protocol, web_response, web_server
+from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_parser import HttpRequestParser
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, _ErrInfo
 from yarl import URL
 
 from plumbing.deadline import uncounted
@@ -39,6 +44,7 @@ from plumbing.process import (
 )
 from plumbing.text import composed
 
+HEAD_BYTES_MAX = 32 * 1024  # of all headers of a request
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
 STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
@@ -167,6 +173,52 @@ def party_of(address: Address) -> str:
 # ---- Connections
 
 
+class HeadParser(HttpRequestParser):
+    """Parses requests like aiohttp's own, but refuses a head of more than HEAD_BYTES_MAX: of one
+    that is not whole some two times as much may be held. aiohttp takes 128 fields of 8 KB each,
+    which stay for as long as the connection is a websocket.
+    """
+
+    __slots__ = ("_body", "_head_bytes", "_queued", "_rest")
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._body: Any = EMPTY_PAYLOAD  # of the last request
+        self._head_bytes = 0  # of the next one, whose head is not whole yet
+        self._queued = 0  # requests that wait to be answered
+        self._rest = b""  # what came behind as many of them as may wait
+
+    def message_consumed(self) -> None:
+        """Take note that one of the requests that wait is being answered."""
+        super().message_consumed()
+        self._queued -= 1
+
+    def feed_data(self, data: bytes) -> tuple[Any, bool, bytes]:  # type: ignore[override]
+        """Parse bytes, piece by piece; answer the requests whose heads are whole, and whether
+        another protocol comes behind them, with its bytes. Raises HttpProcessingError.
+        """
+        data, found = self._rest + data, []
+        while True:
+            is_full = self._queued >= MAX_MSG_QUEUE_SIZE
+            piece = b"" if is_full else data[:HEAD_BYTES_MAX]
+            data = data[len(piece):]
+            is_body = not self._body.is_eof()
+            requests, is_other, tail = super().feed_data(piece)
+            self._head_bytes = 0 if requests or is_body else self._head_bytes + len(piece)
+            heads = [sum(map(len, itertools.chain(*head.raw_headers))) for head, _ in requests]
+            if max(self._head_bytes, *heads, 0) > HEAD_BYTES_MAX:
+                raise LineTooLong(b"", HEAD_BYTES_MAX)
+            found += requests
+            self._queued += len(requests)
+            if requests:
+                self._body = requests[-1][1]
+            if is_other:
+                return found, True, tail + data
+            if is_full or not data:
+                self._rest = data
+                return found, False, b""
+
+
 class PromptConnection(web.RequestHandler):
     """A connection that is closed unless the headers of a request are whole within HEAD_SECONDS,
     and bytes of an answer that waits to be sent are taken every STALLED_SECONDS.
@@ -281,6 +333,9 @@ class PromptConnection(web.RequestHandler):
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
         """
         super().data_received(data)
+        if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
+            error = self._messages[-1][0].exc
+            error.__traceback__ = None  # else all that came stays with it, until it is answered
         if self._waiter is not None and not self._waiter.done():
             self._await_head()
 
@@ -316,6 +371,7 @@ async def unless_gone(
 
 
 # What aiohttp makes of each connection, and what it tells of itself in each answer: no versions.
+web_protocol.HttpRequestParser = HeadParser  # type: ignore[attr-defined]
 web_server.RequestHandler = PromptConnection  # type: ignore[attr-defined]
 web_response.SERVER_SOFTWARE = "messenger"  # type: ignore[attr-defined]
 

@@ -335,7 +335,7 @@ async def test_syncs_that_are_repeated_are_bounded(
         await let_go.wait()
         await replay_page(*args)
 
-    monkeypatch.setattr(messenger, "OWED_CHARS_MAX", 50_000)
+    monkeypatch.setattr(messenger, "OWED_BYTES_MAX", 50_000)
     monkeypatch.setattr(messenger, "replay_page", hold)
     line = await raw(alice, chat)
     await alice.says(chat, "hello")
@@ -343,7 +343,7 @@ async def test_syncs_that_are_repeated_are_bounded(
     for round_ in range(2):
         let_go.clear()
         for number in range(20):
-            ref = f"{round_} {number} {'x' * 9_000}"
+            ref = f"{round_} {number} {'字' * 3_000}"
             await line.sends(0x81, json.dumps({"type": "sync", "after": 0, "ref": ref}).encode())
         told = [await line.hears("replay", "error") for _ in range(20)]
         kinds = [each["type"] for each in told]

@@ -36,7 +36,7 @@ from plumbing.guard import (
 )
 from plumbing.process import DESCRIPTORS_SPARE, StartError
 from support.people import HEAR_SECONDS, PASSWORD, SOON_SECONDS, Line, Person, login
-from support.raw import HANDSHAKE
+from support.raw import HANDSHAKE, RawConnection, handshake
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
@@ -45,6 +45,55 @@ ALLOWED, FOREIGN = "https://app.example.com", "https://evil.example"
 
 
 # ---- Connections
+
+
+def fields(count: int) -> bytes:
+    """Write so many header fields of a thousand bytes each."""
+    return b"".join(b"X-%d: %s\r\n" % (number, b"a" * 990) for number in range(count))
+
+
+@pytest.mark.parametrize("opening", [
+    b"GET /api/v1/users/me HTTP/1.1\r\nHost: x\r\n", handshake(0, "/ws", "x")])
+async def test_headers_that_are_too_large_together_are_refused(
+    anyone: Client, opening: bytes
+) -> None:
+    """A request may have many fields, but not more than HEAD_BYTES_MAX of them in all; it is
+    refused once so much has come, not only when it is whole. So is a handshake."""
+    opening = opening.rstrip() + b"\r\n"
+    fitting = await RawConnection.opens(anyone.port, opening + fields(30) + b"\r\n")
+    assert (await fitting.hears())[0] == 401
+    fitting.close()
+    for sent in (fields(34) + b"\r\n", fields(34)):
+        large = await RawConnection.opens(anyone.port, opening + sent)
+        status, _, body = await large.hears()
+        assert (status, json.loads(body)["type"]) == (400, "malformed-request")
+        assert await large.is_cut()
+        large.close()
+
+
+async def test_headers_behind_a_body_are_counted_by_themselves(anyone: Client) -> None:
+    """A body counts for no headers, in one block with them or not; what follows it does."""
+    body = b" " * 60_000
+    post = (b"POST /api/v1/users/login HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + body)
+    get = b"GET /api/v1/users/me HTTP/1.1\r\nHost: x\r\n"
+    caller = await RawConnection.opens(anyone.port, post + post + get + fields(30) + b"\r\n")
+    assert [(await caller.hears())[0] for _ in range(3)] == [400, 400, 401]
+    caller.writer.write(post + get + fields(100))
+    assert (await caller.hears_all()).count(b" 400 Bad Request") >= 1
+    caller.close()
+
+
+async def test_many_requests_in_one_block_are_answered_in_order(anyone: Client) -> None:
+    """Of requests that come without waiting for answers none is lost, nor counted as the head of
+    another; the head behind them is."""
+    asked = [b"GET /api/v1/%d HTTP/1.1\r\nHost: x\r\nX-Request-Id: n%d\r\n\r\n" % (n, n)
+             for n in range(2_000)]
+    caller = await RawConnection.opens(anyone.port, b"".join(asked))
+    ids = [(await caller.hears())[1]["X-Request-Id"] for _ in asked]
+    assert ids == [f"n{number}" for number in range(2_000)]
+    caller.writer.write(b"".join(asked[:100]) + asked[0].rstrip() + b"\r\n" + fields(200))
+    assert (await caller.hears_all()).endswith(b"}\n")
+    caller.close()
 
 
 async def test_body_of_many_chunks_is_parsed_in_many_turns(
