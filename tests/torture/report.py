@@ -12,13 +12,17 @@ from plumbing import embedded
 from torture.tally import Tally
 
 MEANINGS = {
-    "lost": "answered, or shown to somebody, and afterwards not in the database, or not as it was",
-    "doubled": "more than once in the database, or answered with two numbers",
-    "missed": "at the end, a client of a member did not have it",
-    "misordered": "numbers of messages, or read marks, that went back or had holes",
-    "leaked": "shown to, or accepted from, somebody who had been removed",
-    "fooled": "a client kept what the database had lost, for nobody told it of the new history",
-    "wrong": "an answer that nobody should get, or a server that failed though it had no reason to",
+    "lost": (
+        "a message that was acknowledged, or shown to somebody, is gone from "
+        "the database, or is not as it was"),
+    "doubled": "a message is in the database twice, or was acknowledged with two numbers",
+    "missed": "at the end, the client of a member does not have a message of the chat",
+    "misordered": "the numbers of messages, or the read marks, went back or had holes",
+    "leaked": "a message was shown to, or accepted from, somebody who had been removed",
+    "fooled": "a client kept what the database had lost, because nobody told it of the new history",
+    "wrong": (
+        "somebody got an answer that nobody should get, or a server failed "
+        "though it had no reason to"),
 }
 INTRODUCTION = """\
 Clients post, edit, delete, read, are removed and come back, while everything beneath them is
