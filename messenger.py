@@ -214,8 +214,8 @@ PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in
 QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
-SYNC_CHATS_MAX = 1000  # in one frame; so many does a new socket join at once ...
-SYNC_PIECE = 20  # ... and of so many do replays begin
+SYNC_CHATS_MAX = 1000  # in one frame ...
+SYNC_PIECE = 20  # ... of so many do replays begin at once
 TEXT_CHARS_MAX = 4096
 UNREAD_MAX = 100  # counted, as the statements do
 USER_AGENT_CHARS_MAX = 200
@@ -240,6 +240,7 @@ BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live s
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket ...
 FOLLOWED_PER_ADDRESS_MAX = 500_000  # ... and of all users of an address
+FOLLOWED_PAGE = 100  # chats that a new socket joins at once
 FREE_SOCKETS = 4  # of a user, which may follow more; the first may do so at any address
 DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends ...
 FEW_LIVE = 20  # ... where more hear of it
@@ -1124,17 +1125,22 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
     left join people p on p.beside = c.id
     order by c.active_at desc, c.id desc"""
 
-SELECT_FOLLOWED = """  -- chat_ids, asker_ids
+SELECT_FOLLOWED = """  -- chat_ids, asker_ids, afters, limit
     -- participants_pkey, participants_of_user, chats_pkey
-    -- Of each asker, by their place: the one chat or (where it is null) all of their chats.
+    -- Of each asker, by their place: the one chat or (where it is null) the first of their chats
+    -- behind an id.
     select asked.place, c.id, c.last_rev, c.last_mark, c.version
     from unnest($1::bigint[], $2::bigint[]) with ordinality asked (chat_id, user_id, place)
     join participants p on p.chat_id = asked.chat_id and p.user_id = asked.user_id
     join chats c on c.id = p.chat_id
     union all
     select asked.place, c.id, c.last_rev, c.last_mark, c.version
-    from unnest($1::bigint[], $2::bigint[]) with ordinality asked (chat_id, user_id, place)
-    join participants p on p.user_id = asked.user_id
+    from unnest($1::bigint[], $2::bigint[], $3::bigint[])
+        with ordinality asked (chat_id, user_id, after, place)
+    cross join lateral (
+        select p.chat_id from participants p
+        where p.user_id = asked.user_id and p.chat_id > asked.after
+        order by p.chat_id limit $4) p
     join chats c on c.id = p.chat_id
     where asked.chat_id is null"""
 
@@ -1390,20 +1396,20 @@ class Rooms:
     async def _join_rooms(self, socket: Socket) -> None:
         """Let a new socket join its rooms, in pieces: who is in very many chats delays nobody."""
         me, deadline = socket.asker.user_id, time.monotonic() + VERSION_SECONDS
-        followed = await self._look_ups.get((socket.chat_id, me))
-        if self._is_beyond(socket, len(followed)):
-            raise TooManySockets
-        while followed or socket.chat_id is None:
-            piece, followed = followed[:SYNC_CHATS_MAX], followed[SYNC_CHATS_MAX:]
-            newer = await self._pieces.call(
-                socket.address, self._join_piece, socket, piece, bool(followed))
+        asked: list[tuple[int | None, int, int]] = [(socket.chat_id, me, 0)]
+        while asked:
+            piece = [chat for each in asked for chat in await self._look_ups.get(each)]
+            if self._is_beyond(socket, len(piece)):
+                raise TooManySockets
+            more = socket.chat_id is None and len(piece) >= FOLLOWED_PAGE
+            newer = await self._pieces.call(socket.address, self._join_piece, socket, piece, more)
             if newer:
                 await self._wait_for_version(deadline)
-            for chat_id in newer:
-                followed += await self._look_ups.get((chat_id, me))
-            if not followed and not newer:
-                return
-        raise ChatNotFound
+            asked = [(chat_id, me, 0) for chat_id in newer]
+            if more:
+                asked.append((None, me, max(chat[0] for chat in piece)))
+        if socket.chat_id is not None and not piece:
+            raise ChatNotFound
 
     def _join_piece(
         self, socket: Socket, piece: list[tuple[int, int, str, int]], more: bool
@@ -1437,13 +1443,13 @@ class Rooms:
             or (followed > FOLLOWED_PER_USER_MAX and len(sockets) > FREE_SOCKETS))
 
     async def _followed_by(
-        self, asked: list[tuple[int | None, int]]
+        self, asked: list[tuple[int | None, int, int]]
     ) -> list[list[tuple[int, int, str, int]]]:
-        """List of each chat (None: all) and user what they follow: id, rev, mark and version.
+        """List of each chat and user what they follow: id, rev, mark and version.
 
-        Raises Unavailable.
+        Where no chat is named, these are the first FOLLOWED_PAGE behind an id. Raises Unavailable.
         """
-        rows = await self.database.rows(SELECT_FOLLOWED, *columns_of(asked))
+        rows = await self.database.rows(SELECT_FOLLOWED, *columns_of(asked), FOLLOWED_PAGE)
         return by_place(rows, len(asked))
 
     def _knows_newer(self, chat_id: int, version: int) -> bool:
@@ -2841,8 +2847,7 @@ async def list_users(
 ) -> Answer[list[User]]:
     """List users by id: all, or those whose username starts with `q`. Raises InvalidInput."""
     key = name_start_key(q)
-    bounds = key, key + "\U0010ffff"
-    rows = await request.app[DATABASE].rows(SELECT_USERS, *bounds, after, limit + 1)
+    rows = await request.app[DATABASE].rows(SELECT_USERS, key, key + "\U0010ffff", after, limit + 1)
     users = [User(**row) for row in rows[:limit]]
     return page(request, users, next=beyond(rows, limit, lambda row: {"after": row["id"]}))
 

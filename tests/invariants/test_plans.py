@@ -174,7 +174,9 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_PARTICIPANTS": [(BIG, READER, 0, PAGE), (CROWD, CROWDED, 0, PAGE)],
         "SELECT_MESSAGE": [(BIG, READER, stored)],
         "SELECT_MEMBERSHIP": [(BIG, READER), (CROWD, CROWDED)],
-        "SELECT_FOLLOWED": [([None], [READER]), ([BIG], [READER]), ([CROWD], [CROWDED])],
+        "SELECT_FOLLOWED": [
+            ([None], [READER], [0], 100), ([BIG], [READER], [0], 100),
+            ([CROWD], [CROWDED], [0], 100)],
         "SELECT_JOINED": [([READER, JOINER], 11)],
         "CHECK_WRITABLE": [()],
         "SELECT_POSITIONS": [([BIG, 2, 3],)],
@@ -410,7 +412,7 @@ async def test_every_plan_goes_through_an_index(full: asyncpg.Connection) -> Non
     [
         ("drop index messages_changed", "SELECT_MISSED touches"),
         ("alter table messages drop constraint messages_id", "POST_MESSAGES touches"),
-        ("drop index participants_of_user", "SELECT_FOLLOWED reads all of participants"),
+        ("drop index participants_of_user", "SELECT_CHATS reads all of participants"),
     ],
 )
 async def test_a_missing_index_is_seen(full: asyncpg.Connection, change: str, seen: str) -> None:

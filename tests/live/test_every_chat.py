@@ -837,7 +837,7 @@ async def test_very_many_chats_are_joined_in_pieces(
 ) -> None:
     """A socket joins its chats piece by piece, and others have their turn between two; what is
     posted meanwhile is heard after the place that it was told, without a hole."""
-    monkeypatch.setattr(messenger, "SYNC_CHATS_MAX", 2)
+    monkeypatch.setattr(messenger, "FOLLOWED_PAGE", 2)
     chats = [await alice.founds(bob) for _ in range(7)]
     is_over = False
 
@@ -873,7 +873,7 @@ async def test_chat_that_changes_while_others_are_joined_is_as_it_is_then(
 ) -> None:
     """Of a chat which somebody is taken out of while a socket joins the ones before it, the socket
     is told nothing; with another that changed meanwhile it joins the chat as it is."""
-    monkeypatch.setattr(messenger, "SYNC_CHATS_MAX", 1)
+    monkeypatch.setattr(messenger, "FOLLOWED_PAGE", 3)
     chats = [await bob.founds(alice) for _ in range(3)]
     lines = [await bob.listens_live(chat) for chat in chats[1:]]
     rooms, changed = app[messenger.ROOMS], asyncio.Event()
