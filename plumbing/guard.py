@@ -37,6 +37,7 @@ from plumbing.deadline import uncounted
 from plumbing.files import is_there, write_private
 from plumbing.process import (
     REQUEST_ID_HEADER,
+    Guest,
     Handler,
     StartError,
     half_of_descriptors,
@@ -45,6 +46,7 @@ from plumbing.process import (
 from plumbing.text import composed
 
 HEAD_BYTES_MAX = 32 * 1024  # of all headers of a request
+READS_PER_SECOND = 1000  # of all connections of an address, that need no turn
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
 STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
@@ -234,13 +236,14 @@ class PromptConnection(web.RequestHandler):
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("_progress", "_resumption", "give_up", "leave")
+    __slots__ = ("_progress", "_rests", "_resumption", "give_up", "guest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
             *args, **options | {"auto_decompress": False, "read_bufsize": BUFFER_BYTES})
-        self.leave: Callable[[], None] = nothing  # called once the connection has ended
+        self.guest = Guest()  # whose it is
         self.give_up: Callable[[], object] = nothing  # called when it is lost (unless_gone)
+        self._rests = False  # whether reading goes on in a turn of its own
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
         self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
 
@@ -257,9 +260,9 @@ class PromptConnection(web.RequestHandler):
         self._expect_nothing()
         self._cancel_resumption()
         if working is None or working.done():
-            self.leave()
+            self.guest.leave()
         else:
-            working.add_done_callback(lambda _: self.leave())
+            working.add_done_callback(lambda _: self.guest.leave())
 
     def pause_writing(self) -> None:
         """Expect progress: more is to be sent than the system takes."""
@@ -285,6 +288,8 @@ class PromptConnection(web.RequestHandler):
     def _resume(self) -> None:
         self._resumption = None
         super().resume_reading()
+        if self._rests:
+            self._pause_transport_reading()
 
     def _cancel_resumption(self) -> None:
         if self._resumption is not None:
@@ -338,6 +343,19 @@ class PromptConnection(web.RequestHandler):
             error.__traceback__ = None  # else all that came stays with it, until it is answered
         if self._waiter is not None and not self._waiter.done():
             self._await_head()
+        if not self._rests:
+            self.guest.note_read(self)
+
+    def rest(self) -> None:
+        """Read nothing more, until `read_on`."""
+        self._rests = True
+        self._pause_transport_reading()
+
+    def read_on(self) -> None:
+        """Read again, unless there is another reason not to."""
+        self._rests = False
+        if not self._reading_paused and not self._buffer_paused:
+            self._resume_transport_reading()
 
     def _await_head(self) -> None:
         """Bring the timer forward; of several times the first one stays."""
@@ -420,9 +438,58 @@ class Rate:
         return 0.0
 
 
+class Readers:
+    """Lets the connections of each address be read so many times a second. Any that has more to be
+    read rests until its turn comes: one of them is read on in each turn of the loop, and addresses
+    take turns. Else bytes that come one by one, over thousands of connections, would be all that
+    the loop ever finds.
+    """
+
+    def __init__(self) -> None:
+        self._rate = Rate(READS_PER_SECOND, READS_PER_SECOND)  # by address
+        # Address: what rests, the first first; the address whose turn is next stands first.
+        self._resting: dict[str, deque[PromptConnection]] = {}
+
+    def note_read(self, party: str, connection: PromptConnection) -> None:
+        """Take note that something came over a connection from an address."""
+        if not self._rate.charge(party):
+            return
+        connection.rest()
+        if not self._resting:
+            asyncio.get_running_loop().call_soon(self._read_on)
+        self._resting.setdefault(party, deque()).append(connection)
+
+    def _read_on(self) -> None:
+        party = next(iter(self._resting))
+        queue = self._resting.pop(party)
+        queue.popleft().read_on()
+        if queue:
+            self._resting[party] = queue  # behind all others
+        if self._resting:
+            asyncio.get_running_loop().call_soon(self._read_on)
+
+
+class Counted(Guest):
+    """A guest from an address whose connections are counted."""
+
+    __slots__ = ("_open", "_party", "_readers")
+
+    def __init__(self, party: str, opened: Tally, readers: Readers) -> None:
+        self._party, self._open, self._readers = party, opened, readers
+        opened[party] += 1
+
+    def note_read(self, connection: PromptConnection) -> None:
+        """Take note that something came over the connection."""
+        self._readers.note_read(self._party, connection)
+
+    def leave(self) -> None:
+        """Take note that the connection has ended."""
+        self._open.drop(self._party)
+
+
 class Connections:
     """Counts the open connections of each address, and lets in only so many (0: any number), which
-    take half of the descriptors at most.
+    take half of the descriptors at most. How often they are read is bounded, too (Readers).
 
     Those of trusted proxies are not counted: they are everybody's.
     """
@@ -431,15 +498,14 @@ class Connections:
         self._at_most = min(at_most, half_of_descriptors())
         self._trusted = trusted
         self._open = Tally()
+        self._readers = Readers()
         self._told = Rate(1, 1 / REFUSALS_TOLD_SECONDS)
 
-    def admit(self, peer: str) -> Callable[[], None] | None:
-        """Let somebody in who comes from an address, and answer what is to be called once they have
-        gone; None where they may not come in.
-        """
+    def admit(self, peer: str) -> Guest | None:
+        """Let somebody in who comes from an address; None where they may not come in."""
         address = read_address(peer) if self._at_most else None
         if address is None or is_trusted(address, self._trusted):
-            return nothing
+            return Guest()
         party = party_of(address)
         if self._open[party] >= self._at_most:
             if not self._told.charge(""):
@@ -447,8 +513,7 @@ class Connections:
                     "%d connections are open from one address: no more of it are accepted",
                     self._at_most)
             return None
-        self._open[party] += 1
-        return functools.partial(self._open.drop, party)
+        return Counted(party, self._open, self._readers)
 
 
 # ---- Turns

@@ -126,16 +126,26 @@ def nothing() -> None:
     """Do nothing."""
 
 
-def admit_all(peer: str) -> Callable[[], None] | None:
+class Guest:
+    """Whose connection was accepted: is told of each read, and of the end."""
+
+    def note_read(self, connection: Any) -> None:
+        """Take note that something came over the connection."""
+
+    def leave(self) -> None:
+        """Take note that the connection has ended."""
+
+
+def admit_all(peer: str) -> Guest | None:
     """Let everybody in."""
-    return nothing
+    return Guest()
 
 
 class Acceptor:
     """Accepts the connections that come to a port, until it is stopped.
 
-    `admit` is told the address of who comes, and answers what `leave` of the connection's protocol
-    is to be, to be called at the end; None where they are to be hung up on.
+    `admit` is told the address of who comes, and answers what `guest` of the connection's protocol
+    is to be; None where they are to be hung up on.
 
     Some descriptors are kept back: for connections to the database, for files. Where no others are
     left, or the kernel refuses for another reason, who comes waits in the port's queue until it is
@@ -144,7 +154,7 @@ class Acceptor:
 
     def __init__(
         self, listener: Listener, make_protocol: Callable[[], Any],
-        admit: Callable[[str], Callable[[], None] | None] = admit_all,
+        admit: Callable[[str], Guest | None] = admit_all,
     ) -> None:
         self._listener = listener
         self._make_protocol = make_protocol
@@ -191,23 +201,23 @@ class Acceptor:
                 self._rest()
                 self._resting = self._loop.call_later(ACCEPT_REST_SECONDS, self._resume)
                 return
-            leave = self._admit(peer[0])
-            if leave is None:
+            guest = self._admit(peer[0])
+            if guest is None:
                 connection.close()
                 continue
             connection.setblocking(False)
-            self._opening.spawn(self._open(connection, leave))
+            self._opening.spawn(self._open(connection, guest))
 
-    async def _open(self, connection: socket.socket, leave: Callable[[], None]) -> None:
+    async def _open(self, connection: socket.socket, guest: Guest) -> None:
         def make_protocol() -> Any:
             protocol = self._make_protocol()
-            protocol.leave = leave
+            protocol.guest = guest
             return protocol
 
         try:
             await self._loop.connect_accepted_socket(make_protocol, connection)
         except OSError:  # it has gone
-            leave()
+            guest.leave()
 
 
 def require_descriptors(file: socket.socket) -> None:

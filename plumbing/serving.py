@@ -41,7 +41,7 @@ SettingsT = TypeVar("SettingsT", bound=ServerSettings)
 async def start_site(
     stack: AsyncExitStack, listener: Listener, app: web.Application,
     close: Callable[[web.Application], Awaitable[None]] | None = None,
-    admit: Callable[[str], Callable[[], None] | None] = process.admit_all,
+    admit: Callable[[str], process.Guest | None] = process.admit_all,
 ) -> None:
     """Serve an application; `close` is called at the end, before its runner cleans up.
 

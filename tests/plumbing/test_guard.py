@@ -139,11 +139,11 @@ def test_connections_of_each_address_are_bounded() -> None:
         ("192.0.2.60", "::ffff:192.0.2.60"), ("192.0.2.61", "192.0.2.61"),
         ("2001:db8:1:2::3", "2001:db8:1:2:4::5"), ("fe80::1%eth0", "fe80::1%eth0"),
     ):
-        leave, other = [connections.admit(each) for each in spellings]
-        assert leave is not None
+        guest, other = [connections.admit(each) for each in spellings]
+        assert guest is not None
         assert other is not None
         assert [connections.admit(each) for each in spellings] == [None, None]
-        leave()
+        guest.leave()
         assert connections.admit(spellings[1]) is not None
         assert connections.admit(spellings[0]) is None
 

@@ -114,15 +114,20 @@ def test_a_worker_whose_parent_is_gone_does_not_start() -> None:
 
 async def test_who_may_not_come_in_is_hung_up_on() -> None:
     """Whom `admit` does not let in is hung up on at once; once a connection has ended, by either
-    side, its `leave` was called, and the next is let in."""
+    side, its `guest` was told, and the next is let in."""
     here: list[Any] = []
 
     def admit(peer: str) -> Any:
         assert peer == "127.0.0.1"
-        return None if len(here) == 2 else here.append(peer) or here.pop
+        if len(here) == 2:
+            return None
+        here.append(peer)
+        guest = process.Guest()
+        guest.leave = here.pop  # type: ignore[method-assign]
+        return guest
 
     class Silent(asyncio.Protocol):
-        leave: Any
+        guest: Any
 
         def connection_made(self, transport: Any) -> None:
             self.transport = transport
@@ -131,7 +136,7 @@ async def test_who_may_not_come_in_is_hung_up_on() -> None:
             self.transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.leave()
+            self.guest.leave()
 
     async def until(count: int) -> None:
         async with asyncio.timeout(HEAR_SECONDS):
