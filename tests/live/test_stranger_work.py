@@ -23,13 +23,14 @@ import messenger
 from plumbing import database, endpoints, guard, search
 from plumbing.credentials import checked_email
 from plumbing.endpoints import Problem
-from plumbing.guard import Rate
+from plumbing.guard import PromptConnection, Rate
 from plumbing.text import words_of
 from support.databases import crowd
 from support.people import HEAR_SECONDS, PASSWORD, Person, follows
 from support.raw import HANDSHAKE, TEXT, RawConnection, RawLine, masked
 from support.servers import ROOT, Server, slots_of
 
+FLOOD = 60  # connections
 PING, PONG, CLOSE, CONTINUED = 0x89, 0x8A, 0x88, 0x00
 MARKS = "\u0344" * 16_000 + "\u0323" * 15_900  # to be sorted, in quadratic time
 
@@ -213,6 +214,51 @@ async def test_few_long_frames_are_taken_in_turn_with_others(
     monkeypatch.setattr(messenger, "take_message", count)
     await line.gives(masked(TEXT, b'{"type":"message","text":"%s"}' % (b"x" * 4_096)) * 40)
     assert await turns.most() <= 2
+
+
+async def test_connections_that_are_read_too_often_are_read_in_turns(
+    server: TestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many connections of an address whose bytes come one by one, one is read in each turn of
+    the loop; none is forgotten, and a connection of another address has its turn at once."""
+    readers, opened, turns = guard.Readers(), guard.Tally(), Turns(0)
+    readers._rate = Rate(0, 1)  # nothing without a turn
+    connection_made = PromptConnection.connection_made
+    data_received = PromptConnection.data_received
+
+    def come_in(self: PromptConnection, transport: Any) -> None:
+        connection_made(self, transport)
+        party = "flood" if len(flood) < FLOOD else "another"
+        self.guest = guard.Counted(party, opened, readers)
+
+    def count(self: PromptConnection, data: bytes) -> None:
+        turns.done += 1
+        data_received(self, data)
+
+    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
+    monkeypatch.setattr(PromptConnection, "data_received", count)
+    flood: list[RawConnection] = []
+    while len(flood) < FLOOD:
+        flood.append(await RawConnection.opens(server.port, b"GET /nothing HTTP/1.1\r\n"))
+    another = await RawConnection.opens(server.port, b"")
+    async with asyncio.timeout(HEAR_SECONDS):
+        while turns.done < FLOOD or readers._resting:
+            await asyncio.sleep(0.01)
+        for connection in flood:
+            connection.writer.write(b"Host: x\r\n")
+        while turns.done < 2 * FLOOD:  # each was read once, and rests
+            await asyncio.sleep(0)
+    turns = Turns(FLOOD)
+    for connection in flood:
+        connection.writer.write(b"X-A: b\r\n")
+    assert await turns.most() < FLOOD / 4  # some had their turn before it came
+    for connection in flood:
+        connection.writer.write(b"\r\n")
+    another.writer.write(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert (await another.hears())[0] == 404
+    assert [(await connection.hears())[0] for connection in flood] == [404] * FLOOD
+    for connection in (*flood, another):
+        connection.close()
 
 
 async def test_syncs_are_done_in_turn_with_others(
@@ -934,7 +980,7 @@ async def test_call_of_who_has_gone_counts_until_it_ends(monkeypatch: Any) -> No
     lost = guard.PromptConnection.connection_lost
 
     def note(connection: Any, exc: BaseException | None) -> None:
-        connection.leave = lambda: left.append(connection)
+        connection.guest.leave = lambda: left.append(connection)
         lost(connection, exc)
 
     async def work(_request: web.Request) -> web.Response:
