@@ -10,6 +10,7 @@ A file imports only those above it in this list, and none imports the applicatio
     address      where PostgreSQL is, and the one way to connect
     embedded     the embedded PostgreSQL
     deadline     how long a request may wait
+    queues       things that wait, of many keys in turn
     database     any PostgreSQL: connections, and statements on them
     groups       look-ups and commits in groups
     schema       the schema, and the start

@@ -19,6 +19,7 @@ from plumbing import metrics
 from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import deadline
 from plumbing.process import Tasks
+from plumbing.queues import Queues
 
 WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
 WRITE_PAUSE_SECONDS = 0.05
@@ -165,43 +166,6 @@ class Written(Generic[Item, Outcome]):
     error: Exception | None = None
 
 
-class Queues(Generic[Item, Outcome]):
-    """Entries that wait, in a queue of each party. Parties take turns, so that whatever one of them
-    puts in, another's entry is the next but a few.
-    """
-
-    def __init__(self) -> None:
-        self._of: dict[Hashable, deque[Entry[Item, Outcome]]] = {}  # first whose turn is next
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[Entry[Item, Outcome]]:
-        return itertools.chain.from_iterable(self._of.values())
-
-    def append(self, entry: Entry[Item, Outcome]) -> None:
-        """Let an entry wait behind those of its party."""
-        self._of.setdefault(entry.party, deque()).append(entry)
-        self._count += 1
-
-    def put_back(self, entries: Sequence[Entry[Item, Outcome]]) -> None:
-        """Let entries wait in their order, before all others of their parties."""
-        for entry in reversed(entries):
-            self._of.setdefault(entry.party, deque()).appendleft(entry)
-        self._count += len(entries)
-
-    def popleft(self) -> Entry[Item, Outcome]:
-        """Take the first entry of the party whose turn it is."""
-        party = next(iter(self._of))
-        queue = self._of.pop(party)
-        entry = queue.popleft()
-        if queue:
-            self._of[party] = queue  # behind all others
-        self._count -= 1
-        return entry
-
-
 def is_held(error: Exception) -> bool:
     """Tell whether a statement failed because somebody else held a lock that it needs."""
     return isinstance(error.__cause__, asyncpg.LockNotAvailableError)
@@ -225,7 +189,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
     """
 
     def __init__(self) -> None:
-        self._pending: Queues[Item, Outcome] = Queues()
+        self._pending: Queues[Entry[Item, Outcome]] = Queues()  # by party
         self._lanes: dict[Hashable, deque[Entry[Item, Outcome]]] = {}  # by the lock that is held
         self._running: asyncio.Task[None] | None = None
         self._trying: asyncio.Task[None] | None = None  # whether locks are free again
@@ -268,7 +232,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         if len(self._pending) + sum(map(len, self._lanes.values())) >= PENDING_MAX:
             raise Unavailable("Too much is waiting to be written.")
         until = asyncio.get_running_loop().time() + WRITE_SECONDS
-        self._pending.append(Entry(item, party, answer, until))
+        self._pending.append(party, Entry(item, party, answer, until))
         self._run()
 
     async def submit(self, item: Item, party: Hashable) -> Outcome:
@@ -328,8 +292,8 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         """
         group: list[Entry[Item, Outcome]] = []
         now, size = asyncio.get_running_loop().time(), 0
-        while self._pending and len(group) < count and size < GROUP_SIZE_MAX:
-            entry = self._pending.popleft()
+        while len(group) < count and size < GROUP_SIZE_MAX and (following := self._pending.take()):
+            _, entry = following
             if entry.deadline < now:  # a commit for nobody would make the next ones late, too
                 _answer(entry, Unavailable(ABSENT))
             elif not self._queue_in_lane(entry):
@@ -452,7 +416,8 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         """Let what waits for the locks of a group that was written go on as usual."""
         for entry in group:
             if lane := self._lanes.pop(self.lock_of(entry.item), None):
-                self._pending.put_back(lane)
+                for held in reversed(lane):
+                    self._pending.put_back(held.party, held)
                 lane.clear()  # their deadlines are the group's again
                 self._run()
 

@@ -17,7 +17,7 @@ import re
 import secrets
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,6 +43,7 @@ from plumbing.process import (
     half_of_descriptors,
     nothing,
 )
+from plumbing.queues import Queues
 from plumbing.text import composed
 
 HEAD_BYTES_MAX = 32 * 1024  # of all headers of a request
@@ -447,8 +448,7 @@ class Readers:
 
     def __init__(self) -> None:
         self._rate = Rate(READS_PER_SECOND, READS_PER_SECOND)  # by address
-        # Address: what rests, the first first; the address whose turn is next stands first.
-        self._resting: dict[str, deque[PromptConnection]] = {}
+        self._resting: Queues[PromptConnection] = Queues()  # by address
 
     def note_read(self, party: str, connection: PromptConnection) -> None:
         """Take note that something came over a connection from an address."""
@@ -457,14 +457,11 @@ class Readers:
         connection.rest()
         if not self._resting:
             asyncio.get_running_loop().call_soon(self._read_on)
-        self._resting.setdefault(party, deque()).append(connection)
+        self._resting.append(party, connection)
 
     def _read_on(self) -> None:
-        party = next(iter(self._resting))
-        queue = self._resting.pop(party)
-        queue.popleft().read_on()
-        if queue:
-            self._resting[party] = queue  # behind all others
+        if following := self._resting.take():
+            following[1].read_on()
         if self._resting:
             asyncio.get_running_loop().call_soon(self._read_on)
 
@@ -532,12 +529,11 @@ class Turns:
         self._free = at_once
         self._of_each = of_each or at_once
         self._working = Tally()  # by key
-        # Key: who waits, the first first; the key whose turn is next stands first.
-        self._queues: dict[Hashable, deque[asyncio.Future[None]]] = {}
+        self._waiting: Queues[asyncio.Future[None]] = Queues()  # by key
 
     def take_now(self, key: Hashable) -> bool:
         """Take a turn if there is one right now, and tell whether it did."""
-        if is_free := self._free > 0 and self._working[key] < self._of_each:
+        if is_free := self._free > 0 and self._may_begin(key):
             self._begin(key)
         return is_free
 
@@ -546,13 +542,16 @@ class Turns:
         if self.take_now(key):
             return
         turn = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(key, deque()).append(turn)
+        self._waiting.append(key, turn)
         try:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled() and turn.exception() is None:  # it was given a moment ago
                 self.give_back(key)
             raise
+
+    def _may_begin(self, key: Hashable) -> bool:
+        return self._working[key] < self._of_each
 
     def _begin(self, key: Hashable) -> None:
         self._free -= 1
@@ -562,12 +561,8 @@ class Turns:
         """End a turn of a key: the next is let in."""
         self._free += 1
         self._working.drop(key)
-        while self._free and (following := self._next()):
-            waiting, queue = following
-            turn = queue.popleft()
-            del self._queues[waiting]
-            if queue:
-                self._queues[waiting] = queue  # behind all others
+        while self._free and (following := self._waiting.take(self._may_begin)):
+            waiting, turn = following
             if not turn.cancelled():
                 self._begin(waiting)
                 turn.set_result(None)
@@ -579,16 +574,9 @@ class Turns:
 
     def refuse(self, key: Hashable, error: Exception) -> None:
         """Refuse the turns of all of a key that wait: `take` raises such an error."""
-        for turn in self._queues.pop(key, ()):
+        for turn in self._waiting.drop(key):
             if not turn.cancelled():
                 turn.set_exception(type(error)(str(error)))
-
-    def _next(self) -> tuple[Hashable, deque[asyncio.Future[None]]] | None:
-        """Find the queue that is next, of a key that may work on more."""
-        for key, queue in self._queues.items():
-            if self._working[key] < self._of_each:
-                return key, queue
-        return None
 
     async def run(
         self, key: Hashable, work: Callable[..., Awaitable[Result]], *args: Any

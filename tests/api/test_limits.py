@@ -546,7 +546,7 @@ def app_of(client: Client) -> web.Application:
 
 def waiting_for(turns: guard.Turns) -> int:
     """Count who waits for a turn."""
-    return sum(map(len, turns._queues.values()))
+    return len(turns._waiting)
 
 
 async def test_heavy_calls_of_an_address_take_turns_with_others(house: House) -> None:
@@ -728,7 +728,7 @@ async def test_read_of_who_hangs_up_waits_for_no_turn(
     for caller in callers:
         caller.writer.transport.abort()
     async with asyncio.timeout(SOON_SECONDS / 3):  # before they have waited too long
-        while any(not turn.done() for queue in turns._queues.values() for turn in queue):
+        while any(not turn.done() for turn in turns._waiting):
             await asyncio.sleep(0.01)
     assert held.working == at_once, "what has a connection to the database keeps it"
     held.let_go()

@@ -25,9 +25,10 @@ from plumbing.credentials import checked_email
 from plumbing.endpoints import Problem
 from plumbing.guard import PromptConnection, Rate
 from plumbing.text import words_of
+from support import hostile
 from support.databases import crowd
 from support.people import HEAR_SECONDS, PASSWORD, Person, follows
-from support.raw import HANDSHAKE, TEXT, RawConnection, RawLine, masked
+from support.raw import HANDSHAKE, TEXT, RawConnection, RawLine
 from support.servers import ROOT, Server, slots_of
 
 FLOOD = 60  # connections
@@ -212,7 +213,7 @@ async def test_few_long_frames_are_taken_in_turn_with_others(
         turns.done += 1
 
     monkeypatch.setattr(messenger, "take_message", count)
-    await line.gives(masked(TEXT, b'{"type":"message","text":"%s"}' % (b"x" * 4_096)) * 40)
+    await line.gives(hostile.frame(TEXT, b'{"type":"message","text":"%s"}' % (b"x" * 4_096)) * 40)
     assert await turns.most() <= 2
 
 
@@ -919,7 +920,7 @@ async def test_users_who_delete_their_accounts_leave_one_after_the_other(
         at_once += 1
         assert at_once == 1
         async with asyncio.timeout(HEAR_SECONDS):
-            while not order and not app[messenger.TURNS]._of["leaving"]._queues:
+            while not order and not app[messenger.TURNS]._of["leaving"]._waiting:
                 await asyncio.sleep(0.01)  # until the other waits
         order.append(arguments[0])
         left = await row(statement, *arguments)

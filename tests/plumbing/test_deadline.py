@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -12,10 +12,11 @@ from aiohttp import web
 from plumbing.database import Database, Unavailable
 from plumbing.deadline import REQUEST_SECONDS, RequestDeadline, deadline, linger, uncounted
 from plumbing.endpoints import CallSlots, Endpoint, answer_problems, bind
-from plumbing.groups import GroupWriter, Outcome
+from plumbing.groups import Outcome
 from plumbing.guard import Slots, Turns
 from support.people import Person
 from support.raw import RawConnection
+from support.writers import Echo
 
 pytestmark = pytest.mark.real_deadlines
 
@@ -84,27 +85,13 @@ async def test_body_that_takes_longer_is_not_cut_off(resting: Any) -> None:
     raw.close()
 
 
-class Slow(GroupWriter[int, int]):
+class Slow(Echo[int]):
     """A writer whose commits take a second each."""
 
     async def commit(self, items: list[int]) -> list[int]:
         """Answer the items."""
         await asyncio.sleep(1)
         return items
-
-    def publish(
-        self, items: list[int], rows: Sequence[int], again: list[bool]
-    ) -> list[int | Exception]:
-        """Answer the rows."""
-        return list(rows)
-
-    def lock_of(self, item: int) -> int:
-        """Lock nothing in common."""
-        return item
-
-    async def free(self, locks: list[int]) -> set[int]:
-        """Answer that nobody holds any lock."""
-        return set(locks)
 
 
 async def test_commit_that_comes_too_late_is_not_waited_for() -> None:

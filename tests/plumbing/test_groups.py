@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
@@ -12,11 +12,12 @@ from aiohttp import web
 
 import messenger
 from plumbing import database, groups
-from plumbing.groups import GroupReader, GroupWriter, OneByOne
+from plumbing.groups import GroupReader, OneByOne
 from plumbing.guard import Rate
 from plumbing.process import Tasks
 from support.people import SOON_SECONDS, Line, Person
 from support.posts import numbers_of, post, written
+from support.writers import Echo
 
 
 async def crowd(
@@ -185,7 +186,7 @@ async def test_many_held_chats_delay_no_other(
     assert set(map(type, outcomes)) == {messenger.Posted}
 
 
-class Noting(GroupWriter[str, str]):
+class Noting(Echo[str]):
     """A writer of texts, as large as they are long, that notes its groups."""
 
     def __init__(self) -> None:
@@ -201,20 +202,6 @@ class Noting(GroupWriter[str, str]):
         self.groups.append(items)
         await asyncio.sleep(0)
         return items
-
-    def publish(
-        self, items: list[str], rows: Sequence[str], again: list[bool]
-    ) -> list[str | Exception]:
-        """Answer the rows."""
-        return list(rows)
-
-    def lock_of(self, item: str) -> str:
-        """Lock nothing in common."""
-        return item
-
-    async def free(self, locks: list[str]) -> set[str]:
-        """Answer that nobody holds any lock."""
-        return set(locks)
 
 
 async def test_parties_take_turns_in_groups() -> None:

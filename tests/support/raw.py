@@ -8,6 +8,7 @@ from typing import Any
 
 from aiohttp.test_utils import TestServer
 
+from support.hostile import frame
 from support.people import HEAR_SECONDS, Heard, Person
 
 TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
@@ -16,18 +17,6 @@ HANDSHAKE = {
     "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
 }
 LONG = "x" * 4000  # a text, a few of which fill the buffers of a socket that is not read
-
-
-def masked(opcode: int, payload: bytes) -> bytes:
-    """Make a frame, masked by zeros."""
-    size = len(payload)
-    if size < 126:
-        head = bytes((opcode, 0x80 | size))
-    elif size < 65_536:
-        head = bytes((opcode, 0xFE)) + size.to_bytes(2, "big")
-    else:
-        head = bytes((opcode, 0xFF)) + size.to_bytes(8, "big")
-    return head + bytes(4) + payload
 
 
 def handshake(port: int, path: str, token: str) -> bytes:
@@ -70,7 +59,7 @@ class RawLine:
 
     async def sends(self, opcode: int, payload: bytes = b"") -> None:
         """Send a frame, masked by zeros."""
-        await self.gives(masked(opcode, payload))
+        await self.gives(frame(opcode, payload))
 
     async def takes(self) -> tuple[int, bytes]:
         """Read a frame: its first byte and its payload. Raises EOFError, ConnectionError."""

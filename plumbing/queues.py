@@ -1,0 +1,62 @@
+"""Things that wait, of many keys in turn: whatever one of them puts in, another's turn comes soon.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+Thing = TypeVar("Thing")
+
+
+def any_key(_key: Hashable) -> bool:
+    """Let every key have its turn."""
+    return True
+
+
+class Queues(Generic[Thing]):
+    """Things that wait, in a queue of each key. Keys take turns: the key of what was taken comes
+    behind all others.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[Hashable, deque[Thing]] = {}  # the key whose turn is next stands first
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Thing]:
+        return itertools.chain.from_iterable(self._of.values())
+
+    def append(self, key: Hashable, thing: Thing) -> None:
+        """Let a thing wait behind those of its key."""
+        self._of.setdefault(key, deque()).append(thing)
+        self._count += 1
+
+    def put_back(self, key: Hashable, thing: Thing) -> None:
+        """Let a thing wait before those of its key."""
+        self._of.setdefault(key, deque()).appendleft(thing)
+        self._count += 1
+
+    def take(
+        self, is_free: Callable[[Hashable], bool] = any_key
+    ) -> tuple[Hashable, Thing] | None:
+        """Take the first thing of the key whose turn it is, of those that are free; answer both, or
+        None where nothing waits that could be taken.
+        """
+        for key, queue in self._of.items():
+            if is_free(key):
+                thing = queue.popleft()
+                del self._of[key]
+                if queue:
+                    self._of[key] = queue
+                self._count -= 1
+                return key, thing
+        return None
+
+    def drop(self, key: Hashable) -> Iterable[Thing]:
+        """Take all things of a key."""
+        dropped = self._of.pop(key, deque())
+        self._count -= len(dropped)
+        return dropped
