@@ -318,9 +318,10 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
                 return await self._write(await self._set_aside(group))
             if len(group) == 1 or isinstance(error, Unavailable):
                 return Written(group, error=error)
-            for entry in group:
-                if not self._queue_in_lane(entry):
-                    self._publish_group(await self._write([entry]))
+            rest = group
+            # All that needs a held lock goes to its lane at once: later the lane could be gone.
+            while rest := [entry for entry in rest if not self._queue_in_lane(entry)]:
+                self._publish_group(await self._write([rest.pop(0)]))
             return Written()
         if self._lanes:
             self._close_lanes(group)

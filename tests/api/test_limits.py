@@ -660,6 +660,40 @@ async def test_changes_of_an_address_leave_turns_to_others(house: House, monkeyp
     await asyncio.gather(*flood)
 
 
+async def test_what_is_written_belongs_to_the_address_that_it_came_from(
+    house: House, monkeypatch: Any
+) -> None:
+    """Posts, edits, deletions and read marks take turns by their address, over REST and sockets."""
+    here = await house.opens()
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    put, parties = messenger.ChatWriter.put, []
+
+    def note(self: Any, item: Any, party: Any, answer: Any) -> None:
+        parties.append((type(item).__name__, party))
+        put(self, item, party, answer)
+
+    monkeypatch.setattr(messenger.ChatWriter, "put", note)
+    messages = f"/chats/{chat}/messages"
+    for origin in (FLOODING, ANOTHER):
+        parties.clear()
+        sent = await (await alice.asks("POST", messages, {"text": "a"}, headers=origin)).json()
+        for method, path, body in (
+            ("PATCH", f"{messages}/{sent['id']}", {"text": "b"}),
+            ("POST", f"/chats/{chat}/read", {"message_id": sent["id"]}),
+            ("DELETE", f"{messages}/{sent['id']}", None),
+        ):
+            assert (await alice.asks(method, path, body, headers=origin)).status in (200, 204)
+        line = Line(await here.ws_connect(f"/ws/{chat}", headers=alice.headers | origin))
+        await line.sends(type="message", text="c", ref=1)
+        await line.sends(type="read", message_id=sent["id"], ref=2)
+        while (await line.hears("ack"))["ref"] != 2:
+            pass
+        await line.close()
+        assert parties == [(kind, origin["X-Forwarded-For"]) for kind in (
+            "NewPost", "NewChange", "NewRead", "NewChange", "NewPost", "NewRead")]
+
+
 async def test_calls_of_an_address_begin_in_turns_with_others(house: House) -> None:
     """Of all calls that come at the same time one begins in each turn of the loop, and addresses
     take turns: many of one address hold up no other's, whatever they ask for."""

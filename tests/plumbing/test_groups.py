@@ -219,6 +219,37 @@ async def test_parties_take_turns_in_groups() -> None:
     assert [each for each in written if len(each) > 1] == [f"flood {each}" for each in range(5_000)]
 
 
+async def test_items_of_a_lock_keep_their_order_where_their_group_fails() -> None:
+    """Where a group is written item by item and a lock is held for a moment, what was in its lane
+    is written before what comes behind it."""
+    written: list[str] = []
+
+    class Failing(Noting):
+        """A writer whose groups fail, and whose first item finds its lock held."""
+
+        held = True
+
+        async def commit(self, items: list[str]) -> list[str]:
+            if len(items) > 1:
+                raise ValueError
+            if items == ["a1"] and self.held:
+                self.held = False
+                raise database.Unavailable from asyncpg.LockNotAvailableError()
+            await asyncio.sleep(0.01)
+            written.extend(items)
+            return items
+
+        def lock_of(self, item: str) -> str:
+            return item[0]
+
+    writer = Failing()
+    for item in ("a1", "a2", "b1", "b2", "a3"):
+        writer.put(item, "", str)
+    await writer.finish()
+    assert [each for each in written if each[0] == "a"] == ["a1", "a2", "a3"]
+    assert sorted(written) == ["a1", "a2", "a3", "b1", "b2"]
+
+
 async def test_group_is_bounded_by_what_its_items_are_worth() -> None:
     """Of large items fewer share a commit, and one alone may be larger than a group."""
     writer = Noting()
