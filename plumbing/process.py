@@ -129,6 +129,8 @@ def nothing() -> None:
 class Guest:
     """Whose connection was accepted: is told of each read, and of the end."""
 
+    __slots__ = ()  # there are many
+
     def note_read(self, connection: Any) -> None:
         """Take note that something came over the connection."""
 

@@ -24,6 +24,7 @@ from plumbing import database, endpoints, guard, search
 from plumbing.credentials import checked_email
 from plumbing.endpoints import Problem
 from plumbing.guard import PromptConnection, Rate
+from plumbing.process import Guest
 from plumbing.text import words_of
 from support import hostile
 from support.databases import crowd
@@ -980,8 +981,12 @@ async def test_call_of_who_has_gone_counts_until_it_ends(monkeypatch: Any) -> No
     left, working, end = [], asyncio.Event(), asyncio.Event()
     lost = guard.PromptConnection.connection_lost
 
+    class Leaving(Guest):
+        def leave(self) -> None:
+            left.append(self)
+
     def note(connection: Any, exc: BaseException | None) -> None:
-        connection.guest.leave = lambda: left.append(connection)
+        connection.guest = Leaving()
         lost(connection, exc)
 
     async def work(_request: web.Request) -> web.Response:

@@ -117,14 +117,16 @@ async def test_who_may_not_come_in_is_hung_up_on() -> None:
     side, its `guest` was told, and the next is let in."""
     here: list[Any] = []
 
+    class Leaving(process.Guest):
+        def leave(self) -> None:
+            here.pop()
+
     def admit(peer: str) -> Any:
         assert peer == "127.0.0.1"
         if len(here) == 2:
             return None
         here.append(peer)
-        guest = process.Guest()
-        guest.leave = here.pop  # type: ignore[method-assign]
-        return guest
+        return Leaving()
 
     class Silent(asyncio.Protocol):
         guest: Any
