@@ -1787,8 +1787,11 @@ SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
             ) as departed,
             array(
                 select s.id from sessions s
-                join participants p on p.chat_id = $1 and p.user_id = s.user_id
-                where s.ended_at > now() - make_interval(secs => $4)
+                where s.ended_at > now() - make_interval(secs => $4) and (
+                    exists (select from participants p
+                            where p.chat_id = $1 and p.user_id = s.user_id)
+                    or exists (select from departures d
+                               where d.chat_id = $1 and d.user_id = s.user_id and d.version > $3))
             ) as ended,
             (select coalesce(max(p.last_read_seq), 0) from participants p where p.chat_id = $1
             ) as read_seq

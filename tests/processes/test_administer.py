@@ -11,6 +11,7 @@ import aiohttp
 import asyncpg
 import msgspec
 import pytest
+from aiohttp import web
 
 import messenger
 from plumbing.endpoints import Problem
@@ -155,6 +156,21 @@ async def test_deleted_account_leaves_its_messages(
     assert (await login(alice))[0] == 401
     assert await refused(("delete", alice.email), database_url) == "There is no such user."
     await Person(alice.client, "alice").register()
+
+
+async def test_socket_of_a_deleted_account_is_closed_as_of_an_ended_session(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it is, too, where the server first sees that the account left the chat."""
+    monkeypatch.setattr(app[messenger.ROOMS], "end_sessions", lambda _: None)
+    chat = await alice.founds(bob)
+    line, other = await alice.listens_live(chat), await bob.listens_live(chat)
+    async with sql.transaction():
+        await sql.fetch("select delete_user($1)", alice.id)
+        await sql.fetch("select leave_next_chat($1)", alice.id)
+    assert await line.is_closed() == 4401
+    assert (await other.hears("chat_updated"))["data"]["left"] == [alice.id]
 
 
 async def test_accounts_are_made_where_registration_is_closed(
