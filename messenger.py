@@ -1510,7 +1510,7 @@ class Rooms:
     async def _try_join(self, user_id: int, chat_id: int) -> None:
         sockets = self._absent(user_id, chat_id)
         try:
-            await self._join_chat(sockets, chat_id)
+            await self._join_chat(user_id, sockets, chat_id)
         except (ChatNotFound, Unavailable):
             pass  # the poll finds it again
         except Exception:
@@ -1518,9 +1518,9 @@ class Rooms:
             for socket in sockets:
                 self.close(socket, GOING_AWAY)
 
-    async def _join_chat(self, sockets: list[Socket], chat_id: int) -> None:
+    async def _join_chat(self, user_id: int, sockets: list[Socket], chat_id: int) -> None:
         """Show sockets of a user a chat that the user came into, unless they joined already; then
-        they are live.
+        they are live. Each is shown it in a turn of its own: there may be thousands.
 
         Raises ChatNotFound, Unavailable.
         """
@@ -1530,22 +1530,24 @@ class Rooms:
         deadline = time.monotonic() + VERSION_SECONDS
         while absent := [socket for socket in sockets
                          if chat_id not in socket.rooms and socket in self._sockets]:
-            me = absent[0].asker.user_id
-            chat = await self._joins.run(me, read_chat, self.database, chat_id, me)
-            if self._knows_newer(chat_id, chat.version):
-                await self._wait_for_version(deadline)  # the user may be out again
-            else:
-                for socket in absent:
-                    self._show_chat(socket, chat)
+            chat = await self._joins.run(user_id, read_chat, self.database, chat_id, user_id)
+            frame = encode_frame(ChatOut(data=chat))
+            for socket in absent:
+                await self._pieces.call(socket.address, self._show_chat, socket, chat, frame)
+            if self._knows_newer(chat_id, chat.version):  # the user may be out again
+                await self._wait_for_version(deadline)
 
-    def _show_chat(self, socket: Socket, chat: Chat) -> None:
-        """Show a socket a chat and let it join, unless it did so meanwhile or is closed."""
-        if chat.id in socket.rooms or socket not in self._sockets:
+    def _show_chat(self, socket: Socket, chat: Chat, frame: bytes) -> None:
+        """Show a socket a chat and let it join: not where it did so meanwhile or is closed, nor
+        where the participants changed since the chat was read.
+        """
+        is_absent = chat.id not in socket.rooms and socket in self._sockets
+        if not is_absent or self._knows_newer(chat.id, chat.version):
             return
         if self._is_beyond(socket, 1):
             self.close(socket, GOING_AWAY)  # it may come back where its user's others allow
             return
-        socket.send(ChatOut(data=chat))
+        socket.write(frame)
         rev, mark = chat.last_rev, mark_of(chat.position)
         self._join_room(socket, chat.id, rev, mark, chat.version)
         self._put_replay(socket, chat.id, Replay(rev, rev, mark, [None]))
@@ -1615,8 +1617,8 @@ class Rooms:
         """
         refused: dict[int, Exception] = {}
         for chat_id in after:
-            try:
-                await self._join_chat([socket], chat_id)  # where its user came in a moment ago
+            try:  # its user may have come in a moment ago
+                await self._join_chat(socket.asker.user_id, [socket], chat_id)
             except (ChatNotFound, Unavailable) as error:
                 refused[chat_id] = type(error)(str(error))  # without its frames, which hold this
         try:

@@ -48,6 +48,7 @@ from plumbing.text import composed
 
 HEAD_BYTES_MAX = 32 * 1024  # of all headers of a request
 READS_PER_SECOND = 1000  # of all connections of an address, that need no turn
+ENDS_AT_ONCE = 100  # the same of their ends, which come together where somebody hangs up on all
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
 STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
@@ -254,6 +255,10 @@ class PromptConnection(web.RequestHandler):
         self._await_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """End: where very many do, in a turn of its own."""
+        self.guest.let_end(functools.partial(self._end, exc))
+
+    def _end(self, exc: BaseException | None) -> None:
         """End: another may come instead, once nothing is done any more for this one."""
         working = self._task_handler
         super().connection_lost(exc)
@@ -439,45 +444,60 @@ class Rate:
         return 0.0
 
 
-class Readers:
-    """Lets the connections of each address be read so many times a second. Any that has more to be
-    read rests until its turn comes: one of them is read on in each turn of the loop, and addresses
-    take turns. Else bytes that come one by one, over thousands of connections, would be all that
-    the loop ever finds.
+class Rounds:
+    """Lets connections be read, and end, only so often without waiting, of each address by itself.
+    What comes more often waits until its turn: one of it is done in each round of the event loop,
+    and addresses take turns. Else bytes that come one by one over thousands of connections, or the
+    ends of all of them, would be all that the loop finds to do.
     """
 
     def __init__(self) -> None:
-        self._rate = Rate(READS_PER_SECOND, READS_PER_SECOND)  # by address
-        self._resting: Queues[PromptConnection] = Queues()  # by address
+        self._reads = Rate(READS_PER_SECOND, READS_PER_SECOND)  # by address
+        self._ends = Rate(ENDS_AT_ONCE, READS_PER_SECOND)  # by address
+        self._waiting: Queues[Callable[[], object]] = Queues()  # by address
 
     def note_read(self, party: str, connection: PromptConnection) -> None:
-        """Take note that something came over a connection from an address."""
-        if not self._rate.charge(party):
-            return
-        connection.rest()
-        if not self._resting:
-            asyncio.get_running_loop().call_soon(self._read_on)
-        self._resting.append(party, connection)
+        """Take note that something came over a connection from an address, which may rest now."""
+        if self._reads.charge(party):
+            connection.rest()
+            self._put(party, connection.read_on)
 
-    def _read_on(self) -> None:
-        if following := self._resting.take():
-            following[1].read_on()
-        if self._resting:
-            asyncio.get_running_loop().call_soon(self._read_on)
+    def let_end(self, party: str, end: Callable[[], object]) -> None:
+        """Let a connection from an address end, now or later."""
+        if self._ends.charge(party):
+            self._put(party, end)
+        else:
+            end()
+
+    def _put(self, party: str, work: Callable[[], object]) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._work)
+        self._waiting.append(party, work)
+
+    def _work(self) -> None:
+        following = self._waiting.take()
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._work)
+        if following:
+            following[1]()
 
 
 class Counted(Guest):
     """A guest from an address whose connections are counted."""
 
-    __slots__ = ("_open", "_party", "_readers")
+    __slots__ = ("_open", "_party", "_rounds")
 
-    def __init__(self, party: str, opened: Tally, readers: Readers) -> None:
-        self._party, self._open, self._readers = party, opened, readers
+    def __init__(self, party: str, opened: Tally, rounds: Rounds) -> None:
+        self._party, self._open, self._rounds = party, opened, rounds
         opened[party] += 1
 
     def note_read(self, connection: PromptConnection) -> None:
         """Take note that something came over the connection."""
-        self._readers.note_read(self._party, connection)
+        self._rounds.note_read(self._party, connection)
+
+    def let_end(self, end: Callable[[], object]) -> None:
+        """Let the connection end, now or later."""
+        self._rounds.let_end(self._party, end)
 
     def leave(self) -> None:
         """Take note that the connection has ended."""
@@ -486,7 +506,7 @@ class Counted(Guest):
 
 class Connections:
     """Counts the open connections of each address, and lets in only so many (0: any number), which
-    take half of the descriptors at most. How often they are read is bounded, too (Readers).
+    take half of the descriptors at most. How often they are read and end is bounded, too (Rounds).
 
     Those of trusted proxies are not counted: they are everybody's.
     """
@@ -495,7 +515,7 @@ class Connections:
         self._at_most = min(at_most, half_of_descriptors())
         self._trusted = trusted
         self._open = Tally()
-        self._readers = Readers()
+        self._rounds = Rounds()
         self._told = Rate(1, 1 / REFUSALS_TOLD_SECONDS)
 
     def admit(self, peer: str) -> Guest | None:
@@ -510,7 +530,7 @@ class Connections:
                     "%d connections are open from one address: no more of it are accepted",
                     self._at_most)
             return None
-        return Counted(party, self._open, self._readers)
+        return Counted(party, self._open, self._rounds)
 
 
 # ---- Turns

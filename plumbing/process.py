@@ -127,12 +127,16 @@ def nothing() -> None:
 
 
 class Guest:
-    """Whose connection was accepted: is told of each read, and of the end."""
+    """Whose connection was accepted: is told of each read, and of the end, which it may delay."""
 
     __slots__ = ()  # there are many
 
     def note_read(self, connection: Any) -> None:
         """Take note that something came over the connection."""
+
+    def let_end(self, end: Callable[[], object]) -> None:
+        """Let the connection end, now or later."""
+        end()
 
     def leave(self) -> None:
         """Take note that the connection has ended."""

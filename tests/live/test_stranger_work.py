@@ -223,15 +223,15 @@ async def test_connections_that_are_read_too_often_are_read_in_turns(
 ) -> None:
     """Of many connections of an address whose bytes come one by one, one is read in each turn of
     the loop; none is forgotten, and a connection of another address has its turn at once."""
-    readers, opened, turns = guard.Readers(), guard.Tally(), Turns(0)
-    readers._rate = Rate(0, 1)  # nothing without a turn
+    rounds, opened, turns = guard.Rounds(), guard.Tally(), Turns(0)
+    rounds._reads = Rate(0, 1)  # nothing without a turn
     connection_made = PromptConnection.connection_made
     data_received = PromptConnection.data_received
 
     def come_in(self: PromptConnection, transport: Any) -> None:
         connection_made(self, transport)
         party = "flood" if len(flood) < FLOOD else "another"
-        self.guest = guard.Counted(party, opened, readers)
+        self.guest = guard.Counted(party, opened, rounds)
 
     def count(self: PromptConnection, data: bytes) -> None:
         turns.done += 1
@@ -244,7 +244,7 @@ async def test_connections_that_are_read_too_often_are_read_in_turns(
         flood.append(await RawConnection.opens(server.port, b"GET /nothing HTTP/1.1\r\n"))
     another = await RawConnection.opens(server.port, b"")
     async with asyncio.timeout(HEAR_SECONDS):
-        while turns.done < FLOOD or readers._resting:
+        while turns.done < FLOOD or rounds._waiting:
             await asyncio.sleep(0.01)
         for connection in flood:
             connection.writer.write(b"Host: x\r\n")
@@ -261,6 +261,37 @@ async def test_connections_that_are_read_too_often_are_read_in_turns(
     assert [(await connection.hears())[0] for connection in flood] == [404] * FLOOD
     for connection in (*flood, another):
         connection.close()
+
+
+async def test_connections_that_all_end_at_once_end_in_turns(
+    server: TestServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where somebody hangs up on many connections at once, one of them ends in each turn of the
+    loop; all of them are told, and the address may have others."""
+    rounds, opened, turns = guard.Rounds(), guard.Tally(), Turns(FLOOD)
+    rounds._ends = Rate(0, 1)  # nothing without a turn
+    connection_made, end = PromptConnection.connection_made, PromptConnection._end
+
+    def come_in(self: PromptConnection, transport: Any) -> None:
+        connection_made(self, transport)
+        self.guest = guard.Counted("flood", opened, rounds)
+
+    def count(self: PromptConnection, exc: BaseException | None) -> None:
+        turns.done += 1
+        end(self, exc)
+
+    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
+    monkeypatch.setattr(PromptConnection, "_end", count)
+    body = b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{"
+    flood = [await RawConnection.opens(server.port, body) for _ in range(FLOOD)]
+    async with asyncio.timeout(HEAR_SECONDS):
+        while opened["flood"] < FLOOD:
+            await asyncio.sleep(0.01)
+        for connection in flood:
+            connection.writer.transport.abort()
+        assert await turns.most() == 1
+        while opened["flood"]:
+            await asyncio.sleep(0.01)
 
 
 async def test_syncs_are_done_in_turn_with_others(
@@ -298,6 +329,40 @@ async def test_sync_of_many_chats_is_done_in_turn_with_others(
     monkeypatch.setattr(messenger.Rooms, "_put_replay", count)
     await line.send_json({"type": "sync", "chats": dict.fromkeys(map(str, chats), 0)})
     assert await turns.most() <= messenger.SYNC_PIECE
+
+
+async def test_sockets_that_come_into_a_chat_do_so_in_turn_with_others(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """Of the sockets of who comes into a chat, one joins it in each turn of the loop; where it
+    changes meanwhile, those to come are shown it as it is then."""
+    lines = [await bob.client.ws_connect("/ws", headers=bob.headers) for _ in range(20)]
+    turns, show_chat = Turns(len(lines)), messenger.Rooms._show_chat
+    seen = []
+
+    def count(rooms: Any, *arguments: Any) -> None:
+        turns.done += 1
+        if turns.done == 10:  # of its participants more is known than was read
+            seen[:] = [room.version for room in rooms._rooms.values()]
+            for room in rooms._rooms.values():
+                room.version += 1
+        show_chat(rooms, *arguments)
+
+    async def wait(rooms: Any, _: float) -> None:
+        for room in rooms._rooms.values():  # what was read next would know it, too
+            room.version -= 1
+
+    monkeypatch.setattr(messenger.Rooms, "_show_chat", count)
+    monkeypatch.setattr(messenger.Rooms, "_wait_for_version", wait)
+    chat = await alice.founds(bob)
+    assert await turns.most() == 1
+    for line in lines:
+        async with asyncio.timeout(HEAR_SECONDS):
+            while (frame := await line.receive_json())["type"] != "chat":
+                pass
+        assert frame["data"]["id"] == chat
+    assert seen
+    assert turns.done > len(lines)  # some were to be shown it again
 
 
 async def test_slow_handshake_closes_no_others_socket(
