@@ -1544,7 +1544,7 @@ class Rooms:
         is_absent = chat.id not in socket.rooms and socket in self._sockets
         if not is_absent or self._knows_newer(chat.id, chat.version):
             return
-        if self._is_beyond(socket, 1):
+        if self._is_beyond(socket, 1) or socket.unsent() > BEHIND_BYTES:
             self.close(socket, GOING_AWAY)  # it may come back where its user's others allow
             return
         socket.write(frame)
@@ -1691,13 +1691,11 @@ class Rooms:
         for ref in replay.refs if replay else [None]:
             socket.send(room.ready(ref))
 
-    def _fall_behind(self, socket: Socket) -> None:
-        """Take a socket that reads too slowly out of the live sets, to catch up at its own pace."""
-        for chat_id, room in socket.rooms.items():
-            if socket in room.live:
-                at = room.delivered
-                self._put_replay(socket, chat_id, Replay(at, at, room.mark, [None]))
-                self._catch_up(socket)
+    def _fall_behind(self, socket: Socket, room: Room) -> None:
+        """Take a socket that reads too slowly out of a live set, to catch up at its own pace."""
+        at = room.delivered
+        self._put_replay(socket, room.chat_id, Replay(at, at, room.mark, [None]))
+        self._catch_up(socket)
 
     # ---- What goes out
 
@@ -1718,13 +1716,13 @@ class Rooms:
             before = posted.mark_before if len(fresh) == len(posted.messages) else posted.mark
             if fresh and len(fresh) == rev - room.delivered and before == room.mark:
                 frames = b"".join([encode_change(message, room.delivered) for message in fresh])
-                self.deliver(room.live, frames, len(fresh))
+                self.deliver(room, room.live, frames, len(fresh))
                 room.delivered, room.mark = rev, posted.mark
         if room.lags():
             room.filling = self._tasks.spawn(fill_gap(self, room))
 
-    def deliver(self, sockets: Collection[Socket], frames: bytes, count: int) -> None:
-        """Write so many frames to live sockets. Nothing may await in this loop."""
+    def deliver(self, room: Room, sockets: Collection[Socket], frames: bytes, count: int) -> None:
+        """Write so many frames to live sockets of a room. Nothing may await in this loop."""
         slow = []
         for socket in sockets:
             unsent = socket.unsent()
@@ -1734,14 +1732,14 @@ class Rooms:
                 socket.write(frames)
         DELIVERED.inc(count * (len(sockets) - len(slow)))
         for socket in slow:
-            self._fall_behind(socket)
+            self._fall_behind(socket, room)
 
     def broadcast(self, hint: FrameHint) -> None:
         """Write a frame without a number, which nobody repeats, to those here whom it concerns."""
         if room := self._rooms.get(hint.chat_id):
             sockets = [socket for socket in room.live if socket.asker.user_id != hint.but
                        and (hint.only is None or socket.asker.user_id in hint.only)]
-            self.deliver(sockets, text_frame(hint.frame.encode()), 1)
+            self.deliver(room, sockets, text_frame(hint.frame.encode()), 1)
 
     def publish(self, hint: Hint, posted: Posts | None = None) -> None:
         """Act on a hint here, and pass it on to the other processes."""
@@ -2013,7 +2011,7 @@ def deliver_snapshot(rooms: Rooms, room: Room, row: Any, messages: list[Message]
         room.version = row["version"]
         rooms.join_users(room.chat_id, [person.user_id for person in people])
     frames += [encode_change(message, room.delivered) for message in messages]
-    rooms.deliver(room.live, b"".join(frames), len(frames))
+    rooms.deliver(room, room.live, b"".join(frames), len(frames))
     # A full page may not be all; else everything up to the snapshot's number is written out.
     if len(messages) == REPLAY_PAGE:
         room.delivered, room.mark = messages[-1].rev, mark_of(messages[-1].position)

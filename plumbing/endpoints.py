@@ -39,6 +39,7 @@ INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
 HEAVY_OF_ADDRESS_MAX = 32  # `heavy` calls at once, whose answers may be megabytes
 SLOT_SECONDS = 15  # for which a call waits until its asker has fewer under way
+BELIEVED_SECONDS = 0.5  # for which a call that waits is believed to be its asker's still
 ZLIB_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 SWITCHING = 101  # the status of a websocket
 PLACES = ("before", "after", "cursor")  # the parameters of a query that say where a page is
@@ -47,6 +48,8 @@ RETRY_SECONDS = 1  # after which to try again, where nothing better is known
 ENCODER = msgspec.json.Encoder()
 RAW = msgspec.json.Decoder(msgspec.Raw)  # reads any JSON, and makes nothing of it
 UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # what is no JSON raises
+
+BELIEVED_UNTIL = web.RequestKey("believed_until", float)
 
 ShapeT = TypeVar("ShapeT")
 TakenT = TypeVar("TakenT")
@@ -473,7 +476,24 @@ async def wait_in_time(take: Callable[[Hashable], Awaitable[None]], key: Hashabl
         raise Unavailable(ABSENT) from None
 
 
-def in_turns(endpoint: Endpoint, slots: CallSlots) -> Callable[..., Awaitable[Any]]:
+def asking_again(
+    handler: Callable[..., Awaitable[Any]],
+    authenticate: Callable[[web.Request], Awaitable[Hashable]],
+) -> Callable[..., Awaitable[Any]]:
+    """Let a handler refuse whom it may not work for any longer: the session may have ended while
+    the call waited, for its body, a slot or a turn.
+    """
+    async def work(request: web.Request, **arguments: Any) -> Any:
+        if time.monotonic() > request[BELIEVED_UNTIL]:
+            await authenticate(request)
+        return await handler(request, **arguments)
+
+    return work
+
+
+def in_turns(
+    endpoint: Endpoint, handler: Callable[..., Awaitable[Any]], slots: CallSlots
+) -> Callable[..., Awaitable[Any]]:
     """Bound how many calls the handler of an endpoint works on at once; addresses take turns.
 
     What takes long may wait long. So where one such call finds the database away, those of its
@@ -489,7 +509,7 @@ def in_turns(endpoint: Endpoint, slots: CallSlots) -> Callable[..., Awaitable[An
         if not turns.take_now(address):
             await unless_gone(request, wait, turns.take, address)
         try:
-            return await endpoint.handler(request, **arguments)
+            return await handler(request, **arguments)
         except Unavailable as error:
             if not is_short and str(error) == ABSENT:  # else it is the call's own trouble
                 turns.refuse(address, error)
@@ -509,15 +529,19 @@ def bind(
     """Make the aiohttp handler of an endpoint.
 
     `authenticate` is awaited first, unless the endpoint is public, and answers who asks: the call
-    takes one of their slots, else one of its address, but for a websocket. A malformed id in a path
+    takes one of their slots, else one of its address, but for a websocket. After a long wait it is
+    awaited again. A malformed id in a path
     is refused with the problem of its name. One deadline bounds all that is waited for.
     """
     signature = Signature.of(endpoint)
-    is_free = endpoint.public or endpoint.joint or endpoint.status == SWITCHING
-    work = endpoint.handler if is_free else in_turns(endpoint, slots)
+    work = endpoint.handler
+    if not endpoint.public and endpoint.status != SWITCHING:
+        work = asking_again(work, authenticate)
+        work = work if endpoint.joint else in_turns(endpoint, work, slots)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         with RequestDeadline():
+            request[BELIEVED_UNTIL] = time.monotonic() + BELIEVED_SECONDS
             asker: Hashable = (
                 slots.address_of(request) if endpoint.public else await authenticate(request))
             arguments = {

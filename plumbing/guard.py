@@ -17,7 +17,7 @@ import re
 import secrets
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,7 +46,8 @@ from plumbing.process import (
 from plumbing.queues import Queues
 from plumbing.text import composed
 
-HEAD_BYTES_MAX = 32 * 1024  # of all headers of a request
+HEAD_BYTES_MAX = 16 * 1024  # of all headers of a request
+AHEAD_BYTES_MAX = 32 * 1024  # of requests that come before the one in front of them is answered
 READS_PER_SECOND = 1000  # of all connections of an address, that need no turn
 ENDS_AT_ONCE = 100  # the same of their ends, which come together where somebody hangs up on all
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
@@ -181,21 +182,25 @@ class HeadParser(HttpRequestParser):
     """Parses requests like aiohttp's own, but refuses a head of more than HEAD_BYTES_MAX: of one
     that is not whole some two times as much may be held. aiohttp takes 128 fields of 8 KB each,
     which stay for as long as the connection is a websocket.
+
+    Where several requests wait to be answered (RFC 9112, section 9.3.2), those behind the first one
+    may have AHEAD_BYTES_MAX together. aiohttp takes 32, of any size.
     """
 
-    __slots__ = ("_body", "_head_bytes", "_queued", "_rest")
+    __slots__ = ("_body", "_head_bytes", "_rest", "_waiting")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._body: Any = EMPTY_PAYLOAD  # of the last request
         self._head_bytes = 0  # of the next one, whose head is not whole yet
-        self._queued = 0  # requests that wait to be answered
+        self._waiting: deque[int] = deque()  # about how many bytes each request has that waits
         self._rest = b""  # what came behind as many of them as may wait
 
     def message_consumed(self) -> None:
         """Take note that one of the requests that wait is being answered."""
         super().message_consumed()
-        self._queued -= 1
+        if self._waiting:  # else it is a refusal
+            self._waiting.popleft()
 
     def feed_data(self, data: bytes) -> tuple[Any, bool, bytes]:  # type: ignore[override]
         """Parse bytes, piece by piece; answer the requests whose heads are whole, and whether
@@ -203,7 +208,7 @@ class HeadParser(HttpRequestParser):
         """
         data, found = self._rest + data, []
         while True:
-            is_full = self._queued >= MAX_MSG_QUEUE_SIZE
+            is_full = len(self._waiting) >= MAX_MSG_QUEUE_SIZE
             piece = b"" if is_full else data[:HEAD_BYTES_MAX]
             data = data[len(piece):]
             is_body = not self._body.is_eof()
@@ -213,7 +218,13 @@ class HeadParser(HttpRequestParser):
             if max(self._head_bytes, *heads, 0) > HEAD_BYTES_MAX:
                 raise LineTooLong(b"", HEAD_BYTES_MAX)
             found += requests
-            self._queued += len(requests)
+            self._waiting += [0] * len(requests)
+            if self._waiting:
+                self._waiting[-1] += len(piece)
+            if len(self._waiting) > 1:
+                ahead = sum(self._waiting) - self._waiting[0] + len(data)
+                if ahead > AHEAD_BYTES_MAX:
+                    raise LineTooLong(b"", AHEAD_BYTES_MAX)
             if requests:
                 self._body = requests[-1][1]
             if is_other:

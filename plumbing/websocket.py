@@ -33,6 +33,8 @@ PONG_SECONDS = 15  # for its answer
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
 CLOSE_ALL_SECONDS = 1  # the same for all connections together
 
+NOTHING = bytearray()  # of the early frames of all that are open
+
 
 def text_frame(payload: bytes) -> bytes:
     """Frame a text: final and unmasked (RFC 6455, section 5.2)."""
@@ -82,8 +84,8 @@ class Connection:
 
     # There are many, most of them idle.
     __slots__ = (
-        "_early", "_pinged_at", "_taken", "_took_at", "_transport", "_writer", "_written",
-        "close_code", "heard_at", "task", "ws")
+        "_early", "_opened", "_pinged_at", "_taken", "_took_at", "_transport", "_writer",
+        "_written", "close_code", "heard_at", "task", "ws")
 
     def __init__(self, subprotocol: str, message_bytes_max: int) -> None:
         self.task = typing.cast("asyncio.Task[Any]", asyncio.current_task())  # its handler's
@@ -95,7 +97,8 @@ class Connection:
         self._written = self._taken = 0  # bytes in all; taken: at the last check
         self._transport: asyncio.Transport | None = None
         self._writer: AbstractStreamWriter | None = None
-        self._early = b""  # frames that wait for the handshake to be answered
+        self._early = bytearray()  # frames that wait for the handshake to be answered ...
+        self._opened: asyncio.Future[None] | None = None  # ... and who else waits for it
 
     def can_open(self, request: web.Request) -> bool:
         """Tell whether a request is a handshake. aiohttp would take a HEAD for one."""
@@ -112,17 +115,26 @@ class Connection:
         self._writer = await self.ws.prepare(request)
         self._transport = request.transport
         self.heard_at = self._took_at = time.monotonic()
-        self.write(self._early)
-        self._early = b""
+        self.write(bytes(self._early))
+        self._early = NOTHING
+        if self._opened is not None:
+            self._opened.set_result(None)
 
     def is_open(self) -> bool:
         """Tell whether the handshake was answered."""
         return self._transport is not None
 
     async def drain(self) -> None:
-        """Wait until most of what was written is taken. Raises ConnectionError."""
-        if self._writer is not None:
-            await self._writer.drain()
+        """Wait until most of what was written is taken, and the handshake was answered before.
+
+        Raises ConnectionError.
+        """
+        if self._writer is None:
+            self._opened = asyncio.get_running_loop().create_future()
+            await asyncio.wait([self.task, self._opened], return_when=asyncio.FIRST_COMPLETED)
+        if self._writer is None:
+            raise ConnectionError("the handshake was refused")
+        await self._writer.drain()
 
     def write(self, frames: bytes) -> None:
         """Write whole frames, at once and without waiting; none after the close began."""
@@ -138,7 +150,8 @@ class Connection:
 
     def unsent(self) -> int:
         """Tell how many bytes the peer has not taken yet."""
-        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+        transport = self._transport
+        return len(self._early) if transport is None else transport.get_write_buffer_size()
 
     def check_liveness(self, now: float) -> int | None:
         """Ping a silent peer; answer the code to close with, if it stalls or is gone.

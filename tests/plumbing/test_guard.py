@@ -60,10 +60,10 @@ async def test_headers_that_are_too_large_together_are_refused(
     """A request may have many fields, but not more than HEAD_BYTES_MAX of them in all; it is
     refused once so much has come, not only when it is whole. So is a handshake."""
     opening = opening.rstrip() + b"\r\n"
-    fitting = await RawConnection.opens(anyone.port, opening + fields(30) + b"\r\n")
+    fitting = await RawConnection.opens(anyone.port, opening + fields(14) + b"\r\n")
     assert (await fitting.hears())[0] == 401
     fitting.close()
-    for sent in (fields(34) + b"\r\n", fields(34)):
+    for sent in (fields(18) + b"\r\n", fields(18)):
         large = await RawConnection.opens(anyone.port, opening + sent)
         status, _, body = await large.hears()
         assert (status, json.loads(body)["type"]) == (400, "malformed-request")
@@ -73,12 +73,13 @@ async def test_headers_that_are_too_large_together_are_refused(
 
 async def test_headers_behind_a_body_are_counted_by_themselves(anyone: Client) -> None:
     """A body counts for no headers, in one block with them or not; what follows it does."""
-    body = b" " * 60_000
-    post = (b"POST /api/v1/users/login HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n" + body)
+    large, small = [
+        b"POST /api/v1/users/login HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+        % (size, b" " * size) for size in (60_000, 3_000)]
     get = b"GET /api/v1/users/me HTTP/1.1\r\nHost: x\r\n"
-    caller = await RawConnection.opens(anyone.port, post + post + get + fields(30) + b"\r\n")
+    caller = await RawConnection.opens(anyone.port, large + small + get + fields(12) + b"\r\n")
     assert [(await caller.hears())[0] for _ in range(3)] == [400, 400, 401]
-    caller.writer.write(post + get + fields(100))
+    caller.writer.write(large + get + fields(50))
     assert (await caller.hears_all()).count(b" 400 Bad Request") >= 1
     caller.close()
 
@@ -88,11 +89,37 @@ async def test_many_requests_in_one_block_are_answered_in_order(anyone: Client) 
     another; the head behind them is."""
     asked = [b"GET /api/v1/%d HTTP/1.1\r\nHost: x\r\nX-Request-Id: n%d\r\n\r\n" % (n, n)
              for n in range(2_000)]
-    caller = await RawConnection.opens(anyone.port, b"".join(asked))
-    ids = [(await caller.hears())[1]["X-Request-Id"] for _ in asked]
-    assert ids == [f"n{number}" for number in range(2_000)]
-    caller.writer.write(b"".join(asked[:100]) + asked[0].rstrip() + b"\r\n" + fields(200))
+    caller = await RawConnection.opens(anyone.port, b"")
+    for start in range(0, 2_000, 500):
+        caller.writer.write(b"".join(asked[start : start + 500]))
+        ids = [(await caller.hears())[1]["X-Request-Id"] for _ in range(500)]
+        assert ids == [f"n{number}" for number in range(start, start + 500)]
+    caller.writer.write(b"".join(asked[:100]) + asked[0].rstrip() + b"\r\n" + fields(40))
     assert (await caller.hears_all()).endswith(b"}\n")
+    caller.close()
+
+
+@pytest.mark.parametrize("request_bytes", [100, 1_000, 9_000])
+@pytest.mark.parametrize("kind", ["fields", "body"])
+async def test_requests_that_come_ahead_are_bounded_in_bytes(
+    anyone: Client, kind: str, request_bytes: int
+) -> None:
+    """Behind a request that waits to be answered may come more, but not of any size: a connection
+    over which too much comes is refused and closed, and nothing of it stays."""
+    if kind == "fields":
+        line = b"GET /api/v1/users/me HTTP/1.1\r\nHost: x\r\nX-A: %s\r\nX-B: %s\r\n\r\n"
+        asked = line % (b"a" * (request_bytes // 2), b"b" * (request_bytes // 2))
+    else:
+        line = b"POST /api/v1/users/login HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+        asked = line % (request_bytes, b" " * request_bytes)
+    fitting = 32_000 // len(asked)
+    caller = await RawConnection.opens(anyone.port, asked * fitting)
+    status = 401 if kind == "fields" else 400
+    assert [(await caller.hears())[0] for _ in range(fitting)] == [status] * fitting
+    caller.writer.write(asked * (200_000 // len(asked)))
+    heard = await caller.hears_all()
+    assert heard.count(b"HTTP/1.1 ") <= 1_000
+    assert b"malformed-request" in heard.split(b"HTTP/1.1 ")[-1]
     caller.close()
 
 

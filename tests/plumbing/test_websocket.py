@@ -5,6 +5,7 @@ import json
 import os
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -13,7 +14,7 @@ import messenger
 from plumbing import websocket
 from support.frames import drains
 from support.people import HEAR_SECONDS, Person
-from support.raw import CLOSE, LONG, PING, PONG, TEXT, stalls
+from support.raw import CLOSE, LONG, PING, PONG, TEXT, RawLine, stalls
 
 
 def message(**fields: Any) -> str:
@@ -217,6 +218,89 @@ async def test_reads_do_not_pile_up_for_a_stalled_reader(
     heard = []
     while heard[-2:] not in (["message", "ready"], ["ready", "message"]):
         heard.append((await stalled.hears())["type"])
+
+
+async def test_little_waits_for_a_handshake_that_is_slow(
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is posted while a handshake is not answered yet does not pile up in memory; the socket
+    hears all of it, in order, once it is."""
+    chat = await alice.opens(bob)
+    answered, opening = asyncio.Event(), []
+    open_now = messenger.Socket.open
+
+    async def wait(socket: messenger.Socket, request: web.Request) -> None:
+        opening.append(socket)
+        await answered.wait()
+        await open_now(socket, request)
+
+    monkeypatch.setattr(messenger.Socket, "open", wait)
+    coming = asyncio.create_task(bob.client.ws_connect("/ws", headers=bob.headers))
+    async with asyncio.timeout(HEAR_SECONDS):
+        while not opening:
+            await asyncio.sleep(0.01)
+    posted = [(await alice.says(chat, LONG))["seq"] for _ in range(200)]
+    assert messenger.BEHIND_BYTES < opening[0].unsent() < messenger.BEHIND_BYTES + 20_000
+    answered.set()
+    line, numbers = await coming, []
+    async with asyncio.timeout(HEAR_SECONDS):
+        while len(numbers) < len(posted):
+            frame = await line.receive_json()
+            if frame["type"] == "message":
+                numbers.append(frame["data"]["seq"])
+    assert numbers == posted
+
+
+async def test_catch_up_ends_with_a_handshake_that_is_refused(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket that fell behind before its handshake was refused is forgotten."""
+    chat = await alice.opens(bob)
+    refused, opening = asyncio.Event(), []
+
+    async def wait(socket: messenger.Socket, _request: web.Request) -> None:
+        opening.append(socket)
+        await refused.wait()
+        raise messenger.TooManySockets
+
+    monkeypatch.setattr(messenger.Socket, "open", wait)
+    coming = asyncio.create_task(bob.client.ws_connect("/ws", headers=bob.headers))
+    async with asyncio.timeout(HEAR_SECONDS):
+        while not opening:
+            await asyncio.sleep(0.01)
+        for _ in range(100):
+            await alice.says(chat, LONG)
+        assert opening[0].catching_up is not None
+        refused.set()
+        with pytest.raises(aiohttp.WSServerHandshakeError):
+            await coming
+        while opening[0].catching_up is not None:
+            await asyncio.sleep(0.01)
+    assert app[messenger.ROOMS].all_sockets() == []
+
+
+async def test_new_chats_do_not_pile_up_for_a_stalled_reader(
+    server: TestServer, app: web.Application, alice: Person, bob: Person,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A socket that does not read is closed, to come back, where its user comes into a chat while
+    it has much unsent; one that reads is shown the chat."""
+    monkeypatch.setattr(messenger, "BEHIND_BYTES", 20_000)
+    chat, rooms = await alice.opens(bob), app[messenger.ROOMS]
+    stalled = await RawLine().opens(server.port or 0, "/ws", bob.access, receive_bytes=4096)
+    await stalled.hears("chats")
+    [socket] = rooms.all_sockets()
+    line = await bob.client.ws_connect("/ws", headers=bob.headers)
+    async with asyncio.timeout(HEAR_SECONDS):
+        while socket.unsent() <= messenger.BEHIND_BYTES:
+            await alice.says(chat, LONG)
+        group = await alice.founds(bob)
+        while (frame := await line.receive_json())["type"] != "chat":
+            pass
+        while socket in rooms.all_sockets():
+            await asyncio.sleep(0.01)
+    assert (frame["data"]["id"], socket.close_code) == (group, 1001)
+    stalled.socket.close()
 
 
 async def test_who_does_not_read_answers_is_not_read(
