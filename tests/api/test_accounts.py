@@ -17,11 +17,14 @@ import bcrypt
 import jwt
 import msgspec
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
+from plumbing import endpoints, guard
 from plumbing.text import folded
-from support.people import PASSWORD, Line, Person, pages
+from support.people import PASSWORD, Line, Person, logs_out, pages
+from support.raw import RawConnection
 from support.servers import SECRET_KEY, SETTINGS
 
 Client = TestClient[Any, Any]
@@ -846,3 +849,71 @@ async def test_token_is_read_whatever_the_case_of_bearer(alice: Person) -> None:
     async with alice.client.get(f"/api/v1/users/me?token={alice.access}") as answer:
         assert answer.status == 401
         assert answer.headers["WWW-Authenticate"] == "Bearer"
+
+
+# ---- What began before a session ended
+
+
+@pytest.mark.parametrize(("method", "path", "body"), [
+    ("POST", "/chats/{chat}/messages", b'{"text":"hi"}'),
+    ("POST", "/chats", b'{"is_group":true,"name":"g","participant_ids":[{other}]}'),
+    ("PUT", "/users/{me}", b'{"username":"another"}'),
+    ("POST", "/chats/{chat}/read", b'{"message_id":"{message}"}'),
+])
+async def test_call_whose_body_comes_after_its_session_ended_is_refused(
+    alice: Person, bob: Person, method: str, path: str, body: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A call may wait for the rest of its body for seconds: it does nothing where its session ended
+    meanwhile. One that waits as long in a session that goes on is worked on."""
+    monkeypatch.setattr(endpoints, "BELIEVED_SECONDS", 0.01)
+    chat = await bob.founds(alice)
+    message = (await bob.says(chat, "before"))["id"]
+    thiefs = alice.access
+    await alice.logs_in()
+    names = {"chat": chat, "me": alice.id, "other": bob.id, "message": message}
+    for name, value in names.items():
+        path = path.replace(f"{{{name}}}", str(value))
+        body = body.replace(f"{{{name}}}".encode(), str(value).encode())
+    calls = [await RawConnection.opens(alice.client.port, (
+        f"{method} /api/v1{path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {access}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body[:-1]) for access in (thiefs, alice.access)]
+    await asyncio.sleep(0.2)
+    await logs_out(alice, thiefs)
+    statuses = []
+    for call in calls:
+        call.writer.write(body[-1:])
+        statuses.append((await call.hears())[0])
+        call.close()
+    assert statuses[0] == 401
+    assert statuses[1] in (200, 201)
+
+
+@pytest.mark.parametrize("path", ["/users/me", "/chats"])
+async def test_call_whose_turn_comes_after_its_session_ended_is_refused(
+    alice: Person, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call may wait for its turn for seconds: it reads nothing where its session ended meanwhile.
+    """
+    monkeypatch.setattr(endpoints, "BELIEVED_SECONDS", 0.01)
+    waiting, going_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(_request: web.Request, do: Any, *arguments: Any) -> Any:
+        if do is endpoints.wait_patiently:
+            waiting.set()
+            await going_on.wait()
+        return await do(*arguments)
+
+    access = alice.access
+    await alice.logs_in()
+    with monkeypatch.context() as patch:
+        patch.setattr(guard.Slots, "take_now", lambda *_: None)
+        patch.setattr(endpoints, "unless_gone", wait)
+        headers = {"Authorization": f"Bearer {access}"}
+        call = asyncio.create_task(alice.client.get(f"/api/v1{path}", headers=headers))
+        await waiting.wait()
+    await logs_out(alice, access)
+    await asyncio.sleep(0.05)
+    going_on.set()
+    assert (await call).status == 401
