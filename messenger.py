@@ -1341,14 +1341,13 @@ class Rooms:
         self._coming = OneByOne(self._tasks, self._try_join)  # by user: chats they came into
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
-        self._of_users: dict[int, set[Socket]] = {}  # user id: theirs
+        self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs
         self._followed = guard.Tally()  # by address: the chats of all its sockets
 
     async def close_all(self) -> None:
         """Close every socket with 1001, all at once; cut those that do not answer soon."""
         sockets = list(self._sockets)
-        for socket in sockets:
-            self.close(socket, GOING_AWAY)
+        self.close(GOING_AWAY, *sockets)
         await websocket.await_ends(sockets)
 
     def all_sockets(self) -> list[Socket]:
@@ -1385,7 +1384,7 @@ class Rooms:
         socket.send(HelloOut(data=hello_to(socket.asker)))
         self._sockets.add(socket)
         SOCKETS.set(len(self._sockets))
-        self._of_users.setdefault(me, set()).add(socket)
+        self._of_users.put(me, socket)
         joining = socket.joining = asyncio.Event()
         try:
             await self.replaying.run(me, self._join_rooms, socket)
@@ -1466,10 +1465,9 @@ class Rooms:
 
     def close_room(self, chat_id: int) -> None:
         """Close every socket of a room that cannot go on: none may stay open and hear nothing."""
-        if room := self._rooms.get(chat_id):
+        if room := self._rooms.pop(chat_id, None):
             log.error("chat %d: closing its sockets, so that they come back", chat_id)
-            for socket in list(room.sockets):
-                self.close(socket, GOING_AWAY)
+            self.close(GOING_AWAY, *room.sockets)
 
     def start_over(self, chat_id: int, but: Socket | None = None) -> None:
         """Close every socket, for a chat has another history than a room was told: the database was
@@ -1477,8 +1475,8 @@ class Rooms:
         """
         log.error("chat %d: its history was rewritten; closing all sockets", chat_id)
         self._sessions.forget()
-        for socket in [each for each in self._sockets if each.rooms and each is not but]:
-            self.close(socket, GOING_AWAY)
+        self._rooms = dict(but.rooms) if but is not None else {}
+        self.close(GOING_AWAY, *[each for each in self._sockets if each.rooms and each is not but])
 
     def _join_room(self, socket: Socket, chat_id: int, rev: int, mark: str, version: int) -> None:
         if chat_id in socket.rooms:
@@ -1515,8 +1513,7 @@ class Rooms:
             pass  # the poll finds it again
         except Exception:
             log.exception("sockets could not join the room of chat %d", chat_id)
-            for socket in sockets:
-                self.close(socket, GOING_AWAY)
+            self.close(GOING_AWAY, *sockets)
 
     async def _join_chat(self, user_id: int, sockets: list[Socket], chat_id: int) -> None:
         """Show sockets of a user a chat that the user came into, unless they joined already; then
@@ -1545,7 +1542,7 @@ class Rooms:
         if not is_absent or self._knows_newer(chat.id, chat.version):
             return
         if self._is_beyond(socket, 1) or socket.unsent() > BEHIND_BYTES:
-            self.close(socket, GOING_AWAY)  # it may come back where its user's others allow
+            self.close(GOING_AWAY, socket)  # it may come back where its user's others allow
             return
         socket.write(frame)
         rev, mark = chat.last_rev, mark_of(chat.position)
@@ -1554,18 +1551,17 @@ class Rooms:
         self._go_on(socket, socket.rooms[chat.id])
 
     def leave(self, socket: Socket) -> None:
-        """Forget a socket; what is on its way to it is dropped.
+        """Forget a socket; what is on its way to it is dropped. It leaves many rooms in pieces.
 
         If it is catching up, that ends by itself: to cancel a statement costs its connection.
         """
-        for chat_id in list(socket.rooms):
+        for chat_id in list(itertools.islice(socket.rooms, FOLLOWED_PAGE)):
             self._leave_room(socket, chat_id)
+        if socket.rooms:
+            self._tasks.spawn(self._pieces.call(socket.address, self.leave, socket))
         self._sockets.discard(socket)
         SOCKETS.set(len(self._sockets))
-        if socket in (others := self._of_users.get(socket.asker.user_id, set())):
-            others.discard(socket)
-            if not others:
-                del self._of_users[socket.asker.user_id]
+        self._of_users.drop(socket.asker.user_id, socket)
 
     def _leave_room(self, socket: Socket, chat_id: int) -> None:
         room = socket.rooms.pop(chat_id, None)
@@ -1576,7 +1572,8 @@ class Rooms:
         room.sockets.discard(socket)
         room.live.discard(socket)
         if not room.sockets:
-            del self._rooms[chat_id]
+            if self._rooms.get(chat_id) is room:  # else another took its place
+                del self._rooms[chat_id]
             if room.filling is not None:
                 room.filling.cancel()
 
@@ -1586,19 +1583,20 @@ class Rooms:
         if socket.chat_id is None:
             socket.send(ChatRemovedOut(data=ChatRemoved(chat_id)))
         else:
-            self.close(socket, NOT_IN_CHAT)
+            self.close(NOT_IN_CHAT, socket)
 
-    def close(self, socket: Socket, code: int) -> None:
-        """Close a socket: it leaves, and hears nothing but why."""
-        self.leave(socket)
-        socket.begin_close(code)
+    def close(self, code: int, *sockets: Socket) -> None:
+        """Close sockets: they leave, and hear nothing but why."""
+        for socket in sockets:
+            self.leave(socket)
+            socket.begin_close(code)
 
     def end_sessions(self, session_ids: Iterable[int]) -> None:
         """End sessions in this process: their tokens count no longer, their sockets are closed."""
         ended = set(session_ids)
         self._sessions.end(ended)
-        for socket in [each for each in self._sockets if each.asker.session_id in ended]:
-            self.close(socket, TOKEN_ENDED)
+        self.close(TOKEN_ENDED, *[
+            socket for socket in self._sockets if socket.asker.session_id in ended])
 
     # ---- Who is live, and who catches up first
 
@@ -1903,7 +1901,7 @@ async def catch_up(rooms: Rooms, socket: Socket) -> None:
         pass  # the peer is gone; its handler sees it too
     except Exception:
         log.exception("a socket could not catch up, request %s", socket.request_id)
-        rooms.close(socket, GOING_AWAY)
+        rooms.close(GOING_AWAY, socket)
     finally:
         socket.catching_up = None
 
@@ -1999,7 +1997,7 @@ def deliver_snapshot(rooms: Rooms, room: Room, row: Any, messages: list[Message]
     departed, ended = set(row["departed"]), set(row["ended"])
     for socket in list(room.sockets):
         if socket.asker.session_id in ended:
-            rooms.close(socket, TOKEN_ENDED)
+            rooms.close(TOKEN_ENDED, socket)
         elif socket.asker.user_id in departed:
             rooms.leave_chat(socket, room.chat_id)
     frames = []
@@ -2096,9 +2094,9 @@ class Watch:
             if number % 1000 == 999:
                 await asyncio.sleep(0)
             if socket.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch:
-                self._rooms.close(socket, TOKEN_ENDED)
+                self._rooms.close(TOKEN_ENDED, socket)
             elif code := socket.check_liveness(now):
-                self._rooms.close(socket, code)
+                self._rooms.close(code, socket)
 
 
 # ==== Writers and upkeep ==========================================================================
@@ -2480,11 +2478,14 @@ class SearchIndex:
 async def leave_chats(app: web.Application, user_id: int) -> None:
     """Take a deleted user out of their chats; what it cannot do now is done by keep_tidy.
 
-    Those who leave do so one chat each in turn, so that many in very many chats delay nobody.
+    Those who leave do so one chat each in turn, so that many in very many chats delay nobody; nor
+    do the frames that tell of it.
     """
+    rooms, rate = app[ROOMS], app[SETTINGS].deliveries_per_second
     with contextlib.suppress(Unavailable):
         while row := await app[TURNS].run("leaving", app[DATABASE].row, LEAVE_NEXT_CHAT, user_id):
-            app[ROOMS].publish(ChatHint(*row))
+            rooms.publish(ChatHint(*row))
+            await asyncio.sleep(rooms.count_live(row[0]) / rate)
 
 
 async def keep_tidy(app: web.Application) -> None:
@@ -3393,7 +3394,7 @@ def take_control(request: web.Request, socket: Socket, incoming: WSMessage) -> N
 def close_if_flooding(request: web.Request, socket: Socket) -> None:
     """Close a socket which goes on although many of its frames were refused."""
     if request.app[RATES][FLOODING].charge(socket.key):
-        request.app[ROOMS].close(socket, FLOODING)
+        request.app[ROOMS].close(FLOODING, socket)
 
 
 async def take_frame(request: web.Request, socket: Socket, text: str | bytes) -> None:

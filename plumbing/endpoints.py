@@ -467,11 +467,11 @@ async def wait_patiently(take: Callable[[Hashable], Awaitable[TakenT]], key: Has
         raise TooManyCalls from None
 
 
-async def wait_in_time(take: Callable[[Hashable], Awaitable[None]], key: Hashable) -> None:
-    """Wait until a turn of a key is taken, within the time of the request. Raises Unavailable."""
+async def wait_in_time(wait: Callable[[Any], Awaitable[Any]], argument: Any) -> None:
+    """Await something within the time of the request. Raises Unavailable."""
     try:
         async with asyncio.timeout_at(deadline()):
-            await take(key)
+            await wait(argument)
     except TimeoutError:
         raise Unavailable(ABSENT) from None
 
@@ -485,7 +485,7 @@ def asking_again(
     """
     async def work(request: web.Request, **arguments: Any) -> Any:
         if time.monotonic() > request[BELIEVED_UNTIL]:
-            await authenticate(request)
+            await wait_in_time(authenticate, request)
         return await handler(request, **arguments)
 
     return work

@@ -49,7 +49,7 @@ from plumbing.text import composed
 HEAD_BYTES_MAX = 16 * 1024  # of all headers of a request
 AHEAD_BYTES_MAX = 32 * 1024  # of requests that come before the one in front of them is answered
 READS_PER_SECOND = 1000  # of all connections of an address, that need no turn
-ENDS_AT_ONCE = 100  # the same of their ends, which come together where somebody hangs up on all
+ENDS_AT_ONCE = 10  # the same of their ends, which come together where somebody hangs up on all
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
 STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
@@ -77,7 +77,9 @@ MAPPED_PREFIX = 96  # bits before the IPv4 address in ::ffff:192.0.2.60
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
+Thing = TypeVar("Thing", bound=Hashable)
 # What a request calls once its answer was taken: it holds a slot until then.
 GIVE_BACK: web.RequestKey[Callable[[], None]] = web.RequestKey("give_back")
 log = logging.getLogger("messenger.guard")
@@ -422,6 +424,21 @@ class Tally(Counter[Hashable]):
         self[key] -= 1
         if not self[key]:
             del self[key]
+
+
+class Sets(dict[Key, set[Thing]]):
+    """Sets by key, which is forgotten once nothing is left."""
+
+    def put(self, key: Key, thing: Thing) -> None:
+        """Put a thing into the set of a key."""
+        self.setdefault(key, set()).add(thing)
+
+    def drop(self, key: Key, thing: Thing) -> None:
+        """Take a thing from the set of a key, if it is there."""
+        things: set[Thing] = self.get(key, set())
+        things.discard(thing)
+        if not things:
+            self.pop(key, None)
 
 
 # ---- Rates
