@@ -397,6 +397,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
                 free = await self._free(waiting) if len(waiting) > 1 else set()
                 for lock in [lock for lock in waiting if lock in free] or waiting[:1]:
                     await self._try_lane(lock)
+            self._lanes.clear()  # nothing waits in any
         finally:
             self._trying = None
 

@@ -27,7 +27,7 @@ from weakref import WeakValueDictionary
 import bcrypt
 import jwt
 from aiohttp import web, web_protocol, web_response, web_server
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, _ErrInfo
@@ -65,6 +65,7 @@ PASSWORD_QUEUE_OF_ONE_MAX = 32  # of them from one address
 PASSWORD_CHARS_MAX = 1000  # of one that is looked into: a longer one is nobody's
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
 FACTS_MAX = 10_000  # believed at once
+ENDS_KEPT_SECONDS = 60  # at least: longer than anybody asks about a fact
 TOKENS_REMEMBERED_MAX = 10_000
 TOKEN_CHARS_MAX = 2000
 SECRET_BYTES_MIN = 32
@@ -189,11 +190,12 @@ class HeadParser(HttpRequestParser):
     may have AHEAD_BYTES_MAX together. aiohttp takes 32, of any size.
     """
 
-    __slots__ = ("_body", "_head_bytes", "_rest", "_waiting")
+    __slots__ = ("_body", "_has_refused", "_head_bytes", "_rest", "_waiting")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._body: Any = EMPTY_PAYLOAD  # of the last request
+        self._has_refused = False  # once, and for good: what comes afterwards is dropped
         self._head_bytes = 0  # of the next one, whose head is not whole yet
         self._waiting: deque[int] = deque()  # about how many bytes each request has that waits
         self._rest = b""  # what came behind as many of them as may wait
@@ -205,10 +207,21 @@ class HeadParser(HttpRequestParser):
             self._waiting.popleft()
 
     def feed_data(self, data: bytes) -> tuple[Any, bool, bytes]:  # type: ignore[override]
-        """Parse bytes, piece by piece; answer the requests whose heads are whole, and whether
-        another protocol comes behind them, with its bytes. Raises HttpProcessingError.
+        """Parse bytes; answer the requests whose heads are whole, and whether another protocol
+        comes behind them, with its bytes. Raises HttpProcessingError.
         """
-        data, found = self._rest + data, []
+        if self._has_refused:
+            return [], False, b""
+        data, self._rest = self._rest + data, b""
+        try:
+            return self._feed_pieces(data)
+        except HttpProcessingError:
+            self._has_refused = True
+            raise
+
+    def _feed_pieces(self, data: bytes) -> tuple[Any, bool, bytes]:
+        """Parse bytes piece by piece, so that a head is refused before all of it is parsed."""
+        found: list[Any] = []
         while True:
             is_full = len(self._waiting) >= MAX_MSG_QUEUE_SIZE
             piece = b"" if is_full else data[:HEAD_BYTES_MAX]
@@ -289,11 +302,6 @@ class PromptConnection(web.RequestHandler):
         if self._current_request is None:  # else it is a websocket, which looks after itself
             self._expect_progress(sys.maxsize)
 
-    def resume_writing(self) -> None:
-        """Expect no more progress: most was taken."""
-        super().resume_writing()
-        self._expect_nothing()
-
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Go on with what has come of a body, but not in this turn: whoever empties the stream of
         a body would go on until all that has come is parsed.
@@ -307,8 +315,11 @@ class PromptConnection(web.RequestHandler):
     def _resume(self) -> None:
         self._resumption = None
         super().resume_reading()
-        if self._rests:
-            self._pause_transport_reading()
+
+    def _resume_transport_reading(self) -> None:
+        """Read again, unless it rests."""
+        if not self._rests:
+            super()._resume_transport_reading()
 
     def _cancel_resumption(self) -> None:
         if self._resumption is not None:
@@ -316,13 +327,16 @@ class PromptConnection(web.RequestHandler):
             self._resumption = None
 
     def _expect_progress(self, unsent_before: int) -> None:
-        """Cut the connection unless some of what was unsent has been taken; look again later."""
+        """Cut the connection unless some of what was unsent has been taken; look again later, until
+        nothing is unsent.
+        """
+        self._expect_nothing()
         if self.transport is None:
             return
         unsent = self.transport.get_write_buffer_size()
         if unsent >= unsent_before:
             self.transport.abort()
-        else:
+        elif unsent:
             self._progress = self._loop.call_later(STALLED_SECONDS, self._expect_progress, unsent)
 
     def _expect_nothing(self) -> None:
@@ -345,6 +359,8 @@ class PromptConnection(web.RequestHandler):
             rests = answer.status in RESTING
             if isinstance(answer, web.Response):
                 answer._body = None  # aiohttp keeps the answer until the next request
+            if self._progress is None:
+                self._expect_progress(sys.maxsize)
             return answer, reset
         finally:
             give_back = request.get(GIVE_BACK, nothing)
@@ -716,11 +732,13 @@ class Trusted:
 
     def end(self, keys: Iterable[Hashable]) -> None:
         """Believe nothing of these keys, nor what is being asked about them right now."""
+        now = time.monotonic()
         if len(self._ended) > FACTS_MAX:
-            self._ended.clear()
+            kept = now - ENDS_KEPT_SECONDS
+            self._ended = {key: at for key, at in self._ended.items() if at > kept}
         for key in keys:
             self._facts.pop(key, None)
-            self._ended[key] = time.monotonic()
+            self._ended[key] = now
 
 
 # ---- Passwords

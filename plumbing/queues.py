@@ -2,7 +2,7 @@
 """
 
 import itertools
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
@@ -20,7 +20,9 @@ class Queues(Generic[Thing]):
     """
 
     def __init__(self) -> None:
-        self._of: dict[Hashable, deque[Thing]] = {}  # the key whose turn is next stands first
+        # The key whose turn is next stands first; of a plain dict, to take the first of very many
+        # again and again takes longer each time.
+        self._of: OrderedDict[Hashable, deque[Thing]] = OrderedDict()
         self._count = 0
 
     def __len__(self) -> int:
@@ -48,9 +50,10 @@ class Queues(Generic[Thing]):
         for key, queue in self._of.items():
             if is_free(key):
                 thing = queue.popleft()
-                del self._of[key]
                 if queue:
-                    self._of[key] = queue
+                    self._of.move_to_end(key)
+                else:
+                    del self._of[key]
                 self._count -= 1
                 return key, thing
         return None

@@ -250,6 +250,28 @@ async def test_items_of_a_lock_keep_their_order_where_their_group_fails() -> Non
     assert sorted(written) == ["a1", "a2", "a3", "b1", "b2"]
 
 
+async def test_lanes_end_with_what_waits_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items whose locks are held for too long are refused, and nothing of their lanes stays."""
+    monkeypatch.setattr(groups, "WRITE_SECONDS", 0.3)
+
+    class Held(Noting):
+        """A writer whose locks are all held by somebody else."""
+
+        async def commit(self, items: list[str]) -> list[str]:
+            await asyncio.sleep(0.05)
+            raise database.Unavailable from asyncpg.LockNotAvailableError()
+
+        def lock_of(self, item: str) -> str:
+            return item
+
+    writer, outcomes = Held(), []
+    for number in range(100):
+        writer.put(str(number), "", outcomes.append)
+    await writer.finish()
+    assert [type(outcome) for outcome in outcomes] == [database.Unavailable] * 100
+    assert not writer._lanes
+
+
 async def test_group_is_bounded_by_what_its_items_are_worth() -> None:
     """Of large items fewer share a commit, and one alone may be larger than a group."""
     writer = Noting()

@@ -17,12 +17,15 @@ import bcrypt
 import msgspec
 import pytest
 from aiohttp import web
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.test_utils import TestClient, make_mocked_request
 from multidict import CIMultiDict
 
 import messenger
 from plumbing import guard
 from plumbing.guard import (
+    PromptConnection,
     Rate,
     Signer,
     Trusted,
@@ -121,6 +124,96 @@ async def test_requests_that_come_ahead_are_bounded_in_bytes(
     assert heard.count(b"HTTP/1.1 ") <= 1_000
     assert b"malformed-request" in heard.split(b"HTTP/1.1 ")[-1]
     caller.close()
+
+
+async def test_nothing_is_parsed_behind_a_refusal() -> None:
+    """A connection whose request was refused may stay until its earlier answers are read: what
+    comes over it meanwhile is dropped, whole requests too."""
+    get, loop = b"GET / HTTP/1.1\r\nHost: x\r\n", asyncio.get_running_loop()
+    for refused in (get + fields(50), b"\x00\x01\r\n\r\n"):
+        parser = guard.HeadParser(BaseProtocol(loop), loop, 65_536, max_msg_queue_size=32)
+        assert len(parser.feed_data(get + b"\r\n")[0]) == 1
+        with pytest.raises(HttpProcessingError):
+            parser.feed_data(refused)
+        for more in (get + b"\r\n", fields(50), b"\x00"):
+            assert parser.feed_data(more) == ([], False, b"")
+
+
+async def test_connection_that_rests_is_not_read_by_another_way(
+    anyone: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that has been read too often rests until its turn, also where its waiting
+    requests have been answered meanwhile."""
+    reads, resting = [], []
+    data_received = PromptConnection.data_received
+
+    def note(self: PromptConnection, data: bytes) -> None:
+        if data:
+            reads.append(self._rests)
+        data_received(self, data)
+        if len(reads) == 1:
+            resting.append(self)
+            self.rest()
+
+    monkeypatch.setattr(PromptConnection, "data_received", note)
+    get = b"GET /api/v1/health/liveness HTTP/1.1\r\nHost: x\r\n\r\n"
+    caller = await RawConnection.opens(anyone.port, get * 40)  # more than may wait
+    assert [(await caller.hears())[0] for _ in range(40)] == [200] * 40
+    caller.writer.write(get)
+    await asyncio.sleep(0.2)
+    assert reads == [False]
+    resting[0].read_on()
+    assert (await caller.hears())[0] == 200
+    caller.close()
+
+
+@pytest.mark.parametrize("unsent_bytes", [20_000, 300_000])
+async def test_answer_that_is_not_read_ends_its_connection(
+    aiohttp_client: Callable[..., Awaitable[Client]], unsent_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However little of an answer is left that its client does not read, the connection is cut in
+    a while; one whose client reads on is kept."""
+    monkeypatch.setattr(guard, "STALLED_SECONDS", 0.5)
+    connections: list[PromptConnection] = []
+    connection_made = PromptConnection.connection_made
+
+    def note(self: PromptConnection, transport: Any) -> None:
+        connection_made(self, transport)
+        connections.append(self)
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(body=bytes(int(request.query["size"])))
+
+    monkeypatch.setattr(PromptConnection, "connection_made", note)
+    app = web.Application()
+    app.router.add_get("/", answer)
+    port = (await aiohttp_client(app)).port or 0
+
+    def asks(size: int) -> socket.socket:
+        end = socket.socket()
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        end.connect(("127.0.0.1", port))
+        end.sendall(b"GET /?size=%d HTTP/1.1\r\nHost: x\r\n\r\n" % size)
+        return end
+
+    async def unsent_of(number: int) -> int:
+        while len(connections) <= number or connections[number].transport is None:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        return connections[number].transport.get_write_buffer_size()
+
+    async with asyncio.timeout(HEAR_SECONDS):
+        ends = [asks(20_000_000)]
+        taken = 20_000_000 - await unsent_of(0)  # by the system
+        ends.append(asks(taken + unsent_bytes))
+        ends.append(asks(10))
+        assert 0 < await unsent_of(1) < 2 * unsent_bytes
+        while connections[0].transport is not None or connections[1].transport is not None:
+            await asyncio.sleep(0.01)
+    assert connections[2].transport is not None
+    for end in ends:
+        end.close()
 
 
 async def test_body_of_many_chunks_is_parsed_in_many_turns(
@@ -1042,6 +1135,16 @@ def test_fact_is_believed_for_a_while() -> None:
     assert not any((trusted.holds(1, "other"), trusted.holds(2, "fact"), trusted.holds(3, None)))
     trusted.forget()
     assert not trusted.holds(1, "fact")
+
+
+def test_ends_are_remembered_however_many_there_are() -> None:
+    """What ended a moment ago is not believed by an older answer, though very many others ended."""
+    trusted, asked_at = Trusted(60), time.monotonic()
+    time.sleep(0.01)
+    trusted.end([-1])
+    for _ in range(2):
+        trusted.end(range(guard.FACTS_MAX + 1))
+    assert not trusted.put(-1, "fact", asked_at)
 
 
 def test_what_ended_while_it_was_asked_about_is_not_believed() -> None:
