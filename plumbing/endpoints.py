@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import math
+import os
 import re
 import time
 import types
@@ -405,17 +406,19 @@ class CallSlots:
     def of(cls, settings: ServerSettings, address_of: Callable[[web.Request], str]) -> Self:
         """Make those of an application.
 
-        Heavy calls on more than half of the database's connections would not read more; they would
-        only delay the light ones. An address has few of their turns, at first a single one: two
-        large pages at a time would take all of a core. Of changes it has a third: a client that
-        writes a proxy's header itself may count as two addresses (guard.client_address).
+        Heavy calls on more than half of the database's connections, or on more than there are
+        cores, would not read more; they would only delay the light ones. An address has few of
+        their turns, at first a single one: two large pages at a time would take all of a core. Of
+        changes it has a third: a client that writes a proxy's header itself may count as two
+        addresses (guard.client_address).
         """
         light, heavy, of_address, heavy_of_address = [
             Slots(settings.bound(limit)) for limit in (
                 settings.calls_per_user, settings.reads_per_user, settings.calls_per_address,
                 HEAVY_OF_ADDRESS_MAX)]
         at_once = max(2, settings.database_connections // 2)
-        heavy_reading = Turns(at_once, of_each=settings.bound(max(1, at_once // 5)))
+        heavy_at_once = max(2, min(at_once, os.cpu_count() or 1))
+        heavy_reading = Turns(heavy_at_once, of_each=settings.bound(max(1, heavy_at_once // 5)))
         reading = Turns(settings.database_connections)
         writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         starts = Turns(1) if settings.rate_limits == "on" else None

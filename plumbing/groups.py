@@ -420,7 +420,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
             if lane := self._lanes.pop(self.lock_of(entry.item), None):
                 for held in reversed(lane):
                     self._pending.put_back(held.party, held)
-                lane.clear()  # their deadlines are the group's again
+                lane.clear()  # so that _expire, which is still to come, finds none of them
                 self._run()
 
 

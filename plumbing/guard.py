@@ -27,7 +27,7 @@ from weakref import WeakValueDictionary
 import bcrypt
 import jwt
 from aiohttp import web, web_protocol, web_response, web_server
-from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, _ErrInfo
@@ -48,7 +48,7 @@ from plumbing.text import composed
 
 HEAD_BYTES_MAX = 16 * 1024  # of all headers of a request
 AHEAD_BYTES_MAX = 32 * 1024  # of requests that come before the one in front of them is answered
-READS_PER_SECOND = 1000  # of all connections of an address, that need no turn
+READS_PER_SECOND = 1000  # of all connections of an address; further reads wait for a turn
 ENDS_AT_ONCE = 10  # the same of their ends, which come together where somebody hangs up on all
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
@@ -182,15 +182,15 @@ def party_of(address: Address) -> str:
 
 
 class HeadParser(HttpRequestParser):
-    """Parses requests like aiohttp's own, but refuses a head of more than HEAD_BYTES_MAX: of one
-    that is not whole some two times as much may be held. aiohttp takes 128 fields of 8 KB each,
-    which stay for as long as the connection is a websocket.
+    """Parses requests like aiohttp's own, but refuses a head of more than HEAD_BYTES_MAX. Of a head
+    that is not whole up to twice as much may be held: it is measured once for each piece. aiohttp
+    takes 128 fields of 8 KB each, which stay for as long as the connection is a websocket.
 
     Where several requests wait to be answered (RFC 9112, section 9.3.2), those behind the first one
     may have AHEAD_BYTES_MAX together. aiohttp takes 32, of any size.
     """
 
-    __slots__ = ("_body", "_has_refused", "_head_bytes", "_rest", "_waiting")
+    __slots__ = ("_behind", "_body", "_has_refused", "_head_bytes", "_waiting")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -198,7 +198,7 @@ class HeadParser(HttpRequestParser):
         self._has_refused = False  # once, and for good: what comes afterwards is dropped
         self._head_bytes = 0  # of the next one, whose head is not whole yet
         self._waiting: deque[int] = deque()  # about how many bytes each request has that waits
-        self._rest = b""  # what came behind as many of them as may wait
+        self._behind = b""  # what came behind as many of them as may wait
 
     def message_consumed(self) -> None:
         """Take note that one of the requests that wait is being answered."""
@@ -212,12 +212,12 @@ class HeadParser(HttpRequestParser):
         """
         if self._has_refused:
             return [], False, b""
-        data, self._rest = self._rest + data, b""
+        data, self._behind = self._behind + data, b""
         try:
             return self._feed_pieces(data)
-        except HttpProcessingError:
+        except HttpProcessingError:  # its text quotes much of what came
             self._has_refused = True
-            raise
+            raise BadHttpMessage("The request cannot be read.") from None
 
     def _feed_pieces(self, data: bytes) -> tuple[Any, bool, bytes]:
         """Parse bytes piece by piece, so that a head is refused before all of it is parsed."""
@@ -231,7 +231,7 @@ class HeadParser(HttpRequestParser):
             self._head_bytes = 0 if requests or is_body else self._head_bytes + len(piece)
             heads = [sum(map(len, itertools.chain(*head.raw_headers))) for head, _ in requests]
             if max(self._head_bytes, *heads, 0) > HEAD_BYTES_MAX:
-                raise LineTooLong(b"", HEAD_BYTES_MAX)
+                raise BadHttpMessage("the head is too long")
             found += requests
             self._waiting += [0] * len(requests)
             if self._waiting:
@@ -239,13 +239,13 @@ class HeadParser(HttpRequestParser):
             if len(self._waiting) > 1:
                 ahead = sum(self._waiting) - self._waiting[0] + len(data)
                 if ahead > AHEAD_BYTES_MAX:
-                    raise LineTooLong(b"", AHEAD_BYTES_MAX)
+                    raise BadHttpMessage("too much came ahead")
             if requests:
                 self._body = requests[-1][1]
             if is_other:
                 return found, True, tail + data
             if is_full or not data:
-                self._rest = data
+                self._behind = data
                 return found, False, b""
 
 
@@ -264,14 +264,14 @@ class PromptConnection(web.RequestHandler):
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("_progress", "_rests", "_resumption", "give_up", "guest")
+    __slots__ = ("_awaits_turn", "_progress", "_resumption", "give_up", "guest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
             *args, **options | {"auto_decompress": False, "read_bufsize": BUFFER_BYTES})
         self.guest = Guest()  # whose it is
         self.give_up: Callable[[], object] = nothing  # called when it is lost (unless_gone)
-        self._rests = False  # whether reading goes on in a turn of its own
+        self._awaits_turn = False  # whether reading goes on in a turn of its own
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
         self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
 
@@ -300,7 +300,7 @@ class PromptConnection(web.RequestHandler):
         """Expect progress: more is to be sent than the system takes."""
         super().pause_writing()
         if self._current_request is None:  # else it is a websocket, which looks after itself
-            self._expect_progress(sys.maxsize)
+            self._expect_progress(self.transport, sys.maxsize)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Go on with what has come of a body, but not in this turn: whoever empties the stream of
@@ -317,8 +317,8 @@ class PromptConnection(web.RequestHandler):
         super().resume_reading()
 
     def _resume_transport_reading(self) -> None:
-        """Read again, unless it rests."""
-        if not self._rests:
+        """Read again, unless it waits for a turn."""
+        if not self._awaits_turn:
             super()._resume_transport_reading()
 
     def _cancel_resumption(self) -> None:
@@ -326,18 +326,19 @@ class PromptConnection(web.RequestHandler):
             self._resumption.cancel()
             self._resumption = None
 
-    def _expect_progress(self, unsent_before: int) -> None:
+    def _expect_progress(self, transport: asyncio.Transport | None, unsent_before: int) -> None:
         """Cut the connection unless some of what was unsent has been taken; look again later, until
         nothing is unsent.
         """
         self._expect_nothing()
-        if self.transport is None:
+        if transport is None:
             return
-        unsent = self.transport.get_write_buffer_size()
+        unsent = transport.get_write_buffer_size()
         if unsent >= unsent_before:
-            self.transport.abort()
+            transport.abort()
         elif unsent:
-            self._progress = self._loop.call_later(STALLED_SECONDS, self._expect_progress, unsent)
+            self._progress = self._loop.call_later(
+                STALLED_SECONDS, self._expect_progress, transport, unsent)
 
     def _expect_nothing(self) -> None:
         if self._progress is not None:
@@ -360,7 +361,7 @@ class PromptConnection(web.RequestHandler):
             if isinstance(answer, web.Response):
                 answer._body = None  # aiohttp keeps the answer until the next request
             if self._progress is None:
-                self._expect_progress(sys.maxsize)
+                self._expect_progress(self.transport, sys.maxsize)
             return answer, reset
         finally:
             give_back = request.get(GIVE_BACK, nothing)
@@ -378,17 +379,17 @@ class PromptConnection(web.RequestHandler):
             error.__traceback__ = None  # else all that came stays with it, until it is answered
         if self._waiter is not None and not self._waiter.done():
             self._await_head()
-        if not self._rests:
+        if not self._awaits_turn:
             self.guest.note_read(self)
 
     def rest(self) -> None:
         """Read nothing more, until `read_on`."""
-        self._rests = True
+        self._awaits_turn = True
         self._pause_transport_reading()
 
     def read_on(self) -> None:
         """Read again, unless there is another reason not to."""
-        self._rests = False
+        self._awaits_turn = False
         if not self._reading_paused and not self._buffer_paused:
             self._resume_transport_reading()
 

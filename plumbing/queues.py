@@ -37,15 +37,15 @@ class Queues(Generic[Thing]):
         self._count += 1
 
     def put_back(self, key: Hashable, thing: Thing) -> None:
-        """Let a thing wait before those of its key."""
+        """Let a thing wait before those of its key; a key of which nothing waits comes last."""
         self._of.setdefault(key, deque()).appendleft(thing)
         self._count += 1
 
     def take(
         self, is_free: Callable[[Hashable], bool] = any_key
     ) -> tuple[Hashable, Thing] | None:
-        """Take the first thing of the key whose turn it is, of those that are free; answer both, or
-        None where nothing waits that could be taken.
+        """Take the first thing of the first key that is free, which then comes behind all others;
+        answer both, or None where nothing waits that could be taken.
         """
         for key, queue in self._of.items():
             if is_free(key):

@@ -149,7 +149,7 @@ async def test_connection_that_rests_is_not_read_by_another_way(
 
     def note(self: PromptConnection, data: bytes) -> None:
         if data:
-            reads.append(self._rests)
+            reads.append(self._awaits_turn)
         data_received(self, data)
         if len(reads) == 1:
             resting.append(self)
