@@ -1208,3 +1208,17 @@ async def test_every_limit_is_a_setting() -> None:
         assert 0 < spent[-1] <= 0.5
     usual = messenger.Settings()
     assert (usual.messages_burst, usual.messages_per_second, usual.sockets_per_user) == (60, 20, 50)
+
+
+async def test_what_tells_of_a_deleted_account_is_counted(house: House) -> None:
+    """Who is in the chats of a deleted account is told at the pace of all that an address may have
+    written to others."""
+    here = await house.opens(deliveries_per_second=4)
+    alice, bob = await house.takes_in(here, "alice"), await house.takes_in(here, "bob")
+    chats = [await alice.founds(bob) for _ in range(4)]
+    lines = [await alice.listens_live(chat) for chat in chats for _ in range(2)]
+    began = time.monotonic()
+    await bob.expects(204, "DELETE", f"/users/{bob.id}")
+    for line in lines:
+        await line.hears("chat_updated")
+    assert time.monotonic() - began >= 3 * 2 / 4

@@ -20,7 +20,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer, make_mocked_request
 
 import messenger
-from plumbing import database, endpoints, guard, search
+from plumbing import database, endpoints, guard, search, websocket
 from plumbing.credentials import checked_email
 from plumbing.endpoints import Problem
 from plumbing.guard import PromptConnection, Rate
@@ -363,6 +363,65 @@ async def test_sockets_that_come_into_a_chat_do_so_in_turn_with_others(
         assert frame["data"]["id"] == chat
     assert seen
     assert turns.done > len(lines)  # some were to be shown it again
+
+
+async def test_sockets_leave_very_many_chats_in_turn_with_others(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """A socket that closes leaves a few of its rooms in a turn of the loop, and all of them in the
+    end; who joins meanwhile hears what comes."""
+    monkeypatch.setattr(messenger, "FOLLOWED_PAGE", 5)
+    chats = [await alice.founds(bob) for _ in range(60)]
+    rooms = app[messenger.ROOMS]
+    line = await bob.client.ws_connect("/ws", headers=bob.headers)
+    async with asyncio.timeout(HEAR_SECONDS):
+        while len(rooms.stands()) < len(chats):
+            await asyncio.sleep(0.01)
+    turns, leave_room = Turns(len(chats)), messenger.Rooms._leave_room
+
+    def count(*arguments: Any) -> None:
+        turns.done += 1
+        leave_room(*arguments)
+
+    monkeypatch.setattr(messenger.Rooms, "_leave_room", count)
+    for socket in rooms.all_sockets():
+        rooms.close(websocket.GOING_AWAY, socket)
+    assert rooms.all_sockets() == []
+    assert rooms.count_sockets(bob.id) == 0
+    assert await turns.most() <= 10
+    other = await bob.listens_live(chats[-1])
+    assert list(rooms.stands()) == [chats[-1]]
+    await alice.says(chats[-1], "still here")
+    await other.hears_text("still here")
+    await line.close()
+
+
+@pytest.mark.parametrize("how", ["close_room", "start_over"])
+async def test_room_of_sockets_that_still_leave_serves_nobody_else(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any, how: str
+) -> None:
+    """Where a room was given up, who joins gets a new one, though some are still leaving it."""
+    monkeypatch.setattr(messenger, "FOLLOWED_PAGE", 1)
+    chats = [await alice.founds(bob) for _ in range(20)]
+    rooms = app[messenger.ROOMS]
+    await bob.client.ws_connect("/ws", headers=bob.headers)
+    async with asyncio.timeout(HEAR_SECONDS):
+        while len(rooms.stands()) < len(chats):
+            await asyncio.sleep(0.01)
+    room = rooms._rooms[chats[-1]]
+    with monkeypatch.context() as patch:
+        patch.setattr(guard.Turns, "call", lambda *_: asyncio.sleep(0.5))
+        getattr(rooms, how)(chats[-1])
+        assert room.sockets
+    for socket in list(room.sockets):
+        rooms.leave(socket)
+    other = await alice.listens_live(chats[-1])
+    assert rooms._rooms[chats[-1]] is not room
+    async with asyncio.timeout(HEAR_SECONDS):
+        while room.sockets:
+            await asyncio.sleep(0.01)
+    await bob.says(chats[-1], "news")
+    await other.hears_text("news")
 
 
 async def test_slow_handshake_closes_no_others_socket(
