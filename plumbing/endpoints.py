@@ -427,7 +427,7 @@ class CallSlots:
             address_of)
 
     async def let_begin(self, request: web.Request) -> None:
-        """Let a call begin in a turn of the loop of its own: whatever came at the same time, each
+        """Let a call begin in a round of the loop of its own: whatever came at the same time, each
         address gets one into each.
         """
         if self.starts is not None:

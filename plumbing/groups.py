@@ -78,7 +78,7 @@ class GroupReader(Generic[Item, Outcome]):
 async def tell_in_turn(
     waiting: list[list[asyncio.Future[Outcome]]], outcomes: list[Outcome]
 ) -> None:
-    """Tell who waits what was found, one in each turn of the loop: what each does then may take
+    """Tell who waits what was found, one in each round of the loop: what each does then may take
     long, and others come in between.
     """
     for futures, outcome in zip(waiting, outcomes, strict=True):

@@ -213,17 +213,17 @@ class HeadParser(HttpRequestParser):
         if self._has_refused:
             return [], False, b""
         data, self._behind = self._behind + data, b""
-        try:
+        with contextlib.suppress(HttpProcessingError):
             return self._feed_pieces(data)
-        except HttpProcessingError:  # its text quotes much of what came
-            self._has_refused = True
-            raise BadHttpMessage("The request cannot be read.") from None
+        self._has_refused = True
+        raise BadHttpMessage("malformed")  # in place of one whose text quotes much of what came
 
     def _feed_pieces(self, data: bytes) -> tuple[Any, bool, bytes]:
         """Parse bytes piece by piece, so that a head is refused before all of it is parsed."""
         found: list[Any] = []
         while True:
             is_full = len(self._waiting) >= MAX_MSG_QUEUE_SIZE
+            # Nothing is parsed, too: what the parser kept back may end a body.
             piece = b"" if is_full else data[:HEAD_BYTES_MAX]
             data = data[len(piece):]
             is_body = not self._body.is_eof()
@@ -254,7 +254,7 @@ class PromptConnection(web.RequestHandler):
     and bytes of an answer that waits to be sent are taken every STALLED_SECONDS.
 
     Bodies come as they were sent, compressed or not: aiohttp unfolds without bound what it drops.
-    One of many small chunks is not parsed in a single turn of the loop.
+    One of many small chunks is not parsed in a single round of the loop.
 
     A request after which another protocol would be spoken (`CONNECT`, `Upgrade`) is the last of its
     connection, whatever its answer: aiohttp takes the body of a CONNECT for the next request, which
@@ -527,7 +527,7 @@ class Rounds:
             following[1]()
 
 
-class Counted(Guest):
+class CountedGuest(Guest):
     """A guest from an address whose connections are counted."""
 
     __slots__ = ("_open", "_party", "_rounds")
@@ -575,7 +575,7 @@ class Connections:
                     "%d connections are open from one address: no more of it are accepted",
                     self._at_most)
             return None
-        return Counted(party, self._open, self._rounds)
+        return CountedGuest(party, self._open, self._rounds)
 
 
 # ---- Turns
@@ -633,7 +633,7 @@ class Turns:
                 turn.set_result(None)
 
     async def come(self, key: Hashable) -> None:
-        """Wait for a turn, which lasts for a turn of the loop: of all who come one goes on in each.
+        """Wait for a turn that lasts for a round of the loop: of all who come, one goes on in each.
         """
         await self.call(key, nothing)
 
@@ -646,8 +646,8 @@ class Turns:
     async def run(
         self, key: Hashable, work: Callable[..., Awaitable[Result]], *args: Any
     ) -> Result:
-        """Do some work in a turn, which is also a turn of the loop of its own: others come in
-        between, even where nothing of it awaits anything.
+        """Do some work in a turn, and in a round of the loop of its own: others come in between,
+        even where nothing of it awaits anything.
         """
         await self.take(key)
         try:
@@ -693,7 +693,7 @@ class Slots:
     async def run(
         self, key: Hashable, work: Callable[..., Awaitable[Result]], *args: Any
     ) -> Result:
-        """Do some work in a slot, which is also a turn of the loop of its own (Turns.run)."""
+        """Do some work in a slot, and in a round of the loop of its own (Turns.run)."""
         if not self._at_once:
             return await work(*args)
         return await self._of.setdefault(key, Turns(self._at_once)).run(key, work, *args)

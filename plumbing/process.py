@@ -127,7 +127,9 @@ def nothing() -> None:
 
 
 class Guest:
-    """Whose connection was accepted: is told of each read, and of the end, which it may delay."""
+    """Whose connection was accepted: is told of each read, and of the end, which it may delay. This
+    one takes note of nothing.
+    """
 
     __slots__ = ()  # there are many
 

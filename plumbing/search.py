@@ -1,6 +1,6 @@
 """Texts taken apart for a search.
 
-A long text takes milliseconds. So one is taken apart in a turn of the loop, and those who ask for
+A long text takes milliseconds. So one is taken apart in a round of the loop, and those who ask for
 it take turns.
 """
 

@@ -74,7 +74,7 @@ class FragmentReader(WebSocketReader):
 
 
 # aiohttp lets nobody choose the reader, nor for how many bytes it reads ahead of who takes the
-# frames: of empty ones very many would be parsed in one turn of the loop, for each socket.
+# frames: of empty ones very many would be parsed in one round of the loop, for each socket.
 web_ws.WebSocketReader = FragmentReader  # type: ignore[attr-defined]
 web_ws.DEFAULT_CHUNK_SIZE = READ_AHEAD_BYTES  # type: ignore[attr-defined]
 

@@ -695,7 +695,7 @@ async def test_what_is_written_belongs_to_the_address_that_it_came_from(
 
 
 async def test_calls_of_an_address_begin_in_turns_with_others(house: House) -> None:
-    """Of all calls that come at the same time one begins in each turn of the loop, and addresses
+    """Of all calls that come at the same time one begins in each round of the loop, and addresses
     take turns: many of one address hold up no other's, whatever they ask for."""
     here = await house.opens()
     starts = slots_of(app_of(here)).starts

@@ -163,7 +163,7 @@ async def test_message_in_many_fragments_is_read(alice: Person, bob: Person, raw
 
 
 class Turns:
-    """Somebody who has a turn of the loop whenever it comes round, until so much was done."""
+    """Somebody who has a round of the loop whenever it comes round, until so much was done."""
 
     def __init__(self, enough: int) -> None:
         self.done = 0  # is counted up by whoever does it
@@ -231,7 +231,7 @@ async def test_connections_that_are_read_too_often_are_read_in_turns(
     def come_in(self: PromptConnection, transport: Any) -> None:
         connection_made(self, transport)
         party = "flood" if len(flood) < FLOOD else "another"
-        self.guest = guard.Counted(party, opened, rounds)
+        self.guest = guard.CountedGuest(party, opened, rounds)
 
     def count(self: PromptConnection, data: bytes) -> None:
         turns.done += 1
@@ -274,7 +274,7 @@ async def test_connections_that_all_end_at_once_end_in_turns(
 
     def come_in(self: PromptConnection, transport: Any) -> None:
         connection_made(self, transport)
-        self.guest = guard.Counted("flood", opened, rounds)
+        self.guest = guard.CountedGuest("flood", opened, rounds)
 
     def count(self: PromptConnection, exc: BaseException | None) -> None:
         turns.done += 1
@@ -317,7 +317,7 @@ async def test_syncs_are_done_in_turn_with_others(
 async def test_sync_of_many_chats_is_done_in_turn_with_others(
     app: web.Application, alice: Person, bob: Person, monkeypatch: Any
 ) -> None:
-    """Of one sync that names many chats, only a few begin to be replayed in a turn of the loop."""
+    """Of one sync that names many chats, only a few begin to be replayed in a round of the loop."""
     chats = [await alice.founds(bob) for _ in range(3 * messenger.SYNC_PIECE)]
     line = await alice.client.ws_connect("/ws", headers=alice.headers)
     turns, put_replay = Turns(len(chats)), messenger.Rooms._put_replay
@@ -334,7 +334,7 @@ async def test_sync_of_many_chats_is_done_in_turn_with_others(
 async def test_sockets_that_come_into_a_chat_do_so_in_turn_with_others(
     app: web.Application, alice: Person, bob: Person, monkeypatch: Any
 ) -> None:
-    """Of the sockets of who comes into a chat, one joins it in each turn of the loop; where it
+    """Of the sockets of who comes into a chat, one joins it in each round of the loop; where it
     changes meanwhile, those to come are shown it as it is then."""
     lines = [await bob.client.ws_connect("/ws", headers=bob.headers) for _ in range(20)]
     turns, show_chat = Turns(len(lines)), messenger.Rooms._show_chat
@@ -368,7 +368,7 @@ async def test_sockets_that_come_into_a_chat_do_so_in_turn_with_others(
 async def test_sockets_leave_very_many_chats_in_turn_with_others(
     app: web.Application, alice: Person, bob: Person, monkeypatch: Any
 ) -> None:
-    """A socket that closes leaves a few of its rooms in a turn of the loop, and all of them in the
+    """A socket that closes leaves a few of its rooms in a round of the loop, and all of them in the
     end; who joins meanwhile hears what comes."""
     monkeypatch.setattr(messenger, "FOLLOWED_PAGE", 5)
     chats = [await alice.founds(bob) for _ in range(60)]
