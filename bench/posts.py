@@ -63,12 +63,20 @@ def calling(
     return partial(bench.ceiling, function, server.dsn, chats, ids, group, bench.seconds)
 
 
-async def behind_bare_socket(bench: Bench, port: int) -> Figures:
-    """Measure one sender at a bare socket of aiohttp in front of the plain INSERT."""
+async def behind_bare_socket(bench: Bench, port: int, pid: int) -> Figures:
+    """Measure one sender at a bare socket of aiohttp in front of the plain INSERT, and what each of
+    its messages costs that server.
+    """
     again = itertools.repeat(post_frame(TEXT))
     senders = await open_all(port, [partial(Sender, "/ws", "", again)])
+    figures: Figures = {}
+
+    async def post() -> None:
+        figures.update(await post_for(senders, bench.seconds))
+
     with bench.only(None):
-        figures = await post_for(senders, bench.seconds)
+        [own] = await processor_time(post(), [pid])
+    figures["server"] = own / senders[0].answered
     close_all(senders)
     return figures
 
@@ -109,11 +117,11 @@ async def rows(bench: Bench) -> list[Row]:
         nothing = (ceilings.serve_bare, server.dsn, ceilings.PLAIN_PAGE, (single, 1, 1))
         call, insert = ceilings.call_posts, ceilings.call_inserts
         await asyncio.sleep(served_at + ALONE_SECONDS - time.monotonic())
-        with serving(*behind) as (bare_port, _), serving(*nothing) as told:
+        with serving(*behind) as behind_told, serving(*nothing) as told:
             found = await bench.alternate(
                 "posts",
                 one=posting(bench, server, [alone]),
-                one_bare=partial(behind_bare_socket, bench, bare_port),
+                one_bare=partial(behind_bare_socket, bench, *behind_told),
                 one_ceiling=calling(bench, server, call, same_chats[:1], people[:1], 1),
                 one_insert=calling(bench, server, insert, same_chats[:1], people[:1], 1),
                 cost=partial(costing, bench, server, alone),
@@ -185,6 +193,11 @@ def insert_rows(found: dict[str, Figures]) -> list[Row]:
             "a lone message over a socket: processor time of the server",
             f"{cost['server']:.2f} ms", f"{empty:.2f} ms", cost["server"] / empty,
             "x an empty answer", at_most=2.5, figures=cost,
+        ),
+        Row(
+            "the same of a bare socket before a plain insert",
+            f"{bare['server']:.2f} ms", f"{empty:.2f} ms", bare["server"] / empty,
+            "x an empty answer", figures=bare,
         ),
     ]
     for work, key, limit in (
