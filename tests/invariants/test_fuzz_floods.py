@@ -27,6 +27,7 @@ FLOOD_SECONDS = 5.0 if LONG else 1.0
 P99_SECONDS = 0.1 if LONG else HEAR_SECONDS  # of an honest call; long: on a quiet machine
 PAUSE_SECONDS = 0.02  # between two honest calls
 CONNECTIONS = 200
+MEMORY_MB_MAX = 250
 ACCOMPLICES = 49 if LONG else 4  # other accounts of the stranger
 BLOCK = 4_000  # control frames in one write
 ENDING = ("refresh", "logout", "delete_user", "delete_session")  # calls that end a session
@@ -152,6 +153,12 @@ class Stranger:
             Flood("half of the headers", SILENCE, ["GET / HTTP/1.1\r\nX: "], 2 * CONNECTIONS),
             Flood("unread answers", SILENCE, [
                 self.request("GET", "/api/v1/chats?limit=100")], CONNECTIONS),
+            Flood("requests that wait for no answer", SILENCE, [
+                self.request("GET", "/api/v1/users/me", token="x" * 7_900) * 100,
+                self.request("POST", "/api/v1/users/refresh", "x" * 60_000) * 20], CONNECTIONS),
+            Flood("bodies that are cut off", HASTE, [
+                self.request("POST", "/api/v1/users/login", {"email": "x" * 100})[:-1]],
+                CONNECTIONS),
         ]
 
 
@@ -205,7 +212,7 @@ async def test_honest_user_is_served_beside_floods(
     flooded: Server, people_of: Any, sql: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whatever a stranger floods with, an honest user is refused nothing, and waits for no call
-    long."""
+    long; and the server takes no more memory than its limits allow."""
     mallory, spent, alice, bob = [
         await people_of(flooded, name) for name in ("mallory", "spent", "alice", "bob")]
     await sql.execute(GROUPS.format(owner=mallory.id))
@@ -244,4 +251,5 @@ async def test_honest_user_is_served_beside_floods(
             assert "401" not in heard, f"nothing was flooded by {names}: signed out"
         if p99 > P99_SECONDS:
             slow[names] = p99
+        assert flooded.memory_mb() < MEMORY_MB_MAX, names
     assert slow == {}

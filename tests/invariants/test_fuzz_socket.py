@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import re
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,9 +109,9 @@ class Attack:
             if before // CHAT_FRAMES != self.sent // CHAT_FRAMES:
                 self.begins_chat()
             if before < WARM_UP <= self.sent:
-                self.memory.append(memory_mb(self.population.server.process.pid))
+                self.memory.append(self.population.server.memory_mb())
         self.looks()
-        self.memory.append(memory_mb(self.population.server.process.pid))
+        self.memory.append(self.population.server.memory_mb())
 
     def attacks(self, batch: list[Hostile]) -> None:
         """Send frames and a last one that is sure to be answered, and judge what comes back."""
@@ -192,14 +190,6 @@ class Attack:
         while (told := hears(self.bystander))["data"].get("text") != text:
             assert told["type"] != "error", told
             assert time.monotonic() < deadline
-
-
-def memory_mb(pid: int) -> float:
-    """Answer the resident memory of a process."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1024
 
 
 @pytest.mark.timeout(3600 if LONG else 120)

@@ -112,6 +112,13 @@ class Server:
         lines = self.log().splitlines(keepends=True)
         return "".join(line for line in lines if " INFO " not in line)
 
+    def memory_mb(self) -> float:
+        """Answer its resident memory."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
+        assert found is not None
+        return int(found[1]) / 1024
+
     def postmaster(self) -> int:
         """Answer the pid of its PostgreSQL."""
         return int((self.data / "postgres/postmaster.pid").read_text().split()[0])
