@@ -247,7 +247,8 @@ FEW_LIVE = 20  # ... where more hear of it
 REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
 OWED_BYTES_MAX = 128 * 1024  # of each `ref` that a socket's replays repeat at their end ...
 READY_BYTES = 20  # ... and as many more for each
-BACKGROUND_READS = 4  # at once: of chats that users came into; of pages that sockets missed
+# At once: of chats that users came into; of pages that sockets missed.
+BACKGROUND_READS = min(4, max(2, os.cpu_count() or 1))
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
 REPLAY_PIECE = 10  # of them are put together first; more, where that named few readers
@@ -1337,8 +1338,9 @@ class Rooms:
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self.missed = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
         self._look_ups = GroupReader(self._followed_by)
-        self._joins = guard.Turns(BACKGROUND_READS)  # by user
-        self._coming = OneByOne(self._tasks, self._try_join)  # by user: chats they came into
+        self._joins = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
+        # By user: chats they came into, as many as a new socket joins in one piece.
+        self._coming = OneByOne(self._tasks, self._try_join, FOLLOWED_PAGE)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs
@@ -1497,8 +1499,9 @@ class Rooms:
         Each user joins one chat after the other, so who comes into very many delays nobody.
         """
         for user_id in user_ids:
-            if self._absent(user_id, chat_id):
-                self._coming.put(user_id, chat_id)
+            absent = self._absent(user_id, chat_id)
+            if absent and not self._coming.put(user_id, chat_id):
+                self.close(GOING_AWAY, *absent)  # to come back is less work
 
     def _absent(self, user_id: int, chat_id: int) -> list[Socket]:
         """List the sockets of a user that follow all chats, but this one not yet."""
@@ -1527,7 +1530,8 @@ class Rooms:
         deadline = time.monotonic() + VERSION_SECONDS
         while absent := [socket for socket in sockets
                          if chat_id not in socket.rooms and socket in self._sockets]:
-            chat = await self._joins.run(user_id, read_chat, self.database, chat_id, user_id)
+            address, database = absent[0].address, self.database
+            chat = await self._joins.run(address, read_chat, database, chat_id, user_id)
             frame = encode_frame(ChatOut(data=chat))
             for socket in absent:
                 await self._pieces.call(socket.address, self._show_chat, socket, chat, frame)

@@ -117,20 +117,27 @@ Thing = TypeVar("Thing", bound=Hashable)
 class OneByOne(Generic[Key, Thing]):
     """Does the things of each key one after the other, in a task for as long as there are any.
 
-    What is asked for again while it waits is done once; while it is being done, once more.
+    What is asked for again while it waits is done once; while it is being done, once more. Of each
+    key so many may wait.
     """
 
-    def __init__(self, tasks: Tasks, do: Callable[[Key, Thing], Awaitable[None]]) -> None:
+    def __init__(
+        self, tasks: Tasks, do: Callable[[Key, Thing], Awaitable[None]], at_most: int
+    ) -> None:
         self._tasks = tasks
         self._do = do  # raises nothing
+        self._at_most = at_most
         self._waiting: dict[Key, dict[Thing, None]] = {}  # in the order in which they came
 
-    def put(self, key: Key, thing: Thing) -> None:
-        """Ask for a thing to be done."""
+    def put(self, key: Key, thing: Thing) -> bool:
+        """Ask for a thing to be done; False: too many wait."""
         if key not in self._waiting:
             self._waiting[key] = {}
             self._tasks.spawn(self._run(key))
-        self._waiting[key][thing] = None
+        things = self._waiting[key]
+        if may_wait := thing in things or len(things) < self._at_most:
+            things[thing] = None
+        return may_wait
 
     async def _run(self, key: Key) -> None:
         things = self._waiting[key]

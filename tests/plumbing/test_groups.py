@@ -49,7 +49,7 @@ async def test_things_of_a_key_are_done_one_by_one() -> None:
         await free[key].acquire()
         done.append((key, thing))
 
-    one_by_one = OneByOne(Tasks(), do)
+    one_by_one = OneByOne(Tasks(), do, 3)
     for key, thing in (("a", 1), ("a", 2), ("a", 3), ("a", 2), ("b", 1)):
         one_by_one.put(key, thing)
     for key in ("b", "a", "a"):
@@ -61,6 +61,29 @@ async def test_things_of_a_key_are_done_one_by_one() -> None:
         free[key].release()
         await asyncio.sleep(0.01)
     assert done == [("b", 1), ("a", 1), ("a", 2), ("a", 3), ("a", 3), ("b", 1)]
+
+
+async def test_of_each_key_so_many_things_may_wait() -> None:
+    """Beyond as many things as may wait none is taken, unless it waits already; another key's is,
+    and so is the next once there is room again."""
+    done: list[int] = []
+    free = asyncio.Semaphore(0)
+
+    async def do(_key: str, thing: int) -> None:
+        await free.acquire()
+        done.append(thing)
+
+    one_by_one = OneByOne(Tasks(), do, 2)
+    taken = [one_by_one.put("a", thing) for thing in (1, 2, 3, 1)]
+    assert (taken, one_by_one.put("b", 4)) == ([True, True, False, True], True)
+    for _ in range(3):
+        free.release()
+    await asyncio.sleep(0.01)
+    assert sorted(done) == [1, 2, 4]
+    assert one_by_one.put("a", 3)
+    free.release()
+    await asyncio.sleep(0.01)
+    assert sorted(done) == [1, 2, 3, 4]
 
 
 async def test_bad_item_fails_alone(
