@@ -226,7 +226,7 @@ SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without aski
 SESSION_SECRET_BYTES = 8
 SESSIONS_OF_USER_MAX = 50
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
-PARTICIPANTS_A_CHANGE = 50  # with so many a new group counts for one change more
+PARTICIPANTS_A_CHANGE = 10  # with so many a new group counts for one change more
 
 FRAMES_BURST = 2000  # from one socket
 FRAMES_PER_SECOND = 500
@@ -2031,8 +2031,16 @@ SELECT_POSITIONS = """  -- chat_ids
 
 SELECT_JOINED = """  -- user_ids, joined_seconds
     -- participants_joined
-    select p.chat_id, p.user_id from participants p
-    where p.user_id = any ($1) and p.joined_at > now() - make_interval(secs => $2)"""
+    -- Of the newest so many, those of some users; older ones were seen by the poll before. Without
+    -- the limit the plan would be made for a third of the table, and compare each of the users with
+    -- each who joined.
+    select p.chat_id, p.user_id
+    from (
+        select n.chat_id, n.user_id from participants n
+        where n.joined_at > now() - make_interval(secs => $2)
+        order by n.joined_at desc limit 20000
+    ) p
+    where p.user_id in (select unnest($1::bigint[]))"""
 
 SELECT_SESSIONS_ENDED = """  -- ended_seconds
     -- sessions_ended

@@ -52,6 +52,7 @@ PLANS = {
 # What each connection has, whatever its role or database has set otherwise.
 SESSION = {
     "search_path": "public", "timezone": "UTC", "jit": "off",
+    "max_parallel_workers_per_gather": "0",  # other statements need the cores
     "default_transaction_isolation": "read committed", "synchronous_commit": "on",
     "statement_timeout": str(int(WAIT_SECONDS * 1000)),
     "lock_timeout": str(int(WAIT_SECONDS * 500)),

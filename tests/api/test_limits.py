@@ -472,10 +472,10 @@ async def test_changes_of_each_kind_are_limited(house: House) -> None:
 async def test_large_groups_count_for_more(house: House) -> None:
     """A group that somebody makes of many counts for several changes, for each of its people has
     work; a small one counts for one."""
-    here = await house.opens(changes_burst=6, changes_per_minute=1)
+    here = await house.opens(changes_burst=22, changes_per_minute=1)
     alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
     many = {"is_group": True, "name": "x", "participant_ids": [*range(9_000, 9_100), bob.id]}
-    for status in (422, 422, 429):  # 3 each; what is refused for its people was looked for
+    for status in (422, 422, 429):  # 11 each; what is refused for its people was looked for
         answer = await alice.asks("POST", "/chats", many)
         assert answer.status == status, await answer.text()
     for _ in range(6):
