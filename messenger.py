@@ -3601,7 +3601,8 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 # ==== Endpoints ===================================================================================
 # The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
 # passes over parameters that the handler does not name. Of `heavy` calls a user may have fewer at
-# the same time; what `joint` ones change is committed together.
+# the same time; those with the parameter `slow_with` delay none without it. What `joint` ones
+# change is committed together.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -3624,7 +3625,7 @@ ENDPOINTS = (
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants/{user_id}", add_participant_by_id, 201),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/participants/{user_id}", remove_participant, 204),
     Endpoint("POST", "/api/v1/chats/{chat_id}/messages", send_message, 201, joint=True),
-    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages, heavy=True),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages, heavy=True, slow_with="q"),
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages/{message_id}", get_message),
     Endpoint("PATCH", "/api/v1/chats/{chat_id}/messages/{message_id}", change_message, joint=True),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204,

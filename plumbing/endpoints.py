@@ -226,8 +226,9 @@ class Endpoint:
     """One line of the table: what a method on a path calls, and the status of success.
 
     A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
-    Of those that are `heavy` somebody has fewer under way at once. What `joint` ones change is
-    committed together.
+    Of those that are `heavy` somebody has fewer under way at once; with the parameter `slow_with`
+    they take still longer, and delay none without it. What `joint` ones change is committed
+    together.
     """
 
     method: str
@@ -237,6 +238,7 @@ class Endpoint:
     public: bool = False
     any_query: bool = False
     heavy: bool = False
+    slow_with: str = ""
     joint: bool = False
 
 
@@ -399,6 +401,7 @@ class CallSlots:
     starts: Turns | None  # keys: addresses, here and below
     reading: Turns
     heavy_reading: Turns
+    slow_reading: Turns
     writing: Turns
     address_of: Callable[[web.Request], str]
 
@@ -418,13 +421,15 @@ class CallSlots:
                 HEAVY_OF_ADDRESS_MAX)]
         at_once = max(2, settings.database_connections // 2)
         heavy_at_once = max(2, min(at_once, os.cpu_count() or 1))
-        heavy_reading = Turns(heavy_at_once, of_each=settings.bound(max(1, heavy_at_once // 5)))
+        heavy_reading, slow_reading = [
+            Turns(count, of_each=settings.bound(max(1, count // 5)))
+            for count in (heavy_at_once, at_once)]
         reading = Turns(settings.database_connections)
         writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(
-            light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading, writing,
-            address_of)
+            light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading,
+            slow_reading, writing, address_of)
 
     async def let_begin(self, request: web.Request) -> None:
         """Let a call begin in a round of the loop of its own: whatever came at the same time, each
@@ -504,11 +509,12 @@ def in_turns(
     other.
     """
     is_short = endpoint.method == "GET" and not endpoint.heavy
-    turns = slots.heavy_reading if endpoint.heavy else slots.reading if is_short else slots.writing
+    usual = slots.heavy_reading if endpoint.heavy else slots.reading if is_short else slots.writing
     wait = wait_in_time if is_short else wait_patiently
 
     async def work(request: web.Request, **arguments: Any) -> Any:
         address = slots.address_of(request)
+        turns = usual if arguments.get(endpoint.slow_with) is None else slots.slow_reading
         if not turns.take_now(address):
             await unless_gone(request, wait, turns.take, address)
         try:

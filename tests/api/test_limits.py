@@ -606,6 +606,33 @@ async def flooded(
 FLOODING, ANOTHER = {"X-Forwarded-For": "192.0.2.1"}, {"X-Forwarded-For": "192.0.2.2"}
 
 
+async def test_searches_hold_up_no_other_heavy_calls(house: House) -> None:
+    """Searches may take long, and wait for one another; pages and lists do not wait for them, nor
+    they for those."""
+    here = await house.opens()
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    slots = slots_of(app_of(here))
+    pages = (f"/chats/{chat}/messages", "/chats", f"/chats/{chat}/changes", "/users")
+    for turns, free, held in (
+        (slots.slow_reading, pages, [f"{pages[0]}?q=x"]),
+        (slots.heavy_reading, [f"{pages[0]}?q=x"], pages),
+    ):
+        takers = [f"192.0.2.{number}" for number in range(turns._free)]
+        for taker in takers:
+            await turns.take(taker)
+        for path in free:
+            await alice.gets(path)
+        for path in held:
+            waiting = asyncio.create_task(alice.asks("GET", path))
+            await until(lambda turns=turns: waiting_for(turns) == 1)
+            turns.give_back(takers[0])
+            assert (await waiting).status == 200
+            await turns.take(takers[0])
+        for taker in takers:
+            turns.give_back(taker)
+
+
 async def test_light_reads_of_an_address_take_turns_with_others(
     flooded: tuple[Client, list[Person], Held]
 ) -> None:
