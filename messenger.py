@@ -1071,7 +1071,8 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
     -- index by activity would cost each post a write. One row for each chat, with its newest
     -- message; one of the rows also has the people of all: of each chat the first 100, oldest
     -- members first, with when they last read. Who deleted the account but has not left yet has no
-    -- name: such a reader still counts, where all are here.
+    -- name: such a reader still counts, where all are here. What is unread is looked for among the
+    -- newest 5,000 messages: the asker's own and deleted ones may lie there without end.
     with page as materialized (
         select c.*, (select p.last_read_seq from participants p
                      where p.chat_id = c.id and p.user_id = $1) as last_read_seq
@@ -1110,9 +1111,11 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
     select c.id, c.name, c.is_group, c.created_at, c.participant_count, c.last_rev, c.version,
            case when c.last_seq > c.last_read_seq then (
                select count(*) from (
-                   select from messages o
-                   where o.chat_id = c.id and o.seq > c.last_read_seq
-                     and o.sender_id <> $1 and o.deleted_at is null
+                   select from (
+                       select o.sender_id, o.deleted_at from messages o
+                       where o.chat_id = c.id and o.seq > c.last_read_seq
+                       order by o.seq desc limit 5000) o
+                   where o.sender_id <> $1 and o.deleted_at is null
                    limit 100) unread) else 0 end as unread_count,
            m.id as message_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to, m.created_at,
            m.edited_at, m.deleted_at, m.position, m.is_gone,

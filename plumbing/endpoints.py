@@ -412,8 +412,8 @@ class CallSlots:
         Heavy calls on more than half of the database's connections, or on more than there are
         cores, would not read more; they would only delay the light ones. An address has few of
         their turns, at first a single one: two large pages at a time would take all of a core. Of
-        changes it has a third: a client that writes a proxy's header itself may count as two
-        addresses (guard.client_address).
+        those of light calls it has a half, and of changes a third: a client that writes a proxy's
+        header itself may count as two addresses (guard.client_address).
         """
         light, heavy, of_address, heavy_of_address = [
             Slots(settings.bound(limit)) for limit in (
@@ -424,7 +424,8 @@ class CallSlots:
         heavy_reading, slow_reading = [
             Turns(count, of_each=settings.bound(max(1, count // 5)))
             for count in (heavy_at_once, at_once)]
-        reading = Turns(settings.database_connections)
+        connections = settings.database_connections
+        reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))
         writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(

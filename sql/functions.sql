@@ -96,12 +96,16 @@ begin
         return;
     end if;
     for stretch in reverse before >> 16 .. 0 loop
-        return query select w.seq from message_words w
-            -- offset 0: asked for what was found; else the planner may go through the whole chat
+        -- offset 0: first all that the index has, newest first; then, of as many as are needed,
+        -- whether they still stand. Else the planner may go through the whole chat.
+        return query select w.seq
+            from (
+                select w.seq from message_words w
+                where w.words @> search_keys(chat, stretch, wanted) and w.seq < before
+                order by w.seq desc offset 0) w
             cross join lateral (
                 select from messages m
                 where m.chat_id = chat and m.seq = w.seq and m.deleted_at is null offset 0) m
-            where w.words @> search_keys(chat, stretch, wanted) and w.seq < before
             order by w.seq desc limit at_most - sofar;
         get diagnostics more = row_count;
         sofar := sofar + more;
