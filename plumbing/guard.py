@@ -48,7 +48,8 @@ from plumbing.text import composed
 
 HEAD_BYTES_MAX = 16 * 1024  # of all headers of a request
 AHEAD_BYTES_MAX = 32 * 1024  # of requests that come before the one in front of them is answered
-READS_PER_SECOND = 1000  # of all connections of an address; further reads wait for a turn
+READS_PER_SECOND = 1000  # of all connections of an address; further reads wait for a turn ...
+READS_AT_ONCE = 20  # ... and so do more of them in one moment
 ENDS_AT_ONCE = 10  # the same of their ends, which come together where somebody hangs up on all
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
@@ -264,14 +265,15 @@ class PromptConnection(web.RequestHandler):
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("_awaits_turn", "_progress", "_resumption", "give_up", "guest")
+    __slots__ = ("_awaits_turn", "_progress", "_resumption", "_untaken", "give_up", "guest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
             *args, **options | {"auto_decompress": False, "read_bufsize": BUFFER_BYTES})
         self.guest = Guest()  # whose it is
         self.give_up: Callable[[], object] = nothing  # called when it is lost (unless_gone)
-        self._awaits_turn = False  # whether reading goes on in a turn of its own
+        self._awaits_turn = False  # whether reading goes on in a turn of its own ...
+        self._untaken = b""  # ... and what has come already
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
         self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
 
@@ -371,6 +373,13 @@ class PromptConnection(web.RequestHandler):
                 give_back()
 
     def data_received(self, data: bytes) -> None:
+        """Take bytes, now or in a turn. None are taken where what came before is to be parsed."""
+        if data and not self.guest.may_read(self):
+            self._untaken += data
+        else:
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
         """
         super().data_received(data)
@@ -379,17 +388,18 @@ class PromptConnection(web.RequestHandler):
             error.__traceback__ = None  # else all that came stays with it, until it is answered
         if self._waiter is not None and not self._waiter.done():
             self._await_head()
-        if not self._awaits_turn:
-            self.guest.note_read(self)
 
-    def rest(self) -> None:
+    def await_turn(self) -> None:
         """Read nothing more, until `read_on`."""
         self._awaits_turn = True
         self._pause_transport_reading()
 
     def read_on(self) -> None:
-        """Read again, unless there is another reason not to."""
+        """Take what has come, and read again, unless there is another reason not to."""
+        data, self._untaken = self._untaken, b""
         self._awaits_turn = False
+        if self.transport is not None:
+            self._take(data)
         if not self._reading_paused and not self._buffer_paused:
             self._resume_transport_reading()
 
@@ -497,15 +507,19 @@ class Rounds:
     """
 
     def __init__(self) -> None:
-        self._reads = Rate(READS_PER_SECOND, READS_PER_SECOND)  # by address
+        self._reads = Rate(READS_AT_ONCE, READS_PER_SECOND)  # by address
         self._ends = Rate(ENDS_AT_ONCE, READS_PER_SECOND)  # by address
         self._waiting: Queues[Callable[[], object]] = Queues()  # by address
 
-    def note_read(self, party: str, connection: PromptConnection) -> None:
-        """Take note that something came over a connection from an address, which may rest now."""
-        if self._reads.charge(party):
-            connection.rest()
-            self._put(party, connection.read_on)
+    def may_read(self, party: str, connection: PromptConnection) -> bool:
+        """Tell whether what came over a connection from an address may be taken now; else that is
+        done in its turn.
+        """
+        if not self._reads.charge(party):
+            return True
+        connection.await_turn()
+        self._put(party, connection.read_on)
+        return False
 
     def let_end(self, party: str, end: Callable[[], object]) -> None:
         """Let a connection from an address end, now or later."""
@@ -536,9 +550,9 @@ class CountedGuest(Guest):
         self._party, self._open, self._rounds = party, opened, rounds
         opened[party] += 1
 
-    def note_read(self, connection: PromptConnection) -> None:
-        """Take note that something came over the connection."""
-        self._rounds.note_read(self._party, connection)
+    def may_read(self, connection: PromptConnection) -> bool:
+        """Tell whether what came over the connection may be taken now; else it is asked later."""
+        return self._rounds.may_read(self._party, connection)
 
     def let_end(self, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""

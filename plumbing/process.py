@@ -127,14 +127,13 @@ def nothing() -> None:
 
 
 class Guest:
-    """Whose connection was accepted: is told of each read, and of the end, which it may delay. This
-    one takes note of nothing.
-    """
+    """Whose connection was accepted: may delay each read, and the end. This one delays nothing."""
 
     __slots__ = ()  # there are many
 
-    def note_read(self, connection: Any) -> None:
-        """Take note that something came over the connection."""
+    def may_read(self, connection: Any) -> bool:
+        """Tell whether what came over the connection may be taken now; else it is asked later."""
+        return True
 
     def let_end(self, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""

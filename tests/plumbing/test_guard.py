@@ -153,7 +153,7 @@ async def test_connection_that_rests_is_not_read_by_another_way(
         data_received(self, data)
         if len(reads) == 1:
             resting.append(self)
-            self.rest()
+            self.await_turn()
 
     monkeypatch.setattr(PromptConnection, "data_received", note)
     get = b"GET /api/v1/health/liveness HTTP/1.1\r\nHost: x\r\n\r\n"
