@@ -30,7 +30,15 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import RequestDeadline, deadline, uncounted
-from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, Slots, Turns, unless_gone
+from plumbing.guard import (
+    GIVE_BACK,
+    SAFE_HEADERS,
+    Busy,
+    FairTurns,
+    Slots,
+    Turns,
+    unless_gone,
+)
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.settings import ServerSettings
 from plumbing.text import COMPOSED_FROM_MAX, composed
@@ -422,7 +430,7 @@ class CallSlots:
         at_once = max(2, settings.database_connections // 2)
         heavy_at_once = max(2, min(at_once, os.cpu_count() or 1))
         heavy_reading, slow_reading = [
-            Turns(count, of_each=settings.bound(max(1, count // 5)))
+            FairTurns(count, of_each=settings.bound(max(1, count // 5)))
             for count in (heavy_at_once, at_once)]
         connections = settings.database_connections
         reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))

@@ -17,7 +17,7 @@ import re
 import secrets
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -640,11 +640,15 @@ class Turns:
         """End a turn of a key: the next is let in."""
         self._free += 1
         self._working.drop(key)
-        while self._free and (following := self._waiting.take(self._may_begin)):
+        while self._free and (following := self._next()):
             waiting, turn = following
             if not turn.cancelled():
                 self._begin(waiting)
                 turn.set_result(None)
+
+    def _next(self) -> tuple[Hashable, asyncio.Future[None]] | None:
+        """Take whose turn it is of those who wait."""
+        return self._waiting.take(self._may_begin)
 
     async def come(self, key: Hashable) -> None:
         """Wait for a turn that lasts for a round of the loop: of all who come, one goes on in each.
@@ -676,6 +680,34 @@ class Turns:
             return work(*args)
 
         return await self.run(key, answer)
+
+
+class FairTurns(Turns):
+    """Turns that may take long: of those who wait the key goes next whose turns took the least time
+    together, since somebody began to wait. So a key with short ones waits for few long ones.
+    """
+
+    def __init__(self, at_once: int, of_each: int | None = None) -> None:
+        super().__init__(at_once, of_each)
+        self._began: dict[Hashable, deque[float]] = {}  # by key: its turns
+        self._used: defaultdict[Hashable, float] = defaultdict(float)  # seconds by key
+
+    def _begin(self, key: Hashable) -> None:
+        super()._begin(key)
+        self._began.setdefault(key, deque()).append(time.monotonic())
+
+    def give_back(self, key: Hashable) -> None:
+        """End a turn of a key, its first: the next is let in."""
+        began = self._began[key]
+        self._used[key] += time.monotonic() - began.popleft()
+        if not began:
+            del self._began[key]
+        if not self._waiting:
+            self._used.clear()
+        super().give_back(key)
+
+    def _next(self) -> tuple[Hashable, asyncio.Future[None]] | None:
+        return self._waiting.take(self._may_begin, self._used.__getitem__)
 
 
 class Slots:

@@ -42,21 +42,24 @@ class Queues(Generic[Thing]):
         self._count += 1
 
     def take(
-        self, is_free: Callable[[Hashable], bool] = any_key
+        self, is_free: Callable[[Hashable], bool] = any_key,
+        cost: Callable[[Hashable], float] | None = None,
     ) -> tuple[Hashable, Thing] | None:
-        """Take the first thing of the first key that is free, which then comes behind all others;
-        answer both, or None where nothing waits that could be taken.
+        """Take the first thing of the first key that is free, or of the one with the least cost;
+        that key then comes behind all others. Answer both, or None where nothing could be taken.
         """
-        for key, queue in self._of.items():
-            if is_free(key):
-                thing = queue.popleft()
-                if queue:
-                    self._of.move_to_end(key)
-                else:
-                    del self._of[key]
-                self._count -= 1
-                return key, thing
-        return None
+        free = filter(is_free, self._of)
+        key = next(free, None) if cost is None else min(free, key=cost, default=None)
+        if key is None:
+            return None
+        queue = self._of[key]
+        thing = queue.popleft()
+        if queue:
+            self._of.move_to_end(key)
+        else:
+            del self._of[key]
+        self._count -= 1
+        return key, thing
 
     def drop(self, key: Hashable) -> Iterable[Thing]:
         """Take all things of a key."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+import itertools
 import json
 import os
 import re
@@ -1121,6 +1122,28 @@ async def test_turn_that_is_refused_and_cancelled_at_once_was_never_taken() -> N
     assert not other.done()
     turns.give_back("a")
     await asyncio.wait_for(other, HEAR_SECONDS)
+
+
+async def test_key_whose_turns_are_short_goes_before_those_with_long_ones() -> None:
+    """Of keys that wait for turns which may take long, the one that used the least goes next: it
+    waits for no more than is under way, however many others wait."""
+    turns, order = guard.FairTurns(2, of_each=1), []
+
+    async def works(key: str, seconds: float) -> None:
+        await turns.run(key, asyncio.sleep, seconds)
+        order.append(key)
+
+    flood = [asyncio.create_task(works(f"long {number % 8}", 0.05)) for number in range(32)]
+    for _ in range(5):
+        await asyncio.sleep(0.06)
+        await works("short", 0.001)
+    await asyncio.gather(*flood)
+    places = [place for place, key in enumerate(order) if key == "short"]
+    # Between two of them 0.06 s of two long ones at a time, and what was under way.
+    assert max(later - before for before, later in itertools.pairwise(places)) <= 7
+    assert not turns._began
+    assert not turns._used
+    await asyncio.wait_for(turns.take("short"), HEAR_SECONDS)
 
 
 # ---- What is believed
