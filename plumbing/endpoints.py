@@ -336,7 +336,8 @@ async def read_body(request: web.Request) -> bytes:
                 body = await request.read()
     except TimeoutError:
         raise RequestTimeout from None
-    except (web.RequestPayloadError, ConnectionError):  # of a lost one nobody hears it
+    except (web.RequestPayloadError, ConnectionError, RuntimeError):
+        # Of a lost connection, or (RuntimeError) of one that was lost before; nobody hears it.
         raise MalformedRequest("The body arrived incomplete.") from None
     encoding = request.headers.get("Content-Encoding", "").lower()
     return unfold(body, encoding, request.client_max_size) if body else body

@@ -742,6 +742,31 @@ async def test_calls_of_an_address_begin_in_turns_with_others(house: House) -> N
     await asyncio.gather(*calls)
 
 
+async def test_body_of_who_has_gone_before_the_call_begins_is_no_error(
+    house: House, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    """Whose call is yet to begin may hang up with half of a body sent: nothing is logged of it."""
+    here = await house.opens()
+    runner = cast("TestServer", here.server).runner
+    assert runner is not None
+    assert runner.server is not None
+    runner.server.handler_cancellation = False  # as it is outside of tests
+    handle, lost = guard.PromptConnection._handle_request, asyncio.Event()
+
+    async def lose(connection: guard.PromptConnection, *arguments: Any) -> Any:
+        connection._end(None)  # as in the round of the loop before
+        lost.set()
+        return await handle(connection, *arguments)
+
+    monkeypatch.setattr(guard.PromptConnection, "_handle_request", lose)
+    caller = await RawConnection.opens(here.port, (
+        b"POST /api/v1/users/login HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{"))
+    await lost.wait()
+    await asyncio.sleep(0.1)
+    assert "failed" not in caplog.text
+    caller.close()
+
+
 async def test_handshakes_of_an_address_take_turns_with_others(
     house: House, monkeypatch: Any
 ) -> None:
