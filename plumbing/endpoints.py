@@ -30,15 +30,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import RequestDeadline, deadline, uncounted
-from plumbing.guard import (
-    GIVE_BACK,
-    SAFE_HEADERS,
-    Busy,
-    FairTurns,
-    Slots,
-    Turns,
-    unless_gone,
-)
+from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, FairTurns, Slots, Turns, unless_gone
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
 from plumbing.settings import ServerSettings
 from plumbing.text import COMPOSED_FROM_MAX, composed
@@ -428,12 +420,12 @@ class CallSlots:
             Slots(settings.bound(limit)) for limit in (
                 settings.calls_per_user, settings.reads_per_user, settings.calls_per_address,
                 HEAVY_OF_ADDRESS_MAX)]
-        at_once = max(2, settings.database_connections // 2)
+        connections = settings.database_connections
+        at_once = max(2, connections // 2)
         heavy_at_once = max(2, min(at_once, os.cpu_count() or 1))
         heavy_reading, slow_reading = [
             FairTurns(count, of_each=settings.bound(max(1, count // 5)))
             for count in (heavy_at_once, at_once)]
-        connections = settings.database_connections
         reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))
         writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         starts = Turns(1) if settings.rate_limits == "on" else None
@@ -549,8 +541,8 @@ def bind(
 
     `authenticate` is awaited first, unless the endpoint is public, and answers who asks: the call
     takes one of their slots, else one of its address, but for a websocket. After a long wait it is
-    awaited again. A malformed id in a path
-    is refused with the problem of its name. One deadline bounds all that is waited for.
+    awaited again. A malformed id in a path is refused with the problem of its name. One deadline
+    bounds all that is waited for.
     """
     signature = Signature.of(endpoint)
     work = endpoint.handler

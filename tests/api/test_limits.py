@@ -67,6 +67,14 @@ async def house(
             await line.close()
 
 
+def goes_on_without_clients(client: Client) -> None:
+    """Let calls go on whose clients hang up, as they do outside of tests."""
+    runner = cast("TestServer", client.server).runner
+    assert runner is not None
+    assert runner.server is not None
+    runner.server.handler_cancellation = False
+
+
 async def posts(client: Client, path: str, body: Any, origin: str) -> tuple[int, str, int]:
     """POST from an address; answer the status, the kind of a refusal and its Retry-After."""
     headers = {"X-Forwarded-For": origin}
@@ -580,10 +588,7 @@ async def flooded(
     """A server, maybe with other settings, and its users; the light reads and the handshakes of all
     but the first are held."""
     here = await house.opens(**getattr(request, "param", {"calls_per_user": 0}))
-    runner = cast("TestServer", here.server).runner
-    assert runner is not None
-    assert runner.server is not None
-    runner.server.handler_cancellation = False  # as it is outside of tests
+    goes_on_without_clients(here)
     people = [await house.takes_in(here, f"user_{number}") for number in range(7)]
     held = Held()
     get_user, join_rooms = messenger.Database.row, messenger.Rooms._join_rooms
@@ -747,10 +752,7 @@ async def test_body_of_who_has_gone_before_the_call_begins_is_no_error(
 ) -> None:
     """Whose call is yet to begin may hang up with half of a body sent: nothing is logged of it."""
     here = await house.opens()
-    runner = cast("TestServer", here.server).runner
-    assert runner is not None
-    assert runner.server is not None
-    runner.server.handler_cancellation = False  # as it is outside of tests
+    goes_on_without_clients(here)
     handle, lost = guard.PromptConnection._handle_request, asyncio.Event()
 
     async def lose(connection: guard.PromptConnection, *arguments: Any) -> Any:
