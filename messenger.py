@@ -1545,8 +1545,8 @@ class Rooms:
         """Show a socket a chat and let it join: not where it did so meanwhile or is closed, nor
         where the participants changed since the chat was read.
         """
-        is_absent = chat.id not in socket.rooms and socket in self._sockets
-        if not is_absent or self._knows_newer(chat.id, chat.version):
+        is_gone = chat.id in socket.rooms or socket not in self._sockets
+        if is_gone or self._knows_newer(chat.id, chat.version):
             return
         if self._is_beyond(socket, 1) or socket.unsent() > BEHIND_BYTES:
             self.close(GOING_AWAY, socket)  # it may come back where its user's others allow
@@ -1558,23 +1558,25 @@ class Rooms:
         self._go_on(socket, socket.rooms[chat.id])
 
     def leave(self, socket: Socket) -> None:
-        """Forget a socket; what is on its way to it is dropped. It leaves many rooms in pieces.
+        """Forget a socket; what is on its way to it is dropped.
 
         If it is catching up, that ends by itself: to cancel a statement costs its connection.
         """
-        for chat_id in list(itertools.islice(socket.rooms, FOLLOWED_PAGE)):
-            self._leave_room(socket, chat_id)
-        if socket.rooms:
-            self._tasks.spawn(self._pieces.call(socket.address, self.leave, socket))
         self._sockets.discard(socket)
         SOCKETS.set(len(self._sockets))
         self._of_users.drop(socket.asker.user_id, socket)
+        self._leave_rooms(socket)
+
+    def _leave_rooms(self, socket: Socket) -> None:
+        """Let a socket leave its rooms, in pieces: who is in very many chats delays nobody."""
+        for chat_id in list(itertools.islice(socket.rooms, FOLLOWED_PAGE)):
+            self._leave_room(socket, chat_id)
+        if socket.rooms:
+            self._tasks.spawn(self._pieces.call(socket.address, self._leave_rooms, socket))
 
     def _leave_room(self, socket: Socket, chat_id: int) -> None:
-        room = socket.rooms.pop(chat_id, None)
+        room = socket.rooms.pop(chat_id)
         socket.end_replay(chat_id)
-        if room is None:
-            return
         self._followed.drop(socket.address)
         room.sockets.discard(socket)
         room.live.discard(socket)

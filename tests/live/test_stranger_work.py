@@ -465,7 +465,7 @@ async def test_pages_that_sockets_missed_are_read_one_by_one_of_an_address(
 
 
 async def test_who_comes_into_very_many_chats_delays_no_other_address(
-    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any
+    app: web.Application, alice: Person, bob: Person, carol: Person, dave: Person, monkeypatch: Any
 ) -> None:
     """Chats that users of an address came into are read one at a time; who comes into more than may
     wait is closed, to come back, and another address is shown its chat at once."""
@@ -474,28 +474,24 @@ async def test_who_comes_into_very_many_chats_delays_no_other_address(
     monkeypatch.setattr(rooms, "_joins", guard.Turns(2, of_each=settings.bound(1)))
     monkeypatch.setattr(rooms._coming, "_at_most", 5)
     lines = [await person.client.ws_connect("/ws", headers=person.headers)
-             for person in (bob, carol)]
+             for person in (bob, dave, carol)]
     [of_carol] = [each for each in rooms.all_sockets() if each.asker.user_id == carol.id]
     of_carol.address = "another"
     reads, reading, going_on = messenger.read_chat, 0, asyncio.Event()
 
     async def read(database: Any, chat_id: int, asker_id: int) -> Any:
         nonlocal reading
-        if asker_id == bob.id:
+        if asker_id in (bob.id, dave.id):
             reading += 1
             await going_on.wait()
         return await reads(database, chat_id, asker_id)
 
-    for _ in range(3):  # nothing waits before
-        await asyncio.sleep(0)
-    chats = [await alice.founds(bob) for _ in range(4)]
     monkeypatch.setattr(messenger, "read_chat", read)
-    for chat in chats:
-        rooms._leave_room(next(each for each in rooms.all_sockets() if each is not of_carol), chat)
-        rooms.join_users(chat, [bob.id])
+    for _ in range(4):
+        await alice.founds(bob, dave)
     chat = await alice.founds(carol)
     async with asyncio.timeout(HEAR_SECONDS):
-        while (frame := await lines[1].receive_json())["type"] != "chat":
+        while (frame := await lines[-1].receive_json())["type"] != "chat":
             pass
     assert (frame["data"]["id"], reading, rooms.count_sockets(bob.id)) == (chat, 1, 1)
     for chat in range(1_000, 1_010):
