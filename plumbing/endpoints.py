@@ -25,7 +25,7 @@ from uuid import UUID
 
 import asyncpg
 import msgspec
-from aiohttp import web
+from aiohttp import web, web_urldispatcher
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import ABSENT, Unavailable
@@ -177,16 +177,14 @@ def decode_json(decoder: msgspec.json.Decoder[ShapeT], text: bytes | str) -> Sha
 
     Raises MalformedRequest for what is no JSON, InvalidInput for JSON of another shape.
     """
-    refusal: Problem
     try:
         try:
             return decoder.decode(text)
         except msgspec.ValidationError as error:
             check_json(text)  # the shape was wrong before the end: is the rest JSON?
-            refusal = invalid(*describe(error, decoder.type))
+            raise invalid(*describe(error, decoder.type)) from None
     except UNREADABLE:
-        refusal = MalformedRequest("What was sent is not JSON.")
-    raise refusal
+        raise MalformedRequest("What was sent is not JSON.") from None
 
 
 def check_json(text: bytes | str) -> None:
@@ -328,8 +326,9 @@ async def read_body(request: web.Request) -> bytes:
                 body = await request.read()
     except TimeoutError:
         raise RequestTimeout from None
-    except (web.RequestPayloadError, ConnectionError, RuntimeError):
+    except (web.RequestPayloadError, ConnectionError, RuntimeError) as error:
         # Of a lost connection, or (RuntimeError) of one that was lost before; nobody hears it.
+        error.__traceback__ = None  # as in as_problem: the reader of the body holds the error
         raise MalformedRequest("The body arrived incomplete.") from None
     encoding = request.headers.get("Content-Encoding", "").lower()
     return unfold(body, encoding, request.client_max_size) if body else body
@@ -627,22 +626,25 @@ def json_answer(
 
 
 def as_problem(error: Exception) -> Problem | None:
-    """Answer the problem that an exception stands for; None for one that nobody foresaw."""
+    """Answer the problem that an exception stands for; None for one that nobody foresaw.
+
+    One that was foreseen loses its tracebacks: the frames there may hold what holds the exception,
+    like a future, and would not be freed before a collection of such cycles.
+    """
+    problem: Problem | None = None
     if isinstance(error, Problem):
-        return error
-    if isinstance(error, Unavailable | Busy):
-        return ServiceUnavailable(str(error))
-    if isinstance(error, asyncpg.UniqueViolationError):
+        problem = error
+    elif isinstance(error, Unavailable | Busy):
+        problem = ServiceUnavailable(str(error))
+    elif isinstance(error, asyncpg.UniqueViolationError):
         kind = Problem.of_constraint.get(str(error.constraint_name))
-        return kind() if kind else None
-    return None
-
-
-def as_http_problem(error: web.HTTPException) -> Problem:
-    """Answer the problem for what aiohttp refused by itself."""
-    problem = HTTP_PROBLEMS.get(error.status, MalformedRequest)()
-    if "Allow" in error.headers:
-        problem.headers["Allow"] = error.headers["Allow"]
+        problem = kind() if kind else None
+    elif isinstance(error, web.HTTPException):  # aiohttp refused by itself
+        problem = HTTP_PROBLEMS.get(error.status, MalformedRequest)()
+        if "Allow" in error.headers:
+            problem.headers["Allow"] = error.headers["Allow"]
+    if problem is not None:
+        error.__traceback__ = error.__context__ = error.__cause__ = None
     return problem
 
 
@@ -670,8 +672,6 @@ def answer_problems(
             answer = await handler(request)
         except (ConnectionError, asyncio.CancelledError):
             raise
-        except web.HTTPException as error:
-            answer = problem_answer(as_http_problem(error), request)
         except Exception as error:
             problem = as_problem(error)
             if problem is None:
@@ -725,8 +725,22 @@ def refuse_unreadable(
     return answer
 
 
+class FailedRoute(web_urldispatcher.SystemRoute):
+    """Answers a call of no endpoint, which gets one of its own; it does not refer to itself."""
+
+    def __init__(self, http_exception: web.HTTPException) -> None:
+        super().__init__(http_exception)
+        self._handler = None  # type: ignore[assignment]
+
+    @property
+    def handler(self) -> Any:
+        """What answers such a call."""
+        return self._handle
+
+
 # aiohttp calls these for a request with `Expect`, before any middleware, and for one that it cannot
 # parse.
 HANDLE_EXPECTATION = web.AbstractRoute.handle_expect_header
 web.AbstractRoute.handle_expect_header = continue_if_expected  # type: ignore[assignment]
 web.RequestHandler.handle_error = refuse_unreadable  # type: ignore[assignment]
+web_urldispatcher.SystemRoute = FailedRoute  # type: ignore[misc]

@@ -30,7 +30,7 @@ from aiohttp import web, web_protocol, web_response, web_server
 from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, _ErrInfo
+from aiohttp.web_protocol import _ErrInfo
 from yarl import URL
 
 from plumbing.deadline import uncounted
@@ -48,9 +48,7 @@ from plumbing.text import composed
 
 HEAD_BYTES_MAX = 16 * 1024  # of all headers of a request
 AHEAD_BYTES_MAX = 32 * 1024  # of requests that come before the one in front of them is answered
-READS_PER_SECOND = 1000  # of all connections of an address; further reads wait for a turn ...
-READS_AT_ONCE = 20  # ... and so do more of them in one moment
-ENDS_AT_ONCE = 10  # the same of their ends, which come together where somebody hangs up on all
+READS_A_ROUND = 10  # of all connections of an address in a round of the loop, and of their ends
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
 STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
@@ -187,25 +185,26 @@ class HeadParser(HttpRequestParser):
     that is not whole up to twice as much may be held: it is measured once for each piece. aiohttp
     takes 128 fields of 8 KB each, which stay for as long as the connection is a websocket.
 
-    Where several requests wait to be answered (RFC 9112, section 9.3.2), those behind the first one
-    may have AHEAD_BYTES_MAX together. aiohttp takes 32, of any size.
+    Behind a request that waits for the answer of another (RFC 9112, section 9.3.2) nothing is
+    parsed: short fields take thirty times as much memory once they are. AHEAD_BYTES_MAX may come.
     """
 
-    __slots__ = ("_behind", "_body", "_has_refused", "_head_bytes", "_waiting")
+    __slots__ = ("_behind", "_body", "_has_refused", "_head_bytes", "_keeps", "_waiting")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self._behind = b""  # what is not parsed yet
         self._body: Any = EMPTY_PAYLOAD  # of the last request
         self._has_refused = False  # once, and for good: what comes afterwards is dropped
         self._head_bytes = 0  # of the next one, whose head is not whole yet
-        self._waiting: deque[int] = deque()  # about how many bytes each request has that waits
-        self._behind = b""  # what came behind as many of them as may wait
+        self._keeps = False  # whether aiohttp may keep what came behind the end of a request
+        self._waiting = 0  # requests that were parsed and wait
 
     def message_consumed(self) -> None:
         """Take note that one of the requests that wait is being answered."""
         super().message_consumed()
         if self._waiting:  # else it is a refusal
-            self._waiting.popleft()
+            self._waiting -= 1
 
     def feed_data(self, data: bytes) -> tuple[Any, bool, bytes]:  # type: ignore[override]
         """Parse bytes; answer the requests whose heads are whole, and whether another protocol
@@ -222,10 +221,8 @@ class HeadParser(HttpRequestParser):
     def _feed_pieces(self, data: bytes) -> tuple[Any, bool, bytes]:
         """Parse bytes piece by piece, so that a head is refused before all of it is parsed."""
         found: list[Any] = []
-        while True:
-            is_full = len(self._waiting) >= MAX_MSG_QUEUE_SIZE
-            # Nothing is parsed, too: what the parser kept back may end a body.
-            piece = b"" if is_full else data[:HEAD_BYTES_MAX]
+        while not (self._waiting and self._body.is_eof()):
+            piece = b"" if self._keeps else data[:HEAD_BYTES_MAX]
             data = data[len(piece):]
             is_body = not self._body.is_eof()
             requests, is_other, tail = super().feed_data(piece)
@@ -234,20 +231,18 @@ class HeadParser(HttpRequestParser):
             if max(self._head_bytes, *heads, 0) > HEAD_BYTES_MAX:
                 raise BadHttpMessage("the head is too long")
             found += requests
-            self._waiting += [0] * len(requests)
-            if self._waiting:
-                self._waiting[-1] += len(piece)
-            if len(self._waiting) > 1:
-                ahead = sum(self._waiting) - self._waiting[0] + len(data)
-                if ahead > AHEAD_BYTES_MAX:
-                    raise BadHttpMessage("too much came ahead")
+            self._waiting += len(requests)
             if requests:
                 self._body = requests[-1][1]
             if is_other:
                 return found, True, tail + data
-            if is_full or not data:
-                self._behind = data
-                return found, False, b""
+            self._keeps = bool(requests) or (is_body and self._body.is_eof())
+            if not data and not self._keeps:
+                break
+        if len(data) > AHEAD_BYTES_MAX:
+            raise BadHttpMessage("too much came ahead")
+        self._behind = data
+        return found, False, b""
 
 
 class PromptConnection(web.RequestHandler):
@@ -265,26 +260,26 @@ class PromptConnection(web.RequestHandler):
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("_awaits_turn", "_progress", "_resumption", "_untaken", "give_up", "guest")
+    __slots__ = ("_progress", "_rests", "_resumption", "give_up", "guest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
             *args, **options | {"auto_decompress": False, "read_bufsize": BUFFER_BYTES})
         self.guest = Guest()  # whose it is
         self.give_up: Callable[[], object] = nothing  # called when it is lost (unless_gone)
-        self._awaits_turn = False  # whether reading goes on in a turn of its own ...
-        self._untaken = b""  # ... and what has come already
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
         self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
+        self._rests = False  # whether it is not read until its turn comes
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: a first request has to come at all."""
         super().connection_made(transport)
+        self.guest.begin(self)
         self._await_head()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """End: where very many do, in a turn of its own."""
-        self.guest.let_end(functools.partial(self._end, exc))
+        self.guest.end(self, functools.partial(self._end, exc))
 
     def _end(self, exc: BaseException | None) -> None:
         """End: another may come instead, once nothing is done any more for this one."""
@@ -318,9 +313,18 @@ class PromptConnection(web.RequestHandler):
         self._resumption = None
         super().resume_reading()
 
+    def _pause_reading_for_buffer(self) -> None:
+        """Have what comes behind a request parsed once that is begun. Until then it is read, and
+        bounded by HeadParser; behind a request for another protocol it is not.
+        """
+        if self._upgraded:
+            super()._pause_reading_for_buffer()
+        else:
+            self._buffer_paused = True
+
     def _resume_transport_reading(self) -> None:
-        """Read again, unless it waits for a turn."""
-        if not self._awaits_turn:
+        """Read again, unless it rests."""
+        if not self._rests:
             super()._resume_transport_reading()
 
     def _cancel_resumption(self) -> None:
@@ -373,15 +377,10 @@ class PromptConnection(web.RequestHandler):
                 give_back()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes, now or in a turn. None are taken where what came before is to be parsed."""
-        if data and not self.guest.may_read(self):
-            self._untaken += data
-        else:
-            self._take(data)
-
-    def _take(self, data: bytes) -> None:
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
         """
+        if data:  # else what came before is to be parsed
+            self.guest.note_read()
         super().data_received(data)
         if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
             error = self._messages[-1][0].exc
@@ -389,17 +388,17 @@ class PromptConnection(web.RequestHandler):
         if self._waiter is not None and not self._waiter.done():
             self._await_head()
 
-    def await_turn(self) -> None:
-        """Read nothing more, until `read_on`."""
-        self._awaits_turn = True
-        self._pause_transport_reading()
+    def rest(self) -> bool:
+        """Read nothing more, until `read_on`; False where it rests already."""
+        is_new = not self._rests
+        if is_new:
+            self._rests = True
+            self._pause_transport_reading()
+        return is_new
 
     def read_on(self) -> None:
-        """Take what has come, and read again, unless there is another reason not to."""
-        data, self._untaken = self._untaken, b""
-        self._awaits_turn = False
-        if self.transport is not None:
-            self._take(data)
+        """Read again, unless there is another reason not to."""
+        self._rests = False
         if not self._reading_paused and not self._buffer_paused:
             self._resume_transport_reading()
 
@@ -436,6 +435,7 @@ async def unless_gone(
 
 # What aiohttp makes of each connection, and what it tells of itself in each answer: no versions.
 web_protocol.HttpRequestParser = HeadParser  # type: ignore[attr-defined]
+web_protocol.MAX_MSG_QUEUE_SIZE = 1  # requests that are parsed and wait
 web_server.RequestHandler = PromptConnection  # type: ignore[attr-defined]
 web_response.SERVER_SOFTWARE = "messenger"  # type: ignore[attr-defined]
 
@@ -500,45 +500,61 @@ class Rate:
 
 
 class Rounds:
-    """Lets connections be read, and end, only so often without waiting, of each address by itself.
-    What comes more often waits until its turn: one of it is done in each round of the event loop,
-    and addresses take turns. Else bytes that come one by one over thousands of connections, or the
-    ends of all of them, would be all that the loop finds to do.
+    """Lets connections be read, and end, only so often in a round of the event loop: READS_A_ROUND
+    of each address. Where more comes, all connections of the address rest; they go on in turns, of
+    all addresses one in each round. Else what comes over thousands of connections in the same
+    moment, or the ends of all of them, would be all that the loop finds to do.
+
+    Those rest, too, over which nothing has come: the system is not even asked for what has.
     """
 
     def __init__(self) -> None:
-        self._reads = Rate(READS_AT_ONCE, READS_PER_SECOND)  # by address
-        self._ends = Rate(ENDS_AT_ONCE, READS_PER_SECOND)  # by address
+        self._open: Sets[str, PromptConnection] = Sets()  # by address
+        self._done: Counter[str] = Counter()  # in this round, by address: reads and ends
         self._waiting: Queues[Callable[[], object]] = Queues()  # by address
+        self._is_due = False  # whether another round begins soon
 
-    def may_read(self, party: str, connection: PromptConnection) -> bool:
-        """Tell whether what came over a connection from an address may be taken now; else that is
-        done in its turn.
-        """
-        if not self._reads.charge(party):
-            return True
-        connection.await_turn()
-        self._put(party, connection.read_on)
-        return False
+    def begin(self, party: str, connection: PromptConnection) -> None:
+        """Take note of a connection from an address."""
+        self._open.put(party, connection)
 
-    def let_end(self, party: str, end: Callable[[], object]) -> None:
+    def note_read(self, party: str) -> None:
+        """Take note that a connection from an address was read."""
+        if not self._may_go_on(party):
+            for connection in self._open[party]:
+                if connection.rest():
+                    self._waiting.append(party, connection.read_on)
+
+    def end(self, party: str, connection: PromptConnection, end: Callable[[], object]) -> None:
         """Let a connection from an address end, now or later."""
-        if self._ends.charge(party):
-            self._put(party, end)
-        else:
+        self._open.drop(party, connection)
+        if self._may_go_on(party):
             end()
+        else:
+            self._waiting.append(party, end)
 
-    def _put(self, party: str, work: Callable[[], object]) -> None:
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._work)
-        self._waiting.append(party, work)
+    def _may_go_on(self, party: str) -> bool:
+        """Count one thing done for an address, and tell whether more may be in this round."""
+        self._done[party] += 1
+        self._look_again()
+        return self._done[party] < READS_A_ROUND
 
-    def _work(self) -> None:
-        following = self._waiting.take()
+    def _look_again(self) -> None:
+        """Begin another round soon."""
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._begin_round)
+
+    def _begin_round(self) -> None:
+        # Where those before had nothing to be read, to let others be read takes no time.
+        count = 1 if self._done else READS_A_ROUND
+        self._is_due = False
+        self._done.clear()
+        for _ in range(count):
+            if following := self._waiting.take():
+                following[1]()
         if self._waiting:
-            asyncio.get_running_loop().call_soon(self._work)
-        if following:
-            following[1]()
+            self._look_again()
 
 
 class CountedGuest(Guest):
@@ -550,16 +566,20 @@ class CountedGuest(Guest):
         self._party, self._open, self._rounds = party, opened, rounds
         opened[party] += 1
 
-    def may_read(self, connection: PromptConnection) -> bool:
-        """Tell whether what came over the connection may be taken now; else it is asked later."""
-        return self._rounds.may_read(self._party, connection)
+    def begin(self, connection: PromptConnection) -> None:
+        """Take note of the connection."""
+        self._rounds.begin(self._party, connection)
 
-    def let_end(self, end: Callable[[], object]) -> None:
+    def note_read(self) -> None:
+        """Take note that the connection was read."""
+        self._rounds.note_read(self._party)
+
+    def end(self, connection: PromptConnection, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""
-        self._rounds.let_end(self._party, end)
+        self._rounds.end(self._party, connection, end)
 
     def leave(self) -> None:
-        """Take note that the connection has ended."""
+        """Take note that nothing is done any more for the connection."""
         self._open.drop(self._party)
 
 

@@ -127,20 +127,22 @@ def nothing() -> None:
 
 
 class Guest:
-    """Whose connection was accepted: may delay each read, and the end. This one delays nothing."""
+    """Whose connection was accepted: may delay reads, and the end. This one delays nothing."""
 
     __slots__ = ()  # there are many
 
-    def may_read(self, connection: Any) -> bool:
-        """Tell whether what came over the connection may be taken now; else it is asked later."""
-        return True
+    def begin(self, connection: Any) -> None:
+        """Take note of the connection."""
 
-    def let_end(self, end: Callable[[], object]) -> None:
+    def note_read(self) -> None:
+        """Take note that the connection was read."""
+
+    def end(self, connection: Any, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""
         end()
 
     def leave(self) -> None:
-        """Take note that the connection has ended."""
+        """Take note that nothing is done any more for the connection."""
 
 
 def admit_all(peer: str) -> Guest | None:

@@ -190,6 +190,8 @@ class Connection:
         """Answer the peer's close, if it began, and end the connection."""
         self.write(close_frame(OK))
         self.cut()
+        # Else aiohttp closes it again, and what is raised then and it refer to each other.
+        self.ws._eof_sent, self.ws._exception = True, None
 
     def cut(self) -> None:
         """End the connection at once."""

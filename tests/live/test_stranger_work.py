@@ -222,38 +222,44 @@ async def test_few_long_frames_are_taken_in_turn_with_others(
 async def test_connections_that_are_read_too_often_are_read_in_turns(
     server: TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what comes over many connections of an address in the same moment, that of one is taken in
+    """Of what comes over many connections of an address in the same moment, that of few is taken in
     each round of the loop; none is forgotten, and a connection of another address has its turn at
     once."""
     rounds, opened, turns = guard.Rounds(), guard.Tally(), Turns(0)
-    rounds._reads = Rate(0, 1)  # nothing without a turn
-    connection_made, take = PromptConnection.connection_made, PromptConnection._take
+    connection_made = PromptConnection.connection_made
+    data_received = PromptConnection.data_received
 
     def come_in(self: PromptConnection, transport: Any) -> None:
-        connection_made(self, transport)
         party = "flood" if len(flood) < FLOOD else "another"
         self.guest = guard.CountedGuest(party, opened, rounds)
+        connection_made(self, transport)
 
     def count(self: PromptConnection, data: bytes) -> None:
-        turns.done += bool(data)
-        take(self, data)
+        if self.guest._party == "flood":
+            turns.done += bool(data)
+        else:
+            done_before.append(turns.done)
+        data_received(self, data)
 
     monkeypatch.setattr(PromptConnection, "connection_made", come_in)
-    monkeypatch.setattr(PromptConnection, "_take", count)
+    monkeypatch.setattr(PromptConnection, "data_received", count)
     flood: list[RawConnection] = []
+    done_before: list[int] = []  # when the other connection was read
     while len(flood) < FLOOD:
         flood.append(await RawConnection.opens(server.port, b"GET /nothing HTTP/1.1\r\n"))
     another = await RawConnection.opens(server.port, b"")
     async with asyncio.timeout(HEAR_SECONDS):
-        while turns.done < FLOOD or rounds._waiting:
+        while turns.done < FLOOD:
             await asyncio.sleep(0.01)
     turns = Turns(FLOOD)
     for connection in flood:
         connection.writer.write(b"Host: x\r\n\r\n")
-    assert await turns.most() == 1
     another.writer.write(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
     assert (await another.hears())[0] == 404
+    assert done_before[0] < FLOOD
+    assert await turns.most() <= guard.READS_A_ROUND
     assert [(await connection.hears())[0] for connection in flood] == [404] * FLOOD
+    assert not any(connection._rests for connection in rounds._open["flood"])
     for connection in (*flood, another):
         connection.close()
 
@@ -261,15 +267,14 @@ async def test_connections_that_are_read_too_often_are_read_in_turns(
 async def test_connections_that_all_end_at_once_end_in_turns(
     server: TestServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where somebody hangs up on many connections at once, one of them ends in each turn of the
+    """Where somebody hangs up on many connections at once, few of them end in each turn of the
     loop; all of them are told, and the address may have others."""
     rounds, opened, turns = guard.Rounds(), guard.Tally(), Turns(FLOOD)
-    rounds._ends = Rate(0, 1)  # nothing without a turn
     connection_made, end = PromptConnection.connection_made, PromptConnection._end
 
     def come_in(self: PromptConnection, transport: Any) -> None:
-        connection_made(self, transport)
         self.guest = guard.CountedGuest("flood", opened, rounds)
+        connection_made(self, transport)
 
     def count(self: PromptConnection, exc: BaseException | None) -> None:
         turns.done += 1
@@ -284,9 +289,10 @@ async def test_connections_that_all_end_at_once_end_in_turns(
             await asyncio.sleep(0.01)
         for connection in flood:
             connection.writer.transport.abort()
-        assert await turns.most() == 1
+        assert await turns.most() <= guard.READS_A_ROUND
         while opened["flood"]:
             await asyncio.sleep(0.01)
+    assert not rounds._open
 
 
 async def test_syncs_are_done_in_turn_with_others(
