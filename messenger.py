@@ -1129,10 +1129,10 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
     left join people p on p.beside = c.id
     order by c.active_at desc, c.id desc"""
 
-SELECT_FOLLOWED = """  -- chat_ids, asker_ids, afters, limit
+SELECT_FOLLOWED = """  -- chat_ids, asker_ids, befores, limit
     -- participants_pkey, participants_of_user, chats_pkey
-    -- Of each asker, by their place: the one chat or (where it is null) the first of their chats
-    -- behind an id.
+    -- Of each asker, by their place: the one chat or (where it is null) the newest of their chats
+    -- before an id, so that who is put into others all the time comes to an end.
     select asked.place, c.id, c.last_rev, c.last_mark, c.version
     from unnest($1::bigint[], $2::bigint[]) with ordinality asked (chat_id, user_id, place)
     join participants p on p.chat_id = asked.chat_id and p.user_id = asked.user_id
@@ -1140,11 +1140,11 @@ SELECT_FOLLOWED = """  -- chat_ids, asker_ids, afters, limit
     union all
     select asked.place, c.id, c.last_rev, c.last_mark, c.version
     from unnest($1::bigint[], $2::bigint[], $3::bigint[])
-        with ordinality asked (chat_id, user_id, after, place)
+        with ordinality asked (chat_id, user_id, before, place)
     cross join lateral (
         select p.chat_id from participants p
-        where p.user_id = asked.user_id and p.chat_id > asked.after
-        order by p.chat_id limit $4) p
+        where p.user_id = asked.user_id and p.chat_id < asked.before
+        order by p.chat_id desc limit $4) p
     join chats c on c.id = p.chat_id
     where asked.chat_id is null"""
 
@@ -1342,11 +1342,12 @@ class Rooms:
         self.missed = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
         self._look_ups = GroupReader(self._followed_by)
         self._joins = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
-        # By user: chats they came into, as many as a new socket joins in one piece.
-        self._coming = OneByOne(self._tasks, self._try_join, FOLLOWED_PAGE)
+        # By user: chats they came into, three times what a new socket joins in one piece.
+        self._coming = OneByOne(self._tasks, self._try_join, 3 * FOLLOWED_PAGE)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
-        self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs
+        self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs ...
+        self._of_sessions: guard.Sets[int, Socket] = guard.Sets()  # ... and by session
         self._followed = guard.Tally()  # by address: the chats of all its sockets
 
     async def close_all(self) -> None:
@@ -1358,10 +1359,6 @@ class Rooms:
     def all_sockets(self) -> list[Socket]:
         """List every open socket."""
         return list(self._sockets)
-
-    def user_ids(self) -> list[int]:
-        """List the users who have sockets here."""
-        return list(self._of_users)
 
     def count_sockets(self, user_id: int) -> int:
         """Tell how many sockets of a user are open here."""
@@ -1390,6 +1387,7 @@ class Rooms:
         self._sockets.add(socket)
         SOCKETS.set(len(self._sockets))
         self._of_users.put(me, socket)
+        self._of_sessions.put(socket.asker.session_id, socket)
         joining = socket.joining = asyncio.Event()
         try:
             await self.replaying.run(me, self._join_rooms, socket)
@@ -1400,7 +1398,7 @@ class Rooms:
     async def _join_rooms(self, socket: Socket) -> None:
         """Let a new socket join its rooms, in pieces: who is in very many chats delays nobody."""
         me, deadline = socket.asker.user_id, time.monotonic() + VERSION_SECONDS
-        asked: list[tuple[int | None, int, int]] = [(socket.chat_id, me, 0)]
+        asked: list[tuple[int | None, int, int]] = [(socket.chat_id, me, INT8_MAX)]
         while asked:
             piece = [chat for each in asked for chat in await self._look_ups.get(each)]
             if self._is_beyond(socket, len(piece)):
@@ -1409,9 +1407,9 @@ class Rooms:
             newer = await self._pieces.call(socket.address, self._join_piece, socket, piece, more)
             if newer:
                 await self._wait_for_version(deadline)
-            asked = [(chat_id, me, 0) for chat_id in newer]
+            asked = [(chat_id, me, INT8_MAX) for chat_id in newer]
             if more:
-                asked.append((None, me, max(chat[0] for chat in piece)))
+                asked.append((None, me, min(chat[0] for chat in piece)))
         if socket.chat_id is not None and not piece:
             raise ChatNotFound
 
@@ -1451,7 +1449,7 @@ class Rooms:
     ) -> list[list[tuple[int, int, str, int]]]:
         """List of each chat and user what they follow: id, rev, mark and version.
 
-        Where no chat is named, these are the first FOLLOWED_PAGE behind an id. Raises Unavailable.
+        Where no chat is named, these are the newest FOLLOWED_PAGE before an id. Raises Unavailable.
         """
         rows = await self.database.rows(SELECT_FOLLOWED, *columns_of(asked), FOLLOWED_PAGE)
         return by_place(rows, len(asked))
@@ -1565,6 +1563,7 @@ class Rooms:
         self._sockets.discard(socket)
         SOCKETS.set(len(self._sockets))
         self._of_users.drop(socket.asker.user_id, socket)
+        self._of_sessions.drop(socket.asker.session_id, socket)
         self._leave_rooms(socket)
 
     def _leave_rooms(self, socket: Socket) -> None:
@@ -1600,12 +1599,11 @@ class Rooms:
             self.leave(socket)
             socket.begin_close(code)
 
-    def end_sessions(self, session_ids: Iterable[int]) -> None:
+    def end_sessions(self, session_ids: Collection[int]) -> None:
         """End sessions in this process: their tokens count no longer, their sockets are closed."""
-        ended = set(session_ids)
-        self._sessions.end(ended)
-        self.close(TOKEN_ENDED, *[
-            socket for socket in self._sockets if socket.asker.session_id in ended])
+        self._sessions.end(session_ids)
+        for session_id in session_ids:
+            self.close(TOKEN_ENDED, *self._of_sessions.get(session_id, ()))
 
     # ---- Who is live, and who catches up first
 
@@ -2034,18 +2032,13 @@ SELECT_POSITIONS = """  -- chat_ids
     -- chats_pkey
     select id, last_rev, last_mark, version from chats where id = any ($1)"""
 
-SELECT_JOINED = """  -- user_ids, joined_seconds
+SELECT_JOINED = """  -- joined_seconds
     -- participants_joined
-    -- Of the newest so many, those of some users; older ones were seen by the poll before. Without
-    -- the limit the plan would be made for a third of the table, and compare each of the users with
-    -- each who joined.
-    select p.chat_id, p.user_id
-    from (
-        select n.chat_id, n.user_id from participants n
-        where n.joined_at > now() - make_interval(secs => $2)
-        order by n.joined_at desc limit 20000
-    ) p
-    where p.user_id in (select unnest($1::bigint[]))"""
+    -- The newest so many; older ones were seen by the poll before. Of all users: PostgreSQL would
+    -- compare each who joined with each who is here, one by one.
+    select p.chat_id, p.user_id from participants p
+    where p.joined_at > now() - make_interval(secs => $1)
+    order by p.joined_at desc limit 20000"""
 
 SELECT_SESSIONS_ENDED = """  -- ended_seconds
     -- sessions_ended
@@ -2092,11 +2085,11 @@ class Watch:
                 self._rooms.advance(chat_id, rev, version)
             for chat_id in known:  # a restored database does not have it
                 self._rooms.close_room(chat_id)
-        if user_ids := self._rooms.user_ids():
+        if self._rooms.all_sockets():
             since = asked_at - self._rooms.polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
-            self._rooms.end_sessions(row["id"] for row in ended)
-            joined = await self._database.rows(SELECT_JOINED, user_ids, since)
+            self._rooms.end_sessions([row["id"] for row in ended])
+            joined = await self._database.rows(SELECT_JOINED, since)
             for number, (chat_id, user_id) in enumerate(joined):
                 if number % 100 == 99:
                     await asyncio.sleep(0)
@@ -2108,12 +2101,12 @@ class Watch:
         now, epoch, sockets = time.monotonic(), time.time(), self._rooms.all_sockets()
         BEHIND.set(sum(bool(socket.replays) for socket in sockets))
         for number, socket in enumerate(sockets):
-            if number % 1000 == 999:
-                await asyncio.sleep(0)
-            if socket.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch:
-                self._rooms.close(TOKEN_ENDED, socket)
-            elif code := socket.check_liveness(now):
+            is_expired = socket.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch
+            code = TOKEN_ENDED if is_expired else socket.check_liveness(now)
+            if code:  # the tokens of thousands may expire at once
                 self._rooms.close(code, socket)
+            if code or number % 1000 == 999:
+                await asyncio.sleep(0)
 
 
 # ==== Writers and upkeep ==========================================================================

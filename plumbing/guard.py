@@ -54,6 +54,8 @@ BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th 
 STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
+LONG_SECONDS = 0.05  # of a turn; who had one leaves one to others ...
+LONG_KEPT_SECONDS = 10  # ... for so long
 REST_SECONDS = 0.1  # for which a call keeps its slot after ...
 RESTING = (401, 426, 429)  # ... these refusals, which cost who floods nothing
 REFUSALS_TOLD_SECONDS = 60  # from one line of the log about refused connections to the next
@@ -705,23 +707,44 @@ class Turns:
 class FairTurns(Turns):
     """Turns that may take long: of those who wait the key goes next whose turns took the least time
     together, since somebody began to wait. So a key with short ones waits for few long ones.
+
+    Keys that had a long turn lately leave one for the others.
     """
 
     def __init__(self, at_once: int, of_each: int | None = None) -> None:
         super().__init__(at_once, of_each)
-        self._began: dict[Hashable, deque[float]] = {}  # by key: its turns
+        self._long_at_most = max(1, at_once - 1)
+        self._working_long = 0
+        self._began: dict[Hashable, deque[tuple[float, bool]]] = {}  # by key: when; is it long
         self._used: defaultdict[Hashable, float] = defaultdict(float)  # seconds by key
+        self._long_until: dict[Hashable, float] = {}  # by key
+
+    def _is_long(self, key: Hashable) -> bool:
+        return self._long_until.get(key, 0.0) > time.monotonic()
+
+    def _may_begin(self, key: Hashable) -> bool:
+        may_be_long = self._working_long < self._long_at_most
+        return super()._may_begin(key) and (may_be_long or not self._is_long(key))
 
     def _begin(self, key: Hashable) -> None:
         super()._begin(key)
-        self._began.setdefault(key, deque()).append(time.monotonic())
+        is_long = self._is_long(key)
+        self._working_long += is_long
+        self._began.setdefault(key, deque()).append((time.monotonic(), is_long))
 
     def give_back(self, key: Hashable) -> None:
         """End a turn of a key, its first: the next is let in."""
-        began = self._began[key]
-        self._used[key] += time.monotonic() - began.popleft()
-        if not began:
+        turns = self._began[key]
+        began, was_long = turns.popleft()
+        if not turns:
             del self._began[key]
+        now = time.monotonic()
+        self._working_long -= was_long
+        if now - began > LONG_SECONDS:
+            if len(self._long_until) > KEYS_MIN:
+                self._long_until.clear()
+            self._long_until[key] = now + LONG_KEPT_SECONDS
+        self._used[key] += now - began
         if not self._waiting:
             self._used.clear()
         super().give_back(key)

@@ -175,9 +175,9 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_MESSAGE": [(BIG, READER, stored)],
         "SELECT_MEMBERSHIP": [(BIG, READER), (CROWD, CROWDED)],
         "SELECT_FOLLOWED": [
-            ([None], [READER], [0], 100), ([BIG], [READER], [0], 100),
-            ([CROWD], [CROWDED], [0], 100)],
-        "SELECT_JOINED": [([READER, JOINER], 11)],
+            ([None], [READER], [NEWEST], 100), ([BIG], [READER], [NEWEST], 100),
+            ([CROWD], [CROWDED], [NEWEST], 100)],
+        "SELECT_JOINED": [(11,)],
         "CHECK_WRITABLE": [()],
         "SELECT_POSITIONS": [([BIG, 2, 3],)],
         "SELECT_USERS": [("", "\U0010ffff", 100, PAGE), ("u777", "u777\U0010ffff", 0, PAGE)],

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import itertools
 import json
@@ -295,6 +296,32 @@ async def test_connections_that_all_end_at_once_end_in_turns(
     assert not rounds._open
 
 
+async def test_sockets_whose_tokens_end_together_are_closed_in_turns(
+    app: web.Application, alice: Person, monkeypatch: Any
+) -> None:
+    """Of sockets whose tokens have expired in the same second, one is closed in each turn of the
+    loop."""
+    rooms = app[messenger.ROOMS]
+    lines = [await alice.client.ws_connect("/ws", headers=alice.headers) for _ in range(20)]
+    for socket in rooms.all_sockets():
+        socket.asker = dataclasses.replace(socket.asker, expires_at=0)
+    turns, leave = Turns(20), messenger.Rooms.leave
+
+    def count(*args: Any) -> None:
+        turns.done += 1
+        leave(*args)
+
+    monkeypatch.setattr(messenger.Rooms, "leave", count)
+    await messenger.Watch(rooms).check_sockets()
+    assert await turns.most() == 1
+    assert rooms.all_sockets() == []
+    assert not rooms._of_sessions
+    for line in lines:
+        while not line.closed:
+            await line.receive(HEAR_SECONDS)
+        assert line.close_code == messenger.TOKEN_ENDED
+
+
 async def test_syncs_are_done_in_turn_with_others(
     alice: Person, bob: Person, raw: Any, monkeypatch: Any
 ) -> None:
@@ -409,19 +436,19 @@ async def test_room_of_sockets_that_still_leave_serves_nobody_else(
     async with asyncio.timeout(HEAR_SECONDS):
         while len(rooms.stands()) < len(chats):
             await asyncio.sleep(0.01)
-    room = rooms._rooms[chats[-1]]
+    room = rooms._rooms[chats[0]]
     with monkeypatch.context() as patch:
         patch.setattr(guard.Turns, "call", lambda *_: asyncio.sleep(0.5))
-        getattr(rooms, how)(chats[-1])
+        getattr(rooms, how)(chats[0])
         assert room.sockets
     for socket in list(room.sockets):
         rooms.leave(socket)
-    other = await alice.listens_live(chats[-1])
-    assert rooms._rooms[chats[-1]] is not room
+    other = await alice.listens_live(chats[0])
+    assert rooms._rooms[chats[0]] is not room
     async with asyncio.timeout(HEAR_SECONDS):
         while room.sockets:
             await asyncio.sleep(0.01)
-    await bob.says(chats[-1], "news")
+    await bob.says(chats[0], "news")
     await other.hears_text("news")
 
 

@@ -1165,6 +1165,29 @@ async def test_key_whose_turns_are_short_goes_before_those_with_long_ones() -> N
     await asyncio.wait_for(turns.take("short"), HEAR_SECONDS)
 
 
+async def test_keys_with_long_turns_leave_one_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever had a long turn lately does not take the last one, though it is free: who comes with
+    a short one finds it so."""
+    monkeypatch.setattr(guard, "LONG_SECONDS", 0.01)
+    turns = guard.FairTurns(2)
+    for key in ("long", "longer"):
+        await turns.run(key, asyncio.sleep, 0.02)
+    assert turns.take_now("long")
+    assert not turns.take_now("longer")
+    waiting = asyncio.create_task(turns.take("longer"))
+    await asyncio.sleep(0)
+    assert turns.take_now("short")
+    turns.give_back("short")
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    turns.give_back("long")
+    await asyncio.wait_for(waiting, HEAR_SECONDS)
+    turns.give_back("longer")
+    turns._long_until.clear()  # as it is forgotten in a while
+    assert turns.take_now("long")
+    assert turns.take_now("longer")
+
+
 # ---- What is believed
 
 
