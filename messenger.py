@@ -1342,8 +1342,8 @@ class Rooms:
         self.missed = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
         self._look_ups = GroupReader(self._followed_by)
         self._joins = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
-        # By user: chats they came into, three times what a new socket joins in one piece.
-        self._coming = OneByOne(self._tasks, self._try_join, 3 * FOLLOWED_PAGE)
+        # By user: chats they came into, as many as a new socket joins in one piece.
+        self._coming = OneByOne(self._tasks, self._try_join, FOLLOWED_PAGE, self._send_back)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs ...
@@ -1500,9 +1500,14 @@ class Rooms:
         Each user joins one chat after the other, so who comes into very many delays nobody.
         """
         for user_id in user_ids:
-            absent = self._absent(user_id, chat_id)
-            if absent and not self._coming.put(user_id, chat_id):
-                self.close(GOING_AWAY, *absent)  # to come back is less work
+            if self._absent(user_id, chat_id):
+                self._coming.put(user_id, chat_id)
+
+    def _send_back(self, user_id: int) -> None:
+        """Close the sockets of a user who came into more chats than may wait, so that they come
+        back: whatever they missed they join then.
+        """
+        self.close(GOING_AWAY, *self._absent(user_id, 0))
 
     def _absent(self, user_id: int, chat_id: int) -> list[Socket]:
         """List the sockets of a user that follow all chats, but this one not yet."""
@@ -1510,14 +1515,13 @@ class Rooms:
                 if socket.chat_id is None and chat_id not in socket.rooms]
 
     async def _try_join(self, user_id: int, chat_id: int) -> None:
-        sockets = self._absent(user_id, chat_id)
         try:
-            await self._join_chat(user_id, sockets, chat_id)
+            await self._join_chat(user_id, self._absent(user_id, chat_id), chat_id)
         except (ChatNotFound, Unavailable):
             pass  # the poll finds it again
         except Exception:
             log.exception("sockets could not join the room of chat %d", chat_id)
-            self.close(GOING_AWAY, *sockets)
+            self.close(GOING_AWAY, *self._absent(user_id, chat_id))
 
     async def _join_chat(self, user_id: int, sockets: list[Socket], chat_id: int) -> None:
         """Show sockets of a user a chat that the user came into, unless they joined already; then

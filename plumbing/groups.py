@@ -118,26 +118,30 @@ class OneByOne(Generic[Key, Thing]):
     """Does the things of each key one after the other, in a task for as long as there are any.
 
     What is asked for again while it waits is done once; while it is being done, once more. Of each
-    key so many may wait.
+    key so many may wait; where more was asked for, `send_back` is called once all those are done.
     """
 
     def __init__(
-        self, tasks: Tasks, do: Callable[[Key, Thing], Awaitable[None]], at_most: int
+        self, tasks: Tasks, do: Callable[[Key, Thing], Awaitable[None]], at_most: int,
+        send_back: Callable[[Key], None],
     ) -> None:
         self._tasks = tasks
         self._do = do  # raises nothing
         self._at_most = at_most
+        self._send_back = send_back
         self._waiting: dict[Key, dict[Thing, None]] = {}  # in the order in which they came
+        self._left_out: set[Key] = set()
 
-    def put(self, key: Key, thing: Thing) -> bool:
-        """Ask for a thing to be done; False: too many wait."""
+    def put(self, key: Key, thing: Thing) -> None:
+        """Ask for a thing to be done."""
         if key not in self._waiting:
             self._waiting[key] = {}
             self._tasks.spawn(self._run(key))
         things = self._waiting[key]
-        if may_wait := thing in things or len(things) < self._at_most:
+        if thing in things or len(things) < self._at_most:
             things[thing] = None
-        return may_wait
+        else:
+            self._left_out.add(key)
 
     async def _run(self, key: Key) -> None:
         things = self._waiting[key]
@@ -148,6 +152,9 @@ class OneByOne(Generic[Key, Thing]):
                 await self._do(key, thing)
         finally:
             del self._waiting[key]
+            if key in self._left_out:
+                self._left_out.remove(key)
+                self._send_back(key)
 
 
 # ---- Commits in groups

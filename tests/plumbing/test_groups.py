@@ -49,7 +49,8 @@ async def test_things_of_a_key_are_done_one_by_one() -> None:
         await free[key].acquire()
         done.append((key, thing))
 
-    one_by_one = OneByOne(Tasks(), do, 3)
+    sent_back: list[str] = []
+    one_by_one = OneByOne(Tasks(), do, 3, sent_back.append)
     for key, thing in (("a", 1), ("a", 2), ("a", 3), ("a", 2), ("b", 1)):
         one_by_one.put(key, thing)
     for key in ("b", "a", "a"):
@@ -61,29 +62,35 @@ async def test_things_of_a_key_are_done_one_by_one() -> None:
         free[key].release()
         await asyncio.sleep(0.01)
     assert done == [("b", 1), ("a", 1), ("a", 2), ("a", 3), ("a", 3), ("b", 1)]
+    assert sent_back == []
 
 
 async def test_of_each_key_so_many_things_may_wait() -> None:
-    """Beyond as many things as may wait none is taken, unless it waits already; another key's is,
-    and so is the next once there is room again."""
+    """Beyond as many things as may wait none is taken, unless it waits already; another key's is.
+    Whose was not taken is told once those that wait are done, and may ask again."""
     done: list[int] = []
+    sent_back: list[str] = []
     free = asyncio.Semaphore(0)
 
     async def do(_key: str, thing: int) -> None:
         await free.acquire()
         done.append(thing)
 
-    one_by_one = OneByOne(Tasks(), do, 2)
-    taken = [one_by_one.put("a", thing) for thing in (1, 2, 3, 1)]
-    assert (taken, one_by_one.put("b", 4)) == ([True, True, False, True], True)
-    for _ in range(3):
-        free.release()
-    await asyncio.sleep(0.01)
-    assert sorted(done) == [1, 2, 4]
-    assert one_by_one.put("a", 3)
+    one_by_one = OneByOne(Tasks(), do, 2, sent_back.append)
+    for thing in (1, 2, 3, 1):
+        one_by_one.put("a", thing)
+    one_by_one.put("b", 4)
     free.release()
     await asyncio.sleep(0.01)
-    assert sorted(done) == [1, 2, 3, 4]
+    assert (done, sent_back) == ([1], [])
+    for _ in range(2):
+        free.release()
+    await asyncio.sleep(0.01)
+    assert (sorted(done), sent_back) == ([1, 2, 4], ["a"])
+    one_by_one.put("a", 3)
+    free.release()
+    await asyncio.sleep(0.01)
+    assert (sorted(done), sent_back) == ([1, 2, 3, 4], ["a"])
 
 
 async def test_bad_item_fails_alone(
