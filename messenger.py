@@ -1220,8 +1220,9 @@ class FrameHint(Struct, array_like=True, tag="frame"):
 
 
 class SessionHint(Struct, array_like=True, tag="session"):
-    """A session has ended."""
+    """A session of a user has ended; servers of 0.1.0 do not say whose."""
     session_id: int
+    user_id: int | None = None
 
 
 Hint = ChatHint | FrameHint | SessionHint
@@ -1346,8 +1347,7 @@ class Rooms:
         self._coming = OneByOne(self._tasks, self._try_join, FOLLOWED_PAGE, self._send_back)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
-        self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs ...
-        self._of_sessions: guard.Sets[int, Socket] = guard.Sets()  # ... and by session
+        self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs
         self._followed = guard.Tally()  # by address: the chats of all its sockets
 
     async def close_all(self) -> None:
@@ -1387,7 +1387,6 @@ class Rooms:
         self._sockets.add(socket)
         SOCKETS.set(len(self._sockets))
         self._of_users.put(me, socket)
-        self._of_sessions.put(socket.asker.session_id, socket)
         joining = socket.joining = asyncio.Event()
         try:
             await self.replaying.run(me, self._join_rooms, socket)
@@ -1567,7 +1566,6 @@ class Rooms:
         self._sockets.discard(socket)
         SOCKETS.set(len(self._sockets))
         self._of_users.drop(socket.asker.user_id, socket)
-        self._of_sessions.drop(socket.asker.session_id, socket)
         self._leave_rooms(socket)
 
     def _leave_rooms(self, socket: Socket) -> None:
@@ -1603,11 +1601,13 @@ class Rooms:
             self.leave(socket)
             socket.begin_close(code)
 
-    def end_sessions(self, session_ids: Collection[int]) -> None:
-        """End sessions in this process: their tokens count no longer, their sockets are closed."""
+    def end_sessions(self, session_ids: Collection[int], user_id: int | None = None) -> None:
+        """End sessions in this process, of one user or (None) of any: their tokens count no longer,
+        their sockets are closed.
+        """
         self._sessions.end(session_ids)
-        for session_id in session_ids:
-            self.close(TOKEN_ENDED, *self._of_sessions.get(session_id, ()))
+        sockets = self._sockets if user_id is None else self._of_users.get(user_id, ())
+        self.close(TOKEN_ENDED, *[each for each in sockets if each.asker.session_id in session_ids])
 
     # ---- Who is live, and who catches up first
 
@@ -1770,7 +1770,7 @@ class Rooms:
         elif isinstance(hint, FrameHint):
             self.broadcast(hint)
         else:
-            self.end_sessions([hint.session_id])
+            self.end_sessions([hint.session_id], hint.user_id)
 
 
 ROOMS = web.AppKey("rooms", Rooms)
@@ -2092,7 +2092,7 @@ class Watch:
         if self._rooms.all_sockets():
             since = asked_at - self._rooms.polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
-            self._rooms.end_sessions([row["id"] for row in ended])
+            self._rooms.end_sessions({row["id"] for row in ended})
             joined = await self._database.rows(SELECT_JOINED, since)
             for number, (chat_id, user_id) in enumerate(joined):
                 if number % 100 == 99:
@@ -2707,7 +2707,7 @@ async def end_oldest_sessions(app: web.Application, user_id: int) -> None:
     """End those sessions of a user that are more than a user may have."""
     with contextlib.suppress(Unavailable):  # the next login does it
         for ended in await app[DATABASE].rows(END_OLDEST_SESSIONS, user_id, SESSIONS_OF_USER_MAX):
-            app[ROOMS].publish(SessionHint(ended["id"]))
+            app[ROOMS].publish(SessionHint(ended["id"], user_id))
 
 
 async def refresh(request: web.Request, body: RefreshRequest | None = None) -> Tokens:
@@ -2765,7 +2765,7 @@ async def end_session(
     """
     ended = await request.app[DATABASE].rows(END_SESSION, session_id, user_id, secret)
     if ended:
-        request.app[ROOMS].publish(SessionHint(session_id))
+        request.app[ROOMS].publish(SessionHint(session_id, user_id))
     return bool(ended)
 
 
@@ -2812,7 +2812,7 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
     if ended is None:
         raise WrongPassword
     for session_id in ended:
-        app[ROOMS].publish(SessionHint(session_id))
+        app[ROOMS].publish(SessionHint(session_id, user_id))
     return await get_user(request, user_id)
 
 
@@ -2849,7 +2849,7 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     """
     await check_self(request, user_id)
     for session_id in await request.app[DATABASE].value(DELETE_USER, user_id):
-        request.app[ROOMS].publish(SessionHint(session_id))
+        request.app[ROOMS].publish(SessionHint(session_id, user_id))
     # A user in very many chats is answered before leaving them all; keep_tidy finishes what is
     # left over.
     leaving = request.app[TASKS].spawn(leave_chats(request.app, user_id))

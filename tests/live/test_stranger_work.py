@@ -315,7 +315,6 @@ async def test_sockets_whose_tokens_end_together_are_closed_in_turns(
     await messenger.Watch(rooms).check_sockets()
     assert await turns.most() == 1
     assert rooms.all_sockets() == []
-    assert not rooms._of_sessions
     for line in lines:
         while not line.closed:
             await line.receive(HEAR_SECONDS)
