@@ -382,7 +382,7 @@ class PromptConnection(web.RequestHandler):
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
         """
         if data:  # else what came before is to be parsed
-            self.guest.note_read()
+            self.guest.note_read(self)
         super().data_received(data)
         if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
             error = self._messages[-1][0].exc
@@ -520,12 +520,14 @@ class Rounds:
         """Take note of a connection from an address."""
         self._open.put(party, connection)
 
-    def note_read(self, party: str) -> None:
+    def note_read(self, party: str, connection: PromptConnection) -> None:
         """Take note that a connection from an address was read."""
-        if not self._may_go_on(party):
-            for connection in self._open[party]:
-                if connection.rest():
-                    self._waiting.append(party, connection.read_on)
+        if self._may_go_on(party):
+            return
+        is_first = self._done[party] == READS_A_ROUND  # else the others rest already
+        for each in self._open[party] if is_first else (connection,):
+            if each.rest():
+                self._waiting.append(party, each.read_on)
 
     def end(self, party: str, connection: PromptConnection, end: Callable[[], object]) -> None:
         """Let a connection from an address end, now or later."""
@@ -552,11 +554,11 @@ class Rounds:
         count = 1 if self._done else READS_A_ROUND
         self._is_due = False
         self._done.clear()
+        if self._waiting:
+            self._look_again()
         for _ in range(count):
             if following := self._waiting.take():
                 following[1]()
-        if self._waiting:
-            self._look_again()
 
 
 class CountedGuest(Guest):
@@ -572,9 +574,9 @@ class CountedGuest(Guest):
         """Take note of the connection."""
         self._rounds.begin(self._party, connection)
 
-    def note_read(self) -> None:
+    def note_read(self, connection: PromptConnection) -> None:
         """Take note that the connection was read."""
-        self._rounds.note_read(self._party)
+        self._rounds.note_read(self._party, connection)
 
     def end(self, connection: PromptConnection, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""

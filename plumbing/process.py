@@ -134,7 +134,7 @@ class Guest:
     def begin(self, connection: Any) -> None:
         """Take note of the connection."""
 
-    def note_read(self) -> None:
+    def note_read(self, connection: Any) -> None:
         """Take note that the connection was read."""
 
     def end(self, connection: Any, end: Callable[[], object]) -> None:
