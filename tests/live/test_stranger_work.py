@@ -496,6 +496,29 @@ async def test_pages_that_sockets_missed_are_read_one_by_one_of_an_address(
     assert most == 1
 
 
+async def test_socket_opens_while_its_user_comes_into_one_chat_after_the_other(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """However many chats a user comes into while a new socket joins those there are, it opens."""
+    monkeypatch.setattr(messenger, "FOLLOWED_PAGE", 1)
+    for _ in range(3):
+        await alice.founds(bob)
+    rooms, looks_up = app[messenger.ROOMS], messenger.Rooms._followed_by
+
+    async def come_into_another(asked: Any) -> Any:
+        await alice.founds(bob)
+        return await looks_up(rooms, asked)
+
+    monkeypatch.setattr(rooms._look_ups, "_look_up", come_into_another)
+    async with asyncio.timeout(HEAR_SECONDS):
+        line = await bob.client.ws_connect("/ws", headers=bob.headers)
+    chats = {chat["id"] for chat in await bob.gets("/chats")}
+    async with asyncio.timeout(HEAR_SECONDS):
+        while set(rooms.stands()) != chats:
+            await asyncio.sleep(0.01)
+    await line.close()
+
+
 async def test_who_comes_into_very_many_chats_delays_no_other_address(
     app: web.Application, alice: Person, bob: Person, carol: Person, dave: Person, monkeypatch: Any
 ) -> None:
