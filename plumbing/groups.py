@@ -118,7 +118,8 @@ class OneByOne(Generic[Key, Thing]):
     """Does the things of each key one after the other, in a task for as long as there are any.
 
     What is asked for again while it waits is done once; while it is being done, once more. Of each
-    key so many may wait; where more was asked for, `send_back` is called once all those are done.
+    key so many may wait; where more was asked for, nothing more is taken, and `send_back` is called
+    once all those are done.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class OneByOne(Generic[Key, Thing]):
             self._waiting[key] = {}
             self._tasks.spawn(self._run(key))
         things = self._waiting[key]
-        if thing in things or len(things) < self._at_most:
+        if thing in things or (key not in self._left_out and len(things) < self._at_most):
             things[thing] = None
         else:
             self._left_out.add(key)

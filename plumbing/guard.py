@@ -314,10 +314,16 @@ class PromptConnection(web.RequestHandler):
     def _resume(self) -> None:
         self._resumption = None
         super().resume_reading()
+        self._go_on_reading()
+
+    def _go_on_reading(self) -> None:
+        """Read again, unless there is a reason not to; that a request waits is none."""
+        if not self._reading_paused and not (self._buffer_paused and self._upgraded):
+            self._resume_transport_reading()
 
     def _pause_reading_for_buffer(self) -> None:
         """Have what comes behind a request parsed once that is begun. Until then it is read, and
-        bounded by HeadParser; behind a request for another protocol it is not.
+        bounded by HeadParser; behind a request for another protocol BUFFER_BYTES are read.
         """
         if self._upgraded:
             super()._pause_reading_for_buffer()
@@ -401,8 +407,7 @@ class PromptConnection(web.RequestHandler):
     def read_on(self) -> None:
         """Read again, unless there is another reason not to."""
         self._rests = False
-        if not self._reading_paused and not self._buffer_paused:
-            self._resume_transport_reading()
+        self._go_on_reading()
 
     def _await_head(self) -> None:
         """Bring the timer forward; of several times the first one stays."""
@@ -503,17 +508,18 @@ class Rate:
 
 class Rounds:
     """Lets connections be read, and end, only so often in a round of the event loop: READS_A_ROUND
-    of each address. Where more comes, all connections of the address rest; they go on in turns, of
-    all addresses one in each round. Else what comes over thousands of connections in the same
-    moment, or the ends of all of them, would be all that the loop finds to do.
-
-    Those rest, too, over which nothing has come: the system is not even asked for what has.
+    of each address. What ends beyond that waits. What is read beyond that has all connections of
+    the address rest, also those over which nothing has come: the system is not even asked. They go
+    on in turns, of all addresses one in each round, or up to READS_A_ROUND where nothing was read
+    in the one before. Else what comes over thousands of connections in the same moment, or the ends
+    of all of them, would be all that the loop finds to do.
     """
 
     def __init__(self) -> None:
         self._open: Sets[str, PromptConnection] = Sets()  # by address
         self._done: Counter[str] = Counter()  # in this round, by address: reads and ends
         self._waiting: Queues[Callable[[], object]] = Queues()  # by address
+        self._resting: set[str] = set()  # addresses, since this round
         self._is_due = False  # whether another round begins soon
 
     def begin(self, party: str, connection: PromptConnection) -> None:
@@ -524,7 +530,8 @@ class Rounds:
         """Take note that a connection from an address was read."""
         if self._may_go_on(party):
             return
-        is_first = self._done[party] == READS_A_ROUND  # else the others rest already
+        is_first = party not in self._resting  # else the others rest already
+        self._resting.add(party)
         for each in self._open[party] if is_first else (connection,):
             if each.rest():
                 self._waiting.append(party, each.read_on)
@@ -554,6 +561,7 @@ class Rounds:
         count = 1 if self._done else READS_A_ROUND
         self._is_due = False
         self._done.clear()
+        self._resting.clear()
         if self._waiting:
             self._look_again()
         for _ in range(count):

@@ -226,7 +226,7 @@ class Program(Generic[SettingsT]):
                 stack.callback(log.info, "stopping")
                 self.tell_start(settings, process.url_of(listener), store.where)
             # Whatever ends is freed at once, for it leaves no cycles of references. A collection
-            # would find nothing, and beside ten thousand sockets it takes up to a second.
+            # hardly ever finds anything, and beside ten thousand sockets it takes up to a second.
             gc.freeze()
             gc.set_threshold(COLLECTED_AFTER)
             await asyncio.Event().wait()

@@ -4,4 +4,3 @@
 -- which takes less time altogether.
 alter index message_words_search set (fastupdate = off);
 alter index message_words_search reset (gin_pending_list_limit);
-do $$ begin perform gin_clean_pending_list('message_words_search'); end $$;

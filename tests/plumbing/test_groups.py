@@ -83,6 +83,7 @@ async def test_of_each_key_so_many_things_may_wait() -> None:
     free.release()
     await asyncio.sleep(0.01)
     assert (done, sent_back) == ([1], [])
+    one_by_one.put("a", 5)  # there is room again, but it is to be sent back soon
     for _ in range(2):
         free.release()
     await asyncio.sleep(0.01)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import bcrypt
 import msgspec
@@ -150,14 +150,14 @@ async def test_requests_behind_one_that_waits_are_not_parsed() -> None:
     get = b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 100 + b"\r\n"
     post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
     methods = []
-    for data in (get * 20 + post + b"{", b"}" + get * 20):
+    for data in (get * 70 + post + b"{", b"}" + get * 70):
         found = parser.feed_data(data)[0]
         while found:
             [(head, _)] = found
             methods.append(head.method)
             parser.message_consumed()
             found = parser.feed_data(b"")[0]
-    assert methods == ["GET"] * 20 + ["POST"] + ["GET"] * 20
+    assert methods == ["GET"] * 70 + ["POST"] + ["GET"] * 70
 
 
 async def test_connection_that_rests_is_not_read_by_another_way(
@@ -184,6 +184,33 @@ async def test_connection_that_rests_is_not_read_by_another_way(
     assert reads == [False]
     resting[0].read_on()
     assert (await caller.hears())[0] == 200
+    caller.close()
+
+
+async def test_connection_is_read_after_a_rest_though_a_request_waits(
+    anyone: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nobody would notice that its client has hung up."""
+    connections: list[PromptConnection] = []
+    connection_made = PromptConnection.connection_made
+
+    def note(self: PromptConnection, transport: Any) -> None:
+        connection_made(self, transport)
+        connections.append(self)
+
+    monkeypatch.setattr(PromptConnection, "connection_made", note)
+    caller = await RawConnection.opens(anyone.port, b"GET / HTTP/1.1\r\n")
+    async with asyncio.timeout(HEAR_SECONDS):
+        while not connections:
+            await asyncio.sleep(0.01)
+    [connection] = connections
+    transport = cast("asyncio.Transport", connection.transport)
+    connection._pause_reading_for_buffer()  # as where a request waits
+    assert transport.is_reading()
+    assert connection.rest()
+    assert not transport.is_reading()
+    connection.read_on()
+    assert transport.is_reading()
     caller.close()
 
 
