@@ -707,8 +707,8 @@ def check_dates(request: web.Request) -> None:
 
 async def continue_if_expected(route: web.AbstractRoute, request: web.Request) -> None:
     """Tell a client to go on that waits for it; what else is expected is refused as a problem."""
-    # The other is raised for what it cannot repeat.
-    with contextlib.suppress(web.HTTPExpectationFailed, UnicodeEncodeError):
+    # The second is raised for what it cannot repeat, the third where the client has hung up.
+    with contextlib.suppress(web.HTTPExpectationFailed, UnicodeEncodeError, ConnectionError):
         await HANDLE_EXPECTATION(route, request)
 
 

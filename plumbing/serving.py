@@ -31,7 +31,7 @@ IDLE_SECONDS = 620  # of a connection: longer than balancers keep theirs, which 
 SHUTDOWN_SECONDS = 2
 METRICS_CONNECTIONS_MAX = 100  # of an address, to the port of the metrics
 METRICS_REST = 10  # times what it took, until the metrics are put together again
-COLLECTED_AFTER = 1_000_000  # objects more than were there at the last time
+COLLECTED_AFTER = 500_000  # objects more than were there at the last time
 log = logging.getLogger("messenger.serving")
 
 SettingsT = TypeVar("SettingsT", bound=ServerSettings)

@@ -190,8 +190,12 @@ class Connection:
         """Answer the peer's close, if it began, and end the connection."""
         self.write(close_frame(OK))
         self.cut()
-        # Else aiohttp closes it again, and what is raised then and it refer to each other.
+        # Else aiohttp closes it again, and what is raised then and it refer to each other; so do
+        # what was wrong with a frame and its reader.
         self.ws._eof_sent, self.ws._exception = True, None
+        reader = self.ws._reader
+        if reader is not None and (error := reader.exception()) is not None:
+            error.__traceback__ = error.__context__ = error.__cause__ = None
 
     def cut(self) -> None:
         """End the connection at once."""

@@ -6,6 +6,8 @@ left objects that refer to each other would take memory for long.
 
 import asyncio
 import signal
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -93,6 +95,12 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
         "ahead": call("GET", "/chats", token).replace(b"Connection: close\r\n", b"") * 10,
         "socket": opens + frame(TEXT, b'{"type":"sync","chats":{"%d":0}}' % chat) + close,
         "wrong frames": opens + frame(TEXT, b"{") + frame(TEXT, b'{"type":"x"}') + close,
+        "no text": opens + frame(TEXT, b"\xff"),
+        "no continuation": opens + frame(0x80, b"x"),
+        "wrong close": opens + frame(CLOSE, b"x"),
+        "pinged and reset": opens + frame(0x89, b"") * 300,
+        "expecting and reset": call(
+            "POST", "/users/login", "", text, more="Expect: 100-continue\r\n"),
         "broken frame": opens + b"\xff\xff\xff",
         "cut socket": opens,
         "refused socket": handshake(port, "/ws", "nothing"),
@@ -104,7 +112,12 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
     for name, sent in kinds.items():
         for _ in range(REPEATED):
             connection = await RawConnection.opens(port, sent)
-            if name.startswith("cut"):
+            if name.endswith("reset"):
+                end = connection.writer.get_extra_info("socket")
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                await asyncio.sleep(0.002 if name.startswith("pinged") else 0)
+                connection.writer.transport.abort()
+            elif name.startswith("cut"):
                 await asyncio.sleep(0.02)
                 connection.writer.transport.abort()
             elif name == "ahead":
