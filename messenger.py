@@ -1546,8 +1546,8 @@ class Rooms:
         """Show a socket a chat and let it join: not where it did so meanwhile or is closed, nor
         where the participants changed since the chat was read.
         """
-        is_gone = chat.id in socket.rooms or socket not in self._sockets
-        if is_gone or self._knows_newer(chat.id, chat.version):
+        is_over = chat.id in socket.rooms or socket not in self._sockets
+        if is_over or self._knows_newer(chat.id, chat.version):
             return
         if self._is_beyond(socket, 1) or socket.unsent() > BEHIND_BYTES:
             self.close(GOING_AWAY, socket)  # it may come back where its user's others allow

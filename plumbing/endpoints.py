@@ -31,7 +31,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import RequestDeadline, deadline, uncounted
 from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, FairTurns, Slots, Turns, unless_gone
-from plumbing.process import REQUEST_ID_HEADER, Handler, called, request_id
+from plumbing.process import REQUEST_ID_HEADER, Handler, called, drop_frames, request_id
 from plumbing.settings import ServerSettings
 from plumbing.text import COMPOSED_FROM_MAX, composed
 from plumbing.validation import describe
@@ -328,7 +328,7 @@ async def read_body(request: web.Request) -> bytes:
         raise RequestTimeout from None
     except (web.RequestPayloadError, ConnectionError, RuntimeError) as error:
         # Of a lost connection, or (RuntimeError) of one that was lost before; nobody hears it.
-        error.__traceback__ = None  # as in as_problem: the reader of the body holds the error
+        drop_frames(error)  # the reader of the body holds it
         raise MalformedRequest("The body arrived incomplete.") from None
     encoding = request.headers.get("Content-Encoding", "").lower()
     return unfold(body, encoding, request.client_max_size) if body else body
@@ -628,8 +628,7 @@ def json_answer(
 def as_problem(error: Exception) -> Problem | None:
     """Answer the problem that an exception stands for; None for one that nobody foresaw.
 
-    One that was foreseen loses its tracebacks: the frames there may hold what holds the exception,
-    like a future, and would not be freed before a collection of such cycles.
+    One that was foreseen holds no frames any more: nobody asks where it was raised.
     """
     problem: Problem | None = None
     if isinstance(error, Problem):
@@ -644,7 +643,7 @@ def as_problem(error: Exception) -> Problem | None:
         if "Allow" in error.headers:
             problem.headers["Allow"] = error.headers["Allow"]
     if problem is not None:
-        error.__traceback__ = error.__context__ = error.__cause__ = None
+        drop_frames(error)
     return problem
 
 

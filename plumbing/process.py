@@ -126,6 +126,13 @@ def nothing() -> None:
     """Do nothing."""
 
 
+def drop_frames(error: BaseException) -> None:
+    """Let an exception that was dealt with hold no frames. They may hold what holds the exception,
+    like a future or a reader, and would not be freed before a collection of such cycles.
+    """
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+
+
 class Guest:
     """Whose connection was accepted: may delay reads, and the end. This one delays nothing."""
 

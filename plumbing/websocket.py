@@ -16,6 +16,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_websocket import WebSocketReader
 
 from plumbing.guard import STALLED_SECONDS
+from plumbing.process import drop_frames
 
 FRAGMENT = WSMessage(WSMsgType.CONTINUATION, b"", "")
 PING, PONG = 0x89, 0x8A  # first bytes of whole frames (RFC 6455, section 5.2)
@@ -195,7 +196,7 @@ class Connection:
         self.ws._eof_sent, self.ws._exception = True, None
         reader = self.ws._reader
         if reader is not None and (error := reader.exception()) is not None:
-            error.__traceback__ = error.__context__ = error.__cause__ = None
+            drop_frames(error)
 
     def cut(self) -> None:
         """End the connection at once."""
