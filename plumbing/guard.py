@@ -17,7 +17,7 @@ import re
 import secrets
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -475,6 +475,27 @@ class Sets(dict[Key, set[Thing]]):
             self.pop(key, None)
 
 
+class Marks:
+    """How far each key has come, of those that are ahead of a floor; it rises, and a key that it
+    has reached may be forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[Hashable, float] = {}
+        self._keys_max = KEYS_MIN
+
+    def of(self, key: Hashable, floor: float) -> float:
+        """Tell how far a key has come, at least to the floor."""
+        return max(floor, self._of.get(key, floor))
+
+    def put(self, key: Hashable, mark: float, floor: float) -> None:
+        """Take note of how far a key has come."""
+        self._of[key] = mark
+        if len(self._of) > self._keys_max:
+            self._of = {each: far for each, far in self._of.items() if far > floor}
+            self._keys_max = max(KEYS_MIN, 2 * len(self._of))
+
+
 # ---- Rates
 
 
@@ -482,27 +503,23 @@ class Rate:
     """So many at once, then so many a second, of each key by itself.
 
     Of a key only the moment is kept at which its whole allowance is there again (the generic cell
-    rate algorithm, ITU-T I.371); once that has passed, the key may be forgotten.
+    rate algorithm, ITU-T I.371).
     """
 
     def __init__(self, burst: int, per_second: float) -> None:
         self._step = 1 / per_second
         self._most = (burst - 1) * self._step  # how far ahead of now that moment may be
-        self._full_at: dict[Hashable, float] = {}
-        self._keys_max = KEYS_MIN
+        self._full_at = Marks()
 
     def charge(self, key: Hashable, weight: float = 1) -> float:
         """Count one more, or something of more weight, and answer 0; or do not, and answer in how
         many seconds one more would be allowed.
         """
         now = time.monotonic()
-        full_at = max(now, self._full_at.get(key, now))
+        full_at = self._full_at.of(key, now)
         if full_at - now > self._most + ROUNDING_SECONDS:
             return full_at - now - self._most
-        self._full_at[key] = full_at + weight * self._step
-        if len(self._full_at) > self._keys_max:
-            self._full_at = {each: at for each, at in self._full_at.items() if at > now}
-            self._keys_max = max(KEYS_MIN, 2 * len(self._full_at))
+        self._full_at.put(key, full_at + weight * self._step, now)
         return 0.0
 
 
@@ -716,7 +733,10 @@ class Turns:
 
 class FairTurns(Turns):
     """Turns that may take long: of those who wait the key goes next whose turns took the least time
-    together, since somebody began to wait. So a key with short ones waits for few long ones.
+    together, so a key with short ones waits for few long ones. Each counts as having used at least
+    what a key has that always wants a turn, so who comes anew, or was away, does not go before the
+    others for long (fair queueing: A. Demers, S. Keshav, S. Shenker, 1989; by start times as of
+    P. Goyal, H. Vin, H. Cheng, 1996).
 
     Keys that had a long turn lately leave one for the others.
     """
@@ -725,12 +745,15 @@ class FairTurns(Turns):
         super().__init__(at_once, of_each)
         self._long_at_most = max(1, at_once - 1)
         self._working_long = 0
-        self._began: dict[Hashable, deque[tuple[float, bool]]] = {}  # by key: when; is it long
-        self._used: defaultdict[Hashable, float] = defaultdict(float)  # seconds by key
-        self._long_until: dict[Hashable, float] = {}  # by key
+        # By key: when each of its turns began, what the key had used by then, and is it long.
+        self._began: dict[Hashable, deque[tuple[float, float, bool]]] = {}
+        self._used = Marks()  # seconds
+        self._least_used = 0.0
+        self._long_until = Marks()
 
     def _is_long(self, key: Hashable) -> bool:
-        return self._long_until.get(key, 0.0) > time.monotonic()
+        now = time.monotonic()
+        return self._long_until.of(key, now) > now
 
     def _may_begin(self, key: Hashable) -> bool:
         may_be_long = self._working_long < self._long_at_most
@@ -738,29 +761,31 @@ class FairTurns(Turns):
 
     def _begin(self, key: Hashable) -> None:
         super()._begin(key)
+        self._least_used = self._used_by(key)
         is_long = self._is_long(key)
         self._working_long += is_long
-        self._began.setdefault(key, deque()).append((time.monotonic(), is_long))
+        self._began.setdefault(key, deque()).append(
+            (time.monotonic(), self._least_used, is_long))
 
     def give_back(self, key: Hashable) -> None:
         """End a turn of a key, its first: the next is let in."""
         turns = self._began[key]
-        began, was_long = turns.popleft()
+        began, used, was_long = turns.popleft()
         if not turns:
             del self._began[key]
         now = time.monotonic()
+        self._least_used += (now - began) / len(self._waiting.keys() | {key, *self._began})
         self._working_long -= was_long
         if now - began > LONG_SECONDS:
-            if len(self._long_until) > KEYS_MIN:
-                self._long_until.clear()
-            self._long_until[key] = now + LONG_KEPT_SECONDS
-        self._used[key] += now - began
-        if not self._waiting:
-            self._used.clear()
+            self._long_until.put(key, now + LONG_KEPT_SECONDS, now)
+        self._used.put(key, self._used.of(key, used) + now - began, self._least_used)
         super().give_back(key)
 
     def _next(self) -> tuple[Hashable, asyncio.Future[None]] | None:
-        return self._waiting.take(self._may_begin, self._used.__getitem__)
+        return self._waiting.take(self._may_begin, self._used_by)
+
+    def _used_by(self, key: Hashable) -> float:
+        return self._used.of(key, self._least_used)
 
 
 class Slots:

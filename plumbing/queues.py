@@ -3,7 +3,7 @@
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from typing import Generic, TypeVar
 
 Thing = TypeVar("Thing")
@@ -30,6 +30,10 @@ class Queues(Generic[Thing]):
 
     def __iter__(self) -> Iterator[Thing]:
         return itertools.chain.from_iterable(self._of.values())
+
+    def keys(self) -> Set[Hashable]:
+        """Tell of which keys something waits."""
+        return self._of.keys()
 
     def append(self, key: Hashable, thing: Thing) -> None:
         """Let a thing wait behind those of its key."""

@@ -403,7 +403,7 @@ def test_rate_forgets_only_those_that_are_whole_again(clock: Callable[[float], N
     for number in range(10 * guard.KEYS_MIN):
         rate.charge(number)
         clock(0.001)
-    assert len(rate._full_at) <= 2 * guard.KEYS_MIN
+    assert len(rate._full_at._of) <= 2 * guard.KEYS_MIN
     assert [rate.charge("due") == 0 for _ in range(102)].count(True) == 100  # one for each second
 
 
@@ -1188,8 +1188,76 @@ async def test_key_whose_turns_are_short_goes_before_those_with_long_ones() -> N
     # Between two of them 0.06 s of two long ones at a time, and what was under way.
     assert max(later - before for before, later in itertools.pairwise(places)) <= 7
     assert not turns._began
-    assert not turns._used
     await asyncio.wait_for(turns.take("short"), HEAR_SECONDS)
+
+
+async def test_key_that_comes_anew_does_not_go_before_others_for_long(
+    clock: Callable[[float], None],
+) -> None:
+    """Whoever used much while others waited has the next turn but one when others come who used
+    nothing, and one that was away has no more in store than they."""
+    turns, order = guard.FairTurns(1), []
+
+    async def works(key: str) -> None:
+        await turns.take(key)
+        order.append(key)
+        clock(0.04)
+        await asyncio.sleep(0)
+        turns.give_back(key)
+
+    for _ in range(100):
+        await asyncio.gather(*(works(key) for key in ("keeper", "honest", "keeper")))
+    await works("away")
+    for _ in range(100):
+        await asyncio.gather(*(works(key) for key in ("keeper", "honest", "keeper")))
+    order.clear()
+    await turns.take("keeper")
+    later = [asyncio.create_task(works(key)) for key in 5 * ["fresh", "away", "honest", "fresher"]]
+    await asyncio.sleep(0)
+    clock(0.04)
+    turns.give_back("keeper")
+    await asyncio.gather(*later)
+    for begin in range(0, len(order), 4):
+        assert sorted(order[begin:begin + 4]) == ["away", "fresh", "fresher", "honest"], order
+
+
+async def test_key_waits_for_few_of_those_who_never_end_to_come(
+    clock: Callable[[float], None],
+) -> None:
+    """Whoever had a turn has the next though there are always others that had none."""
+    turns, order = guard.FairTurns(1), []
+    comers = (f"comer {number}" for number in range(200))
+
+    async def works(key: str) -> None:
+        await turns.take(key)
+        order.append(key)
+        clock(0.04)
+        if (comer := next(comers, "")) and key != "honest":
+            group.create_task(works(comer))
+        await asyncio.sleep(0)
+        turns.give_back(key)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(works(next(comers)))
+        for _ in range(5):
+            await works("honest")
+    places = [place for place, key in enumerate(order) if key == "honest"]
+    assert max(later - before for before, later in itertools.pairwise(places)) <= 8, places
+
+
+async def test_turns_forget_whose_they_were(clock: Callable[[float], None]) -> None:
+    """However many keys have turns, and though somebody always waits, memory stays bounded."""
+    turns = guard.FairTurns(1)
+    await turns.take("keeper")
+    for number in range(3 * guard.KEYS_MIN):
+        waiting = asyncio.create_task(turns.take(number))
+        await asyncio.sleep(0)
+        clock(1)
+        turns.give_back(number - 1 if number else "keeper")
+        await waiting
+    assert max(len(turns._used._of), len(turns._long_until._of)) <= 2 * guard.KEYS_MIN
+    assert len(turns._began) == 1
 
 
 async def test_keys_with_long_turns_leave_one_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1210,7 +1278,7 @@ async def test_keys_with_long_turns_leave_one_to_others(monkeypatch: pytest.Monk
     turns.give_back("long")
     await asyncio.wait_for(waiting, HEAR_SECONDS)
     turns.give_back("longer")
-    turns._long_until.clear()  # as it is forgotten in a while
+    turns._long_until = guard.Marks()  # as it is forgotten in a while
     assert turns.take_now("long")
     assert turns.take_now("longer")
 
