@@ -154,7 +154,7 @@ from plumbing.endpoints import (
     peek,
     read_cursor,
 )
-from plumbing.groups import GroupReader, GroupWriter, OneByOne, Outcome, by_place, columns_of
+from plumbing.groups import GroupReader, GroupWriter, Outcome, Pieces, by_place, columns_of
 from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
 from plumbing.process import Tasks
@@ -215,7 +215,8 @@ QUERY_CHARS_MAX = 200
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame ...
-SYNC_PIECE = 20  # ... of so many do replays begin at once
+CHATS_PIECE = 20  # of so many at once do replays begin; so many are shown to who came into them ...
+COMING_MAX = 1000  # ... while so many may wait
 TEXT_CHARS_MAX = 4096
 UNREAD_MAX = 100  # counted, as the statements do
 USER_AGENT_CHARS_MAX = 200
@@ -1064,10 +1065,10 @@ async def authenticate(request: web.Request) -> int:
 # gap is read from PostgreSQL first. So news may be lost, repeated or late: the database is the
 # truth. The dictionaries of Rooms are touched only in its methods.
 
-SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
+SELECT_CHATS = """  -- asker_id, chat_ids, before, before_id, limit
     -- participants_of_user, chats_pkey, participants_by_ordinal, users_pkey, messages_pkey
-    -- Those of the asker's chats whose ids are between two, the most recently active first, before
-    -- a place: microseconds since the epoch and a chat's id. All of them are read and sorted: an
+    -- Those of the asker's chats that are named, or (where none is) all, the most recently active
+    -- first, before a place: microseconds since the epoch and a chat's id. They are sorted: an
     -- index by activity would cost each post a write. One row for each chat, with its newest
     -- message; one of the rows also has the people of all: of each chat the first 100, oldest
     -- members first, with when they last read. Who deleted the account but has not left yet has no
@@ -1082,10 +1083,13 @@ SELECT_CHATS = """  -- asker_id, first_id, last_id, before, before_id, limit
             from chats c
             where c.id = any (array(
                     select p.chat_id from participants p
-                    where p.user_id = $1 and p.chat_id between $2 and $3))
+                    where p.user_id = $1 and p.chat_id = any ($2::bigint[])
+                    union all
+                    select p.chat_id from participants p
+                    where p.user_id = $1 and $2::bigint[] is null))
               and (c.active_at, c.id)
-                  < ('epoch'::timestamptz + $4::bigint * interval '1 microsecond', $5::bigint)
-            order by c.active_at desc, c.id desc limit $6
+                  < ('epoch'::timestamptz + $3::bigint * interval '1 microsecond', $4::bigint)
+            order by c.active_at desc, c.id desc limit $5
         ) c
     ), people as materialized (
         select min(p.chat_id) as beside, array_agg(p.chat_id) as chat_ids,
@@ -1157,12 +1161,10 @@ SELECT_MARKS = """  -- chat_ids, asker_id, numbers
     join participants p on p.chat_id = i.chat_id and p.user_id = $2"""
 
 
-async def read_chat(database: Database, chat_id: int, asker_id: int) -> Chat:
-    """Read a chat as one of its participants sees it. Raises ChatNotFound, Unavailable."""
-    rows = await database.rows(SELECT_CHATS, asker_id, chat_id, chat_id, PLACE_MAX, INT8_MAX, 1)
-    if not rows:
-        raise ChatNotFound
-    return chats_of(rows)[0]
+async def read_chats(database: Database, chat_ids: list[int], asker_id: int) -> list[Chat]:
+    """Read those of some chats that a user is in, as the user sees them. Raises Unavailable."""
+    return chats_of(await database.rows(
+        SELECT_CHATS, asker_id, chat_ids, PLACE_MAX, INT8_MAX, len(chat_ids)))
 
 
 def chats_of(rows: list[Any]) -> list[Chat]:
@@ -1343,8 +1345,8 @@ class Rooms:
         self.missed = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
         self._look_ups = GroupReader(self._followed_by)
         self._joins = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
-        # By user: chats they came into, as many as a new socket joins in one piece.
-        self._coming = OneByOne(self._tasks, self._try_join, FOLLOWED_PAGE, self._send_back)
+        self._coming = Pieces(  # by user: chats they came into
+            self._tasks, self._try_join, CHATS_PIECE, COMING_MAX, self._send_back)
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs
@@ -1496,67 +1498,73 @@ class Rooms:
     def join_users(self, chat_id: int, user_ids: Iterable[int]) -> None:
         """Let the sockets of users who came into a chat join its room, if they follow all chats.
 
-        Each user joins one chat after the other, so who comes into very many delays nobody.
+        Each user joins a few chats after the other, so who comes into very many delays nobody.
         """
         for user_id in user_ids:
-            if self._absent(user_id, chat_id):
+            if self._absent(user_id, [chat_id]):
                 self._coming.put(user_id, chat_id)
 
     def _send_back(self, user_id: int) -> None:
         """Close the sockets of a user who came into more chats than may wait, so that they come
         back: whatever they missed they join then.
         """
-        self.close(GOING_AWAY, *self._absent(user_id, 0))
+        self.close(GOING_AWAY, *self._absent(user_id, [0]))
 
-    def _absent(self, user_id: int, chat_id: int) -> list[Socket]:
-        """List the sockets of a user that follow all chats, but this one not yet."""
+    def _absent(self, user_id: int, chat_ids: Collection[int]) -> list[Socket]:
+        """List the sockets of a user that follow all chats, but one of these not yet."""
         return [socket for socket in self._of_users.get(user_id, ())
-                if socket.chat_id is None and chat_id not in socket.rooms]
+                if socket.chat_id is None and not socket.rooms.keys() >= set(chat_ids)]
 
-    async def _try_join(self, user_id: int, chat_id: int) -> None:
+    async def _try_join(self, user_id: int, chat_ids: list[int]) -> None:
         try:
-            await self._join_chat(user_id, self._absent(user_id, chat_id), chat_id)
-        except (ChatNotFound, Unavailable):
-            pass  # the poll finds it again
+            await self._join_chats(self._absent(user_id, chat_ids), chat_ids)
+        except Unavailable:
+            pass  # the poll finds them again
         except Exception:
-            log.exception("sockets could not join the room of chat %d", chat_id)
-            self.close(GOING_AWAY, *self._absent(user_id, chat_id))
+            log.exception("sockets could not join the rooms of chats %s", chat_ids)
+            self.close(GOING_AWAY, *self._absent(user_id, chat_ids))
 
-    async def _join_chat(self, user_id: int, sockets: list[Socket], chat_id: int) -> None:
-        """Show sockets of a user a chat that the user came into, unless they joined already; then
-        they are live. Each is shown it in a turn of its own: there may be thousands.
-
-        Raises ChatNotFound, Unavailable.
+    async def _join_chats(self, sockets: list[Socket], chat_ids: Iterable[int]) -> None:
+        """Show sockets of a user those of some chats that the user is in, but not where they joined
+        already; then they are live. Each is shown a few in a turn of its own: there may be
+        thousands. Raises Unavailable.
         """
         for socket in sockets:
-            if socket.joining is not None:  # `chats` comes first, and may tell of it
+            if socket.joining is not None:  # `chats` comes first, and may tell of them
                 await socket.joining.wait()
-        deadline = time.monotonic() + VERSION_SECONDS
-        while absent := [socket for socket in sockets
-                         if chat_id not in socket.rooms and socket in self._sockets]:
-            address, database = absent[0].address, self.database
-            chat = await self._joins.run(address, read_chat, database, chat_id, user_id)
-            frame = encode_frame(ChatOut(data=chat))
-            for socket in absent:
-                await self._pieces.call(socket.address, self._show_chat, socket, chat, frame)
-            if self._knows_newer(chat_id, chat.version):  # the user may be out again
+        deadline, waiting = time.monotonic() + VERSION_SECONDS, list(chat_ids)
+        while waiting:
+            piece, waiting = waiting[:CHATS_PIECE], waiting[CHATS_PIECE:]
+            absent = [chat_id for chat_id in piece if any(
+                chat_id not in socket.rooms and socket in self._sockets for socket in sockets)]
+            if not absent:
+                continue
+            chats = await self._joins.run(
+                sockets[0].address, read_chats, self.database, absent, sockets[0].asker.user_id)
+            shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in chats]
+            for socket in sockets:
+                await self._pieces.call(socket.address, self._show_chats, socket, shown)
+            # Out of these the user may be again.
+            if newer := [chat.id for chat in chats if self._knows_newer(chat.id, chat.version)]:
                 await self._wait_for_version(deadline)
+                waiting += newer
 
-    def _show_chat(self, socket: Socket, chat: Chat, frame: bytes) -> None:
-        """Show a socket a chat and let it join: not where it did so meanwhile or is closed, nor
-        where the participants changed since the chat was read.
+    def _show_chats(self, socket: Socket, shown: list[tuple[Chat, bytes]]) -> None:
+        """Show a socket chats, each by its frame, and let it join: not where it did so meanwhile or
+        is closed, nor where the participants changed since the chat was read.
         """
-        is_over = chat.id in socket.rooms or socket not in self._sockets
-        if is_over or self._knows_newer(chat.id, chat.version):
-            return
-        if self._is_beyond(socket, 1) or socket.unsent() > BEHIND_BYTES:
-            self.close(GOING_AWAY, socket)  # it may come back where its user's others allow
-            return
-        socket.write(frame)
-        rev, mark = chat.last_rev, mark_of(chat.position)
-        self._join_room(socket, chat.id, rev, mark, chat.version)
-        self._put_replay(socket, chat.id, Replay(rev, rev, mark, [None]))
-        self._go_on(socket, socket.rooms[chat.id])
+        for chat, frame in shown:
+            is_over = chat.id in socket.rooms or socket not in self._sockets
+            if is_over or self._knows_newer(chat.id, chat.version):
+                continue
+            if self._is_beyond(socket, 1) or socket.unsent() > BEHIND_BYTES:
+                self.close(GOING_AWAY, socket)  # it may come back where its user's others allow
+                return
+            socket.write(frame)
+            rev, mark = chat.last_rev, mark_of(chat.position)
+            self._join_room(socket, chat.id, rev, mark, chat.version)
+            self._put_replay(socket, chat.id, Replay(rev, rev, mark, [None]))
+            self._go_on(socket, socket.rooms[chat.id])
 
     def leave(self, socket: Socket) -> None:
         """Forget a socket; what is on its way to it is dropped.
@@ -1625,20 +1633,14 @@ class Rooms:
         changes there.
         """
         refused: dict[int, Exception] = {}
-        for chat_id in after:
-            try:  # its user may have come in a moment ago
-                await self._join_chat(socket.asker.user_id, [socket], chat_id)
-            except (ChatNotFound, Unavailable) as error:
-                refused[chat_id] = type(error)(str(error))  # without its frames, which hold this
         try:
+            await self._join_chats([socket], after)  # its user may have come in a moment ago
             marks = await self._marks_of(socket, after)
-        except Unavailable as error:
+        except Unavailable as error:  # which is not kept: its frames hold this
             return dict.fromkeys(after, Unavailable(str(error)))
         for place, (chat_id, (number, claimed)) in enumerate(after.items()):
-            if place % SYNC_PIECE == 0:
+            if place % CHATS_PIECE == 0:
                 await self._pieces.come(socket.address)
-            if chat_id in refused:
-                continue
             if chat_id not in socket.rooms or chat_id not in marks:
                 refused[chat_id] = ChatNotFound()
                 continue
@@ -2970,7 +2972,9 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
 
 async def get_chat(request: web.Request, chat_id: ChatId) -> Chat:
     """Get a chat. Raises ChatNotFound."""
-    return await read_chat(request.app[DATABASE], chat_id, request[ME])
+    for chat in await read_chats(request.app[DATABASE], [chat_id], request[ME]):
+        return chat
+    raise ChatNotFound
 
 
 async def list_chats(
@@ -2982,7 +2986,7 @@ async def list_chats(
     """List your chats, the most recently active first. Raises InvalidInput."""
     place = read_cursor(cursor, PLACE_MAX, INT8_MAX)
     rows = await request.app[DATABASE].rows(
-        SELECT_CHATS, request[ME], 1, INT8_MAX, *place, limit + 1)
+        SELECT_CHATS, request[ME], None, *place, limit + 1)
     chats = chats_of(rows)[:limit]
     more = beyond(rows, limit, lambda row: {"cursor": f"{row['place']}.{row['id']}"})
     return page(request, chats, next=more)

@@ -108,14 +108,15 @@ def by_place(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
     return found
 
 
-# ---- One by one
+# ---- Piece by piece
 
 Key = TypeVar("Key", bound=Hashable)
 Thing = TypeVar("Thing", bound=Hashable)
 
 
-class OneByOne(Generic[Key, Thing]):
-    """Does the things of each key one after the other, in a task for as long as there are any.
+class Pieces(Generic[Key, Thing]):
+    """Does the things of each key in their order, so many at once, in a task for as long as there
+    are any.
 
     What is asked for again while it waits is done once; while it is being done, once more. Of each
     key so many may wait; where more was asked for, nothing more is taken, and `send_back` is called
@@ -123,12 +124,13 @@ class OneByOne(Generic[Key, Thing]):
     """
 
     def __init__(
-        self, tasks: Tasks, do: Callable[[Key, Thing], Awaitable[None]], at_most: int,
-        send_back: Callable[[Key], None],
+        self, tasks: Tasks, do: Callable[[Key, list[Thing]], Awaitable[None]], at_once: int,
+        at_most: int, send_back: Callable[[Key], None],
     ) -> None:
         self._tasks = tasks
         self._do = do  # raises nothing
-        self._at_most = at_most
+        self._at_once = at_once
+        self._at_most = at_most  # may wait
         self._send_back = send_back
         self._waiting: dict[Key, dict[Thing, None]] = {}  # in the order in which they came
         self._left_out: set[Key] = set()
@@ -148,9 +150,10 @@ class OneByOne(Generic[Key, Thing]):
         things = self._waiting[key]
         try:
             while things:
-                thing = next(iter(things))
-                del things[thing]
-                await self._do(key, thing)
+                piece = list(itertools.islice(things, self._at_once))
+                for thing in piece:
+                    del things[thing]
+                await self._do(key, piece)
         finally:
             del self._waiting[key]
             if key in self._left_out:

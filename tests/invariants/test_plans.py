@@ -167,9 +167,9 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "END_SESSION": [(77, 78, None), (77, 78, "")],
         "SELECT_SESSIONS_ENDED": [(10,)],
         "SELECT_CHATS": [
-            (READER, 1, NEWEST, messenger.PLACE_MAX, NEWEST, PAGE),
-            (READER, BIG, BIG, messenger.PLACE_MAX, NEWEST, 1),
-            (READER, 2, 2, messenger.PLACE_MAX, NEWEST, 1),
+            (READER, None, messenger.PLACE_MAX, NEWEST, PAGE),
+            (READER, [BIG], messenger.PLACE_MAX, NEWEST, 1),
+            (READER, [2, 3, 4], messenger.PLACE_MAX, NEWEST, 3),
         ],
         "SELECT_PARTICIPANTS": [(BIG, READER, 0, PAGE), (CROWD, CROWDED, 0, PAGE)],
         "SELECT_MESSAGE": [(BIG, READER, stored)],

@@ -112,7 +112,7 @@ async def test_failure_to_bring_in_closes_the_socket(
     async def fail(*_: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(messenger.Rooms, "_join_chat", fail)
+    monkeypatch.setattr(messenger.Rooms, "_join_chats", fail)
     await alice.founds(bob)
     async with asyncio.timeout(SOON_SECONDS):
         while not everything.closed:

@@ -345,7 +345,7 @@ async def test_sync_of_many_chats_is_done_in_turn_with_others(
     app: web.Application, alice: Person, bob: Person, monkeypatch: Any
 ) -> None:
     """Of one sync that names many chats, only a few begin to be replayed in a round of the loop."""
-    chats = [await alice.founds(bob) for _ in range(3 * messenger.SYNC_PIECE)]
+    chats = [await alice.founds(bob) for _ in range(3 * messenger.CHATS_PIECE)]
     line = await alice.client.ws_connect("/ws", headers=alice.headers)
     turns, put_replay = Turns(len(chats)), messenger.Rooms._put_replay
 
@@ -355,7 +355,7 @@ async def test_sync_of_many_chats_is_done_in_turn_with_others(
 
     monkeypatch.setattr(messenger.Rooms, "_put_replay", count)
     await line.send_json({"type": "sync", "chats": dict.fromkeys(map(str, chats), 0)})
-    assert await turns.most() <= messenger.SYNC_PIECE
+    assert await turns.most() <= messenger.CHATS_PIECE
 
 
 async def test_sockets_that_come_into_a_chat_do_so_in_turn_with_others(
@@ -364,7 +364,7 @@ async def test_sockets_that_come_into_a_chat_do_so_in_turn_with_others(
     """Of the sockets of who comes into a chat, one joins it in each round of the loop; where it
     changes meanwhile, those to come are shown it as it is then."""
     lines = [await bob.client.ws_connect("/ws", headers=bob.headers) for _ in range(20)]
-    turns, show_chat = Turns(len(lines)), messenger.Rooms._show_chat
+    turns, show_chats = Turns(len(lines)), messenger.Rooms._show_chats
     seen = []
 
     def count(rooms: Any, *arguments: Any) -> None:
@@ -373,13 +373,13 @@ async def test_sockets_that_come_into_a_chat_do_so_in_turn_with_others(
             seen[:] = [room.version for room in rooms._rooms.values()]
             for room in rooms._rooms.values():
                 room.version += 1
-        show_chat(rooms, *arguments)
+        show_chats(rooms, *arguments)
 
     async def wait(rooms: Any, _: float) -> None:
         for room in rooms._rooms.values():  # what was read next would know it, too
             room.version -= 1
 
-    monkeypatch.setattr(messenger.Rooms, "_show_chat", count)
+    monkeypatch.setattr(messenger.Rooms, "_show_chats", count)
     monkeypatch.setattr(messenger.Rooms, "_wait_for_version", wait)
     chat = await alice.founds(bob)
     assert await turns.most() == 1
@@ -532,16 +532,16 @@ async def test_who_comes_into_very_many_chats_delays_no_other_address(
              for person in (bob, dave, carol)]
     [of_carol] = [each for each in rooms.all_sockets() if each.asker.user_id == carol.id]
     of_carol.address = "another"
-    reads, reading, going_on = messenger.read_chat, 0, asyncio.Event()
+    reads, reading, going_on = messenger.read_chats, 0, asyncio.Event()
 
-    async def read(database: Any, chat_id: int, asker_id: int) -> Any:
+    async def read(database: Any, chat_ids: list[int], asker_id: int) -> Any:
         nonlocal reading
         if asker_id in (bob.id, dave.id):
             reading += 1
             await going_on.wait()
-        return await reads(database, chat_id, asker_id)
+        return await reads(database, chat_ids, asker_id)
 
-    monkeypatch.setattr(messenger, "read_chat", read)
+    monkeypatch.setattr(messenger, "read_chats", read)
     for _ in range(4):
         await alice.founds(bob, dave)
     chat = await alice.founds(carol)
@@ -753,22 +753,22 @@ async def test_chats_that_users_come_into_are_read_a_few_at_a_time(
     """Of chats that somebody makes, each is read once for all sockets of a user who came into it,
     and few at once: the calls of others come in between."""
     chats, lines = 6, [await follows(each) for each in (bob, carol) for _ in range(5)]
-    under_way, at_once, read, read_chat = 0, [0], [], messenger.read_chat
+    under_way, at_once, read, read_chats = 0, [0], [], messenger.read_chats
 
-    async def count(database: Any, chat_id: int, asker_id: int) -> Any:
+    async def count(database: Any, chat_ids: list[int], asker_id: int) -> Any:
         nonlocal under_way
         if asker_id == alice.id:
-            return await read_chat(database, chat_id, asker_id)
-        read.append((chat_id, asker_id))
+            return await read_chats(database, chat_ids, asker_id)
+        read.extend((chat_id, asker_id) for chat_id in chat_ids)
         under_way += 1
         at_once.append(under_way)
         await asyncio.sleep(0.05)
         try:
-            return await read_chat(database, chat_id, asker_id)
+            return await read_chats(database, chat_ids, asker_id)
         finally:
             under_way -= 1
 
-    monkeypatch.setattr(messenger, "read_chat", count)
+    monkeypatch.setattr(messenger, "read_chats", count)
     made = await asyncio.gather(*[alice.founds(bob, carol) for _ in range(chats)])
     for line in lines:
         heard = [(await line.hears("chat"))["data"]["id"] for _ in made]

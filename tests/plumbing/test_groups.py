@@ -12,7 +12,7 @@ from aiohttp import web
 
 import messenger
 from plumbing import database, groups
-from plumbing.groups import GroupReader, OneByOne
+from plumbing.groups import GroupReader, Pieces
 from plumbing.guard import Rate
 from plumbing.process import Tasks
 from support.people import SOON_SECONDS, Line, Person
@@ -39,25 +39,26 @@ async def commits(app: web.Application, sql: asyncpg.Connection) -> int:
     return int(await sql.fetchval(count))
 
 
-async def test_things_of_a_key_are_done_one_by_one() -> None:
-    """The things of a key are done in the order in which they were asked for, one at a time and
+async def test_things_of_a_key_are_done_piece_by_piece() -> None:
+    """The things of a key are done in the order in which they were asked for, so many at a time and
     each once; those of another key meanwhile."""
     done: list[tuple[str, int]] = []
     free = {"a": asyncio.Semaphore(0), "b": asyncio.Semaphore(0)}
 
-    async def do(key: str, thing: int) -> None:
+    async def do(key: str, things: list[int]) -> None:
         await free[key].acquire()
-        done.append((key, thing))
+        done.extend((key, thing) for thing in things)
+        assert len(things) <= 2
 
     sent_back: list[str] = []
-    one_by_one = OneByOne(Tasks(), do, 3, sent_back.append)
+    pieces = Pieces(Tasks(), do, 2, 3, sent_back.append)
     for key, thing in (("a", 1), ("a", 2), ("a", 3), ("a", 2), ("b", 1)):
-        one_by_one.put(key, thing)
-    for key in ("b", "a", "a"):
+        pieces.put(key, thing)
+    for key in ("b", "a"):
         free[key].release()
         await asyncio.sleep(0.01)
-    one_by_one.put("a", 3)  # which is being done: something may be new since
-    one_by_one.put("b", 1)
+    pieces.put("a", 3)  # which is being done: something may be new since
+    pieces.put("b", 1)
     for key in ("a", "a", "b"):
         free[key].release()
         await asyncio.sleep(0.01)
@@ -72,23 +73,23 @@ async def test_of_each_key_so_many_things_may_wait() -> None:
     sent_back: list[str] = []
     free = asyncio.Semaphore(0)
 
-    async def do(_key: str, thing: int) -> None:
+    async def do(_key: str, things: list[int]) -> None:
         await free.acquire()
-        done.append(thing)
+        done.extend(things)
 
-    one_by_one = OneByOne(Tasks(), do, 2, sent_back.append)
+    pieces = Pieces(Tasks(), do, 1, 2, sent_back.append)
     for thing in (1, 2, 3, 1):
-        one_by_one.put("a", thing)
-    one_by_one.put("b", 4)
+        pieces.put("a", thing)
+    pieces.put("b", 4)
     free.release()
     await asyncio.sleep(0.01)
     assert (done, sent_back) == ([1], [])
-    one_by_one.put("a", 5)  # there is room again, but it is to be sent back soon
+    pieces.put("a", 5)  # there is room again, but it is to be sent back soon
     for _ in range(2):
         free.release()
     await asyncio.sleep(0.01)
     assert (sorted(done), sent_back) == ([1, 2, 4], ["a"])
-    one_by_one.put("a", 3)
+    pieces.put("a", 3)
     free.release()
     await asyncio.sleep(0.01)
     assert (sorted(done), sent_back) == ([1, 2, 3, 4], ["a"])
