@@ -241,7 +241,7 @@ BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live s
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket ...
 FOLLOWED_PER_ADDRESS_MAX = 500_000  # ... and of all users of an address
-FOLLOWED_PAGE = 100  # chats that a new socket joins at once
+FOLLOWED_PAGE = 200  # chats that a new socket joins at once
 FREE_SOCKETS = 4  # of a user, which may follow more; the first may do so at any address
 DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends ...
 FEW_LIVE = 20  # ... where more hear of it
@@ -1343,7 +1343,7 @@ class Rooms:
         self._pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self.missed = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
-        self._look_ups = GroupReader(self._followed_by)
+        self._look_ups = GroupReader(self._followed_by, told_at_once=10)  # _pieces take turns
         self._joins = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
         self._coming = Pieces(  # by user: chats they came into
             self._tasks, self._try_join, CHATS_PIECE, COMING_MAX, self._send_back)

@@ -24,7 +24,7 @@ from plumbing.queues import Queues
 WRITE_SECONDS = 1.8  # how long a write is tried again where the connection was lost
 WRITE_PAUSE_SECONDS = 0.05
 GROUP_SIZE_MAX = 512  # of what one commit takes
-LOOKED_UP_MAX = 64  # items at once
+LOOKED_UP_MAX = 32  # items at once
 PENDING_MAX = 20_000  # items that wait for a commit
 
 log = logging.getLogger("messenger.groups")
@@ -39,11 +39,15 @@ class GroupReader(Generic[Item, Outcome]):
     """Looks up in groups: what piled up while another look-up ran.
 
     There is no timer: an idle reader looks a lone item up at once. An item is looked up after it
-    was asked for, and once for all who ask meanwhile.
+    was asked for, and once for all who ask meanwhile. So many are told in a round of the loop: what
+    each does then may take long, and others come in between.
     """
 
-    def __init__(self, look_up: Callable[[list[Item]], Awaitable[list[Outcome]]]) -> None:
+    def __init__(
+        self, look_up: Callable[[list[Item]], Awaitable[list[Outcome]]], told_at_once: int = 1
+    ) -> None:
         self._look_up = look_up  # answers an outcome for each item
+        self._told_at_once = told_at_once
         self._pending: dict[Item, list[asyncio.Future[Outcome]]] = {}
         self._running: asyncio.Task[None] | None = None
         self._telling = Tasks()
@@ -70,21 +74,21 @@ class GroupReader(Generic[Item, Outcome]):
                     for future in undone(waiting):
                         future.set_exception(error)
                 else:
-                    self._telling.spawn(tell_in_turn(waiting, outcomes))
+                    self._telling.spawn(self._tell(waiting, outcomes))
         finally:
             self._running = None
 
-
-async def tell_in_turn(
-    waiting: list[list[asyncio.Future[Outcome]]], outcomes: list[Outcome]
-) -> None:
-    """Tell who waits what was found, one in each round of the loop: what each does then may take
-    long, and others come in between.
-    """
-    for futures, outcome in zip(waiting, outcomes, strict=True):
-        for future in undone([futures]):
-            future.set_result(outcome)
-            await asyncio.sleep(0)
+    async def _tell(
+        self, waiting: list[list[asyncio.Future[Outcome]]], outcomes: list[Outcome]
+    ) -> None:
+        """Tell who waits what was found."""
+        told = 0
+        for futures, outcome in zip(waiting, outcomes, strict=True):
+            for future in undone([futures]):
+                future.set_result(outcome)
+                told += 1
+                if told % self._told_at_once == 0:
+                    await asyncio.sleep(0)
 
 
 def undone(waiting: Iterable[list[asyncio.Future[Any]]]) -> Iterator[asyncio.Future[Any]]:
