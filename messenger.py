@@ -3608,7 +3608,7 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 # The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
 # passes over parameters that the handler does not name. Of `heavy` calls a user may have fewer at
 # the same time; those with the parameter `slow_with` delay none without it. What `joint` ones
-# change is committed together.
+# change is committed together; `lingering` ones wait for passwords, or for chats to be left.
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -3620,8 +3620,8 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/users/me/sessions", list_sessions),
     Endpoint("DELETE", "/api/v1/users/me/sessions/{session_id}", delete_session, 204),
     Endpoint("GET", "/api/v1/users/{user_id}", get_user),
-    Endpoint("PUT", "/api/v1/users/{user_id}", change_user),
-    Endpoint("DELETE", "/api/v1/users/{user_id}", delete_user, 204),
+    Endpoint("PUT", "/api/v1/users/{user_id}", change_user, lingering=True),
+    Endpoint("DELETE", "/api/v1/users/{user_id}", delete_user, 204, lingering=True),
     Endpoint("POST", "/api/v1/chats", create_chat, 201),
     Endpoint("GET", "/api/v1/chats", list_chats, heavy=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}", get_chat),

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import sys
 import time
 import types
 import typing
@@ -39,6 +40,7 @@ from plumbing.validation import describe
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
 HEAVY_OF_ADDRESS_MAX = 32  # `heavy` calls at once, whose answers may be megabytes
+LINGERING_OF_ADDRESS_MAX = 3
 SLOT_SECONDS = 15  # for which a call waits until its asker has fewer under way
 BELIEVED_SECONDS = 0.5  # for which a call that waits is believed to be its asker's still
 ZLIB_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
@@ -226,7 +228,7 @@ class Endpoint:
     A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
     Of those that are `heavy` somebody has fewer under way at once; with the parameter `slow_with`
     they take still longer, and delay none without it. What `joint` ones change is committed
-    together.
+    together. Those that are `lingering` also wait for other things than the database.
     """
 
     method: str
@@ -238,6 +240,7 @@ class Endpoint:
     heavy: bool = False
     slow_with: str = ""
     joint: bool = False
+    lingering: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +406,7 @@ class CallSlots:
     heavy_reading: Turns
     slow_reading: Turns
     writing: Turns
+    lingering: Turns
     address_of: Callable[[web.Request], str]
 
     @classmethod
@@ -413,7 +417,8 @@ class CallSlots:
         cores, would not read more; they would only delay the light ones. An address has few of
         their turns, at first a single one: two large pages at a time would take all of a core. Of
         those of light calls it has a half, and of changes a third: a client that writes a proxy's
-        header itself may count as two addresses (guard.client_address).
+        header itself may count as two addresses (guard.client_address). Who lingers in a turn holds
+        up nobody at another address.
         """
         light, heavy, of_address, heavy_of_address = [
             Slots(settings.bound(limit)) for limit in (
@@ -427,10 +432,11 @@ class CallSlots:
             for count in (heavy_at_once, at_once)]
         reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))
         writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
+        lingering = Turns(sys.maxsize, of_each=settings.bound(LINGERING_OF_ADDRESS_MAX))
         starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(
             light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading,
-            slow_reading, writing, address_of)
+            slow_reading, writing, lingering, address_of)
 
     async def let_begin(self, request: web.Request) -> None:
         """Let a call begin in a round of the loop of its own: whatever came at the same time, each
@@ -511,6 +517,7 @@ def in_turns(
     """
     is_short = endpoint.method == "GET" and not endpoint.heavy
     usual = slots.heavy_reading if endpoint.heavy else slots.reading if is_short else slots.writing
+    usual = slots.lingering if endpoint.lingering else usual
     wait = wait_in_time if is_short else wait_patiently
 
     async def work(request: web.Request, **arguments: Any) -> Any:

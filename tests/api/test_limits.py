@@ -690,6 +690,47 @@ async def test_changes_of_an_address_leave_turns_to_others(house: House, monkeyp
     await asyncio.gather(*flood)
 
 
+async def test_passwords_that_are_changed_hold_up_nobody_elses_changes(
+    house: House, monkeypatch: Any
+) -> None:
+    """However many addresses wait for their passwords to be hashed, or for chats to be left: what
+    others change of chats and accounts is done at once."""
+    here = await house.opens()
+    bob, *strangers = [await house.takes_in(here, f"user_{number}") for number in range(6)]
+    chat, held = await bob.founds(strangers[0]), Held()
+    matching, leaving = messenger.Passwords.matching, messenger.leave_chats
+
+    async def match_slowly(self: Any, password: str, hashed: str, party: str) -> Any:
+        await held.waits()
+        return await matching(self, password, hashed, party)
+
+    async def leave_slowly(*args: Any) -> None:
+        await held.waits()
+        await leaving(*args)
+
+    async def changes(user: Person, number: int) -> None:
+        origin = {"X-Forwarded-For": f"192.0.2.{number}"}
+        new = {"current_password": PASSWORD, "password": PASSWORD}
+        method, body = ("DELETE", None) if number == 1 else ("PUT", new)
+        async with here.request(
+            method, f"/api/v1/users/{user.id}", json=body, headers=user.headers | origin
+        ) as answer:
+            assert answer.status in (200, 204, 403), await answer.text()  # who changed first
+
+    monkeypatch.setattr(messenger.Passwords, "matching", match_slowly)
+    monkeypatch.setattr(messenger, "leave_chats", leave_slowly)
+    flood = [
+        asyncio.create_task(changes(user, number))
+        for number, user in enumerate(strangers) for _ in range(1 if number == 1 else 5)]
+    await until(lambda: held.working == 1 + 3 * 4)
+    async with asyncio.timeout(SOON_SECONDS):
+        await bob.expects(200, "PATCH", f"/chats/{chat}", {"name": "another"})
+        await bob.expects(200, "PUT", f"/users/{bob.id}", {"username": "robert"})
+        await bob.expects(204, "DELETE", f"/chats/{chat}/participants/{bob.id}")
+    held.let_go()
+    await asyncio.gather(*flood)
+
+
 async def test_what_is_written_belongs_to_the_address_that_it_came_from(
     house: House, monkeypatch: Any
 ) -> None:
