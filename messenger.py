@@ -248,7 +248,7 @@ FEW_LIVE = 20  # ... where more hear of it
 REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
 OWED_BYTES_MAX = 128 * 1024  # of each `ref` that a socket's replays repeat at their end ...
 READY_BYTES = 20  # ... and as many more for each
-# At once: of chats that users came into; of pages that sockets missed.
+# At once: of chats that users came into, and of what sockets missed.
 BACKGROUND_READS = min(4, max(2, os.cpu_count() or 1))
 REPLAYS_PER_USER = 2  # sockets that join, replays that begin or read a page, at once
 REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed some
@@ -1342,9 +1342,8 @@ class Rooms:
         self._tasks = app[TASKS]
         self._pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
-        self.missed = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
+        self.background = guard.Turns(BACKGROUND_READS, app[SETTINGS].bound(1))  # by address
         self._look_ups = GroupReader(self._followed_by, told_at_once=10)  # _pieces take turns
-        self._joins = guard.Turns(BACKGROUND_READS, of_each=app[SETTINGS].bound(1))  # by address
         self._coming = Pieces(  # by user: chats they came into
             self._tasks, self._try_join, CHATS_PIECE, COMING_MAX, self._send_back)
         self._rooms: dict[int, Room] = {}  # chat id: its room
@@ -1539,7 +1538,7 @@ class Rooms:
                 chat_id not in socket.rooms and socket in self._sockets for socket in sockets)]
             if not absent:
                 continue
-            chats = await self._joins.run(
+            chats = await self.background.run(
                 sockets[0].address, read_chats, self.database, absent, sockets[0].asker.user_id)
             shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in chats]
             for socket in sockets:
@@ -1666,8 +1665,9 @@ class Rooms:
             room.chat_id: room.mark for room in rooms if after[room.chat_id][0] == room.delivered}
         asked = [room.chat_id for room in rooms if room.chat_id not in marks]
         if asked:
-            marks |= dict(await self.database.rows(
-                SELECT_MARKS, asked, socket.asker.user_id, [after[each][0] for each in asked]))
+            marks |= dict(await self.background.run(
+                socket.address, self.database.rows, SELECT_MARKS, asked, socket.asker.user_id,
+                [after[each][0] for each in asked]))
         return marks
 
     def _put_replay(self, socket: Socket, chat_id: int, replay: Replay) -> Replay:
@@ -1933,7 +1933,7 @@ async def replay_page(rooms: Rooms, socket: Socket) -> None:
             await asyncio.wait([room.filling])
         return
     upto, mark = room.delivered, room.mark
-    rows = await rooms.missed.run(
+    rows = await rooms.background.run(
         socket.address, rooms.database.rows,
         SELECT_MISSED, chat_id, socket.asker.user_id, replay.at, upto, REPLAY_PAGE)
     if socket.replays.get(chat_id) is not replay:

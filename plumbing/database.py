@@ -11,7 +11,6 @@ import math
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,8 @@ import asyncpg
 
 from plumbing import metrics
 from plumbing.address import connect
-from plumbing.deadline import deadline
+from plumbing.deadline import deadline, party
+from plumbing.queues import Queues
 
 CONNECTIONS_MAX = 10  # of a process, where nobody says otherwise
 CONNECT_SECONDS = 5.0  # which no request waits for: on a slow line it takes several round trips
@@ -171,7 +171,8 @@ class Pool:
         self._queries = list(queries)[:FAR_QUERIES_MAX]  # to prepare ahead on a far database
         self._idle: list[Pooled] = []
         self._lent: set[Pooled] = set()
-        self._waiting: deque[asyncio.Future[Pooled]] = deque()  # calls that wait for a connection
+        # Calls that wait for a connection, by whom they are for; those that gave up, too.
+        self._waiting: Queues[asyncio.Future[Pooled]] = Queues()
         self._opening: set[asyncio.Task[None]] = set()
         self._tending: set[asyncio.Task[None]] = set()
         self._keeper: asyncio.Task[None] | None = None
@@ -260,20 +261,20 @@ class Pool:
         if self._closed:
             raise Unavailable(ABSENT)
         waiter: asyncio.Future[Pooled] = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
+        self._waiting.append(party(), waiter)
         self._open_more()
         try:
             async with asyncio.timeout_at(until):
                 return await waiter
         except BaseException:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-            elif not waiter.cancelled() and waiter.exception() is None:
+            if not waiter.cancelled() and waiter.exception() is None:
                 self.put_back(waiter.result())  # lent at the moment when nobody waited any more
             raise
 
     def put_back(self, pooled: Pooled) -> None:
-        """Take back a connection that answered, and lend it to who waits longest."""
+        """Take back a connection that answered, and lend it to a call that waits, of each party in
+        turn.
+        """
         self._lent.discard(pooled)
         if pooled.generation != self._generation or self._closed:
             self._drop(pooled)
@@ -281,8 +282,8 @@ class Pool:
         pooled.heard_at = self._heard_at = asyncio.get_running_loop().time()
         if self._reasons:
             self._note_return(pooled.connection)
-        while self._waiting:
-            waiter = self._waiting.popleft()
+        while following := self._waiting.take():
+            _, waiter = following
             if not waiter.done():
                 waiter.set_result(self._lend(pooled))
                 return
@@ -389,10 +390,10 @@ class Pool:
         seconds = FULL_SECONDS if self._count else RECONNECT_SECONDS
         asyncio.get_running_loop().call_later(seconds, self._go_on)
         if not self._count:
-            for waiter in self._waiting:
+            while following := self._waiting.take():
+                _, waiter = following
                 if not waiter.done():
                     waiter.set_exception(Unavailable(ABSENT))
-            self._waiting.clear()
 
     def _go_on(self) -> None:
         self._is_paused = False

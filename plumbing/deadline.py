@@ -1,22 +1,28 @@
-"""One deadline over all that a request waits for.
+"""For whom a task works, and one deadline over all that a request waits for.
 
-It belongs to the task that serves the request, and a frame of a websocket counts as a request. A
-task that a request starts has none: what it does may go on after the answer.
+Both belong to the task that serves the request, and a frame of a websocket counts as a request. A
+task that a request starts has neither: what it does may go on after the answer.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 REQUEST_SECONDS = 1.9  # for all waits of a request together, so that its answer takes no 2 s
 
 _deadlines: dict[asyncio.Task[Any] | None, float] = {}  # by the loop's clock
+_parties: dict[asyncio.Task[Any] | None, Hashable] = {}
 
 
 def deadline() -> float | None:
     """Tell until when the task that asks may wait, by the loop's clock; None for ever."""
     return _deadlines.get(asyncio.current_task())
+
+
+def party() -> Hashable:
+    """Tell for whom the task that asks works; None for nobody in particular."""
+    return _parties.get(asyncio.current_task())
 
 
 class RequestDeadline:
@@ -38,6 +44,22 @@ class RequestDeadline:
             del _deadlines[self._task]
         else:
             _deadlines[self._task] = self._outer
+
+
+class WorkFor:
+    """Whatever runs inside is done for a party: those who wait for the database take turns."""
+
+    __slots__ = ("_party", "_task")
+
+    def __init__(self, of: Hashable) -> None:
+        self._party = of
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        _parties[self._task] = self._party
+
+    def __exit__(self, *_: object) -> None:
+        del _parties[self._task]
 
 
 @contextlib.contextmanager

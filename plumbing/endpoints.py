@@ -30,7 +30,7 @@ from aiohttp import web, web_urldispatcher
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import ABSENT, Unavailable
-from plumbing.deadline import RequestDeadline, deadline, uncounted
+from plumbing.deadline import RequestDeadline, WorkFor, deadline, uncounted
 from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, FairTurns, Slots, Turns, unless_gone
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, drop_frames, request_id
 from plumbing.settings import ServerSettings
@@ -557,7 +557,7 @@ def bind(
         work = work if endpoint.joint else in_turns(endpoint, work, slots)
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        with RequestDeadline():
+        with RequestDeadline(), WorkFor(slots.address_of(request)):
             request[BELIEVED_UNTIL] = time.monotonic() + BELIEVED_SECONDS
             asker: Hashable = (
                 slots.address_of(request) if endpoint.public else await authenticate(request))

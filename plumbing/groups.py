@@ -17,7 +17,7 @@ import asyncpg
 
 from plumbing import metrics
 from plumbing.database import ABSENT, Unavailable
-from plumbing.deadline import deadline
+from plumbing.deadline import WorkFor, deadline
 from plumbing.process import Tasks
 from plumbing.queues import Queues
 
@@ -66,7 +66,8 @@ class GroupReader(Generic[Item, Outcome]):
                 items = list(itertools.islice(self._pending, LOOKED_UP_MAX))
                 waiting = [self._pending.pop(item) for item in items]
                 try:
-                    outcomes = await self._look_up(items)
+                    with WorkFor(self):
+                        outcomes = await self._look_up(items)
                 except Exception as error:
                     if isinstance(error, Unavailable):  # nor would the others get an answer in time
                         waiting += self._pending.values()
@@ -355,7 +356,8 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         while True:
             try:
                 async with asyncio.timeout_at(until):
-                    return await self.commit(items)
+                    with WorkFor(self):
+                        return await self.commit(items)
             except TimeoutError:
                 raise Unavailable(ABSENT) from None
             except Unavailable as error:

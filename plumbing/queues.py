@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from typing import Generic, TypeVar
 
 Thing = TypeVar("Thing")
+NO_KEY = object()
 
 
 def any_key(_key: Hashable) -> bool:
@@ -53,8 +54,8 @@ class Queues(Generic[Thing]):
         that key then comes behind all others. Answer both, or None where nothing could be taken.
         """
         free = filter(is_free, self._of)
-        key = next(free, None) if cost is None else min(free, key=cost, default=None)
-        if key is None:
+        key = next(free, NO_KEY) if cost is None else min(free, key=cost, default=NO_KEY)
+        if key is NO_KEY:
             return None
         queue = self._of[key]
         thing = queue.popleft()

@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import messenger
 from plumbing import database, endpoints, guard
-from plumbing.deadline import REQUEST_SECONDS
+from plumbing.deadline import REQUEST_SECONDS, party
 from plumbing.guard import Rate
 from support.databases import until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
@@ -688,6 +688,36 @@ async def test_changes_of_an_address_leave_turns_to_others(house: House, monkeyp
     await ends(bob, ANOTHER)
     held.let_go()
     await asyncio.gather(*flood)
+
+
+async def test_statements_belong_to_the_address_that_they_are_for(
+    house: House, monkeypatch: Any
+) -> None:
+    """What is read for calls and frames waits for the database in turn with other addresses, also
+    where a thousand chats are synced."""
+    here = await house.opens()
+    alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
+    chat = await alice.opens(bob)
+    await alice.says(chat, "hello")
+    fetch, asked = messenger.Database.fetch, []
+
+    async def note(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        asked.append((statement, party()))
+        return await fetch(self, statement, *arguments)
+
+    monkeypatch.setattr(messenger.Database, "fetch", note)
+    assert (await bob.asks("GET", f"/users/{alice.id}", headers=ANOTHER)).status == 200
+    assert (messenger.SELECT_USER, "192.0.2.2") in asked
+    line = Line(await here.ws_connect("/ws", headers=bob.headers | FLOODING))
+    await line.hears("chats")
+    background = app_of(here)[messenger.ROOMS].background
+    for number in range(background._free):
+        await background.take(f"198.51.100.{number}")
+    await line.sends(type="sync", chats={str(chat): 0})
+    await until(lambda: waiting_for(background) == 1)
+    background.give_back("198.51.100.0")
+    await line.hears_text("hello")
+    assert (messenger.SELECT_MARKS, "192.0.2.1") in asked
 
 
 async def test_passwords_that_are_changed_hold_up_nobody_elses_changes(

@@ -526,7 +526,7 @@ async def test_who_comes_into_very_many_chats_delays_no_other_address(
     its chat at once. Who came into more than may wait is closed after those, to come back."""
     settings = msgspec.structs.replace(app[messenger.SETTINGS], rate_limits="on")
     rooms = app[messenger.ROOMS]
-    monkeypatch.setattr(rooms, "_joins", guard.Turns(2, of_each=settings.bound(1)))
+    monkeypatch.setattr(rooms, "background", guard.Turns(2, of_each=settings.bound(1)))
     monkeypatch.setattr(rooms._coming, "_at_most", 5)
     lines = [await person.client.ws_connect("/ws", headers=person.headers)
              for person in (bob, dave, carol)]

@@ -13,6 +13,7 @@ import pytest
 
 from plumbing import database
 from plumbing.database import Database, Unavailable
+from plumbing.deadline import WorkFor
 from support.people import SOON_SECONDS
 from support.wire import Wire
 
@@ -256,6 +257,20 @@ async def test_call_cancelled_while_it_waits_loses_no_connection(
     assert await there.value(ONE) == 1
     done = await asyncio.gather(*calls, return_exceptions=True)
     assert done[3::4] == [1] * 5
+
+
+async def test_parties_have_connections_in_turn(database_url: str, make: Make) -> None:
+    """However many statements of a party wait for a connection, another's has one of the next."""
+    there, order = make(database_url, 1), []
+
+    async def calls(party: str) -> None:
+        with WorkFor(party):
+            await there.rows("select pg_sleep(0.01)")
+        order.append(party)
+
+    waiting = [asyncio.create_task(calls(party)) for party in ["many"] * 30 + ["few", "one"]]
+    await asyncio.wait_for(asyncio.gather(*waiting), SOON_SECONDS)
+    assert {"few", "one"} <= set(order[:4])
 
 
 async def test_closed_database_refuses(database_url: str) -> None:

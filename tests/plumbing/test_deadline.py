@@ -47,7 +47,7 @@ async def everybody(_request: web.Request) -> int:
 async def resting(database_url: str, aiohttp_client: Callable[..., Any]) -> Any:
     """A client of a server with those two."""
     slots = CallSlots(
-        Slots(0), Slots(0), Slots(0), Slots(0), None, Turns(80), Turns(1), Turns(1), Turns(1),
+        Slots(0), Slots(0), Slots(0), Slots(0), None, Turns(80), *[Turns(1) for _ in range(4)],
         lambda _: "")
     app = web.Application(middlewares=[answer_problems(lambda *_: None, lambda _: None, slots)])
     app[DATABASE] = Database(database_url)

@@ -12,6 +12,7 @@ from aiohttp import web
 
 import messenger
 from plumbing import database, groups
+from plumbing.deadline import WorkFor, party
 from plumbing.groups import GroupReader, Pieces
 from plumbing.guard import Rate
 from plumbing.process import Tasks
@@ -446,6 +447,24 @@ async def test_look_ups_share_a_statement_and_an_answer() -> None:
     assert isinstance(found[2], asyncio.CancelledError)
     assert sum(map(len, groups)) <= len(asked)
     assert len(groups) < len(asked)
+
+
+async def test_what_is_done_for_many_is_done_for_none_of_them() -> None:
+    """A group counts neither as its first one's work nor as that of the others: else it would wait
+    for the database behind all that one of them asks."""
+    async def look_up(items: list[int]) -> list[Any]:
+        return [party() for _ in items]
+
+    class Noted(Echo):
+        async def commit(self, items: list[int]) -> list[int]:
+            parties.append(party())
+            return await super().commit(items)
+
+    reader, writer, parties = GroupReader(look_up), Noted(), []
+    with WorkFor("somebody"):
+        assert await reader.get(1) is reader
+        await writer.submit(1, "somebody")
+    assert parties == [writer]
 
 
 async def test_who_looked_up_the_same_goes_on_in_turn_with_others() -> None:

@@ -29,6 +29,13 @@ def test_keys_take_turns_and_things_of_a_key_keep_their_order() -> None:
     assert queues.take() is None
 
 
+def test_nobody_in_particular_has_turns_as_others_do() -> None:
+    """None is a key like any other."""
+    queues = queues_of("a1", "a2")
+    queues.append(None, "nobody's")
+    assert taken(queues) == ["a1", "nobody's", "a2"]
+
+
 def test_what_is_put_back_comes_before_all_others_of_its_key() -> None:
     """A thing that is put back is the next of its key."""
     queues = queues_of("a2", "b1")
