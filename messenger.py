@@ -1540,7 +1540,7 @@ class Rooms:
                 continue
             chats = await self.background.run(
                 sockets[0].address, read_chats, self.database, absent, sockets[0].asker.user_id)
-            shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in chats]
+            shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in reversed(chats)]
             for socket in sockets:
                 await self._pieces.call(socket.address, self._show_chats, socket, shown)
             # Out of these the user may be again.

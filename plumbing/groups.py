@@ -66,8 +66,7 @@ class GroupReader(Generic[Item, Outcome]):
                 items = list(itertools.islice(self._pending, LOOKED_UP_MAX))
                 waiting = [self._pending.pop(item) for item in items]
                 try:
-                    with WorkFor(self):
-                        outcomes = await self._look_up(items)
+                    outcomes = await self._look_up_for_all(items)
                 except Exception as error:
                     if isinstance(error, Unavailable):  # nor would the others get an answer in time
                         waiting += self._pending.values()
@@ -78,6 +77,10 @@ class GroupReader(Generic[Item, Outcome]):
                     self._telling.spawn(self._tell(waiting, outcomes))
         finally:
             self._running = None
+
+    async def _look_up_for_all(self, items: list[Item]) -> list[Outcome]:
+        with WorkFor(self):
+            return await self._look_up(items)
 
     async def _tell(
         self, waiting: list[list[asyncio.Future[Outcome]]], outcomes: list[Outcome]
