@@ -336,7 +336,8 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
             return Written()
         try:
             began = time.perf_counter()
-            rows = await self._persist(group)
+            with WorkFor(self):
+                rows = await self._persist(group)
             self._timer.observe(time.perf_counter() - began)
             self._sizes.observe(len(group))
         except Exception as error:
@@ -359,8 +360,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         while True:
             try:
                 async with asyncio.timeout_at(until):
-                    with WorkFor(self):
-                        return await self.commit(items)
+                    return await self.commit(items)
             except TimeoutError:
                 raise Unavailable(ABSENT) from None
             except Unavailable as error:

@@ -384,6 +384,16 @@ class PromptConnection(web.RequestHandler):
             else:
                 give_back()
 
+    async def finish_response(
+        self, request: web.BaseRequest, *others: Any
+    ) -> tuple[web.StreamResponse, bool]:
+        """Send an answer. What came behind a request for another protocol is not parsed where the
+        answer refuses it: it is the last of its connection.
+        """
+        if self._payload_parser is None:
+            self._message_tail = b""
+        return await super().finish_response(request, *others)
+
     def data_received(self, data: bytes) -> None:
         """Take bytes; where they end no request that is awaited, they begin one, or go on with it.
         """

@@ -104,7 +104,10 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
         "broken frame": opens + b"\xff\xff\xff",
         "cut socket": opens,
         "refused socket": handshake(port, "/ws", "nothing"),
-        "socket of no chat": handshake(port, "/ws/chats/999999", token),
+        "socket of no chat": handshake(port, "/ws/999999", token),
+        "refused and pinged": handshake(port, "/ws", "nothing") + frame(0x89, b""),
+        "of no chat and pinged": handshake(port, "/ws/999999", token) + frame(0x89, b""),
+        "refused and asked": handshake(port, "/ws", "nothing") + call("GET", "/chats", token),
         "sync of no chat": opens + frame(TEXT, b'{"type":"sync","chats":{"999999":0}}') + close,
     }
     await collected(server)
