@@ -240,7 +240,7 @@ SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read a
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket ...
-FOLLOWED_PER_ADDRESS_MAX = 500_000  # ... and of all users of an address
+FOLLOWED_PER_ADDRESS_MAX = 200_000  # ... and of all users of an address
 FOLLOWED_PAGE = 200  # chats that a new socket joins at once
 FREE_SOCKETS = 4  # of a user, which may follow more; the first may do so at any address
 DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends ...
@@ -1067,13 +1067,12 @@ async def authenticate(request: web.Request) -> int:
 
 SELECT_CHATS = """  -- asker_id, chat_ids, before, before_id, limit
     -- participants_of_user, chats_pkey, participants_by_ordinal, users_pkey, messages_pkey
-    -- Those of the asker's chats that are named, or (where none is) all, the most recently active
-    -- first, before a place: microseconds since the epoch and a chat's id. They are sorted: an
-    -- index by activity would cost each post a write. One row for each chat, with its newest
-    -- message; one of the rows also has the people of all: of each chat the first 100, oldest
-    -- members first, with when they last read. Who deleted the account but has not left yet has no
-    -- name: such a reader still counts, where all are here. What is unread is looked for among the
-    -- newest 5,000 messages: the asker's own and deleted ones may lie there without end.
+    -- Those of the asker's chats that are named, or all (null), the most recently active first,
+    -- before a place: microseconds since the epoch and a chat's id. They are sorted: an index by
+    -- activity would cost each post a write. One row for each chat, with its newest message; one
+    -- also has the people of all: of each chat the first 100, oldest members first, with when they
+    -- last read. Who deleted the account but has not left has no name, and is still a reader. What
+    -- is unread is looked for among the newest 5,000 messages: others may lie there without end.
     with page as materialized (
         select c.*, (select p.last_read_seq from participants p
                      where p.chat_id = c.id and p.user_id = $1) as last_read_seq
@@ -1340,10 +1339,10 @@ class Rooms:
         self._sessions = app[SESSIONS]
         self._bus = app[BUS]
         self._tasks = app[TASKS]
-        self._pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
+        self.pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self.background = guard.Turns(BACKGROUND_READS, app[SETTINGS].bound(1))  # by address
-        self._look_ups = GroupReader(self._followed_by, told_at_once=10)  # _pieces take turns
+        self._look_ups = GroupReader(self._followed_by, told_at_once=10)  # pieces take turns
         self._coming = Pieces(  # by user: chats they came into
             self._tasks, self._try_join, CHATS_PIECE, COMING_MAX, self._send_back)
         self._rooms: dict[int, Room] = {}  # chat id: its room
@@ -1383,14 +1382,13 @@ class Rooms:
         It is live there from now on, though its handshake is not answered yet and may still be
         refused: until then what is written waits. Raises ChatNotFound, TooManySockets, Unavailable.
         """
-        me = socket.asker.user_id
         socket.send(HelloOut(data=hello_to(socket.asker)))
         self._sockets.add(socket)
         SOCKETS.set(len(self._sockets))
-        self._of_users.put(me, socket)
+        self._of_users.put(socket.asker.user_id, socket)
         joining = socket.joining = asyncio.Event()
         try:
-            await self.replaying.run(me, self._join_rooms, socket)
+            await self.replaying.run(socket.asker.user_id, self._join_rooms, socket)
         finally:
             socket.joining = None
             joining.set()
@@ -1404,7 +1402,7 @@ class Rooms:
             if self._is_beyond(socket, len(piece)):
                 raise TooManySockets
             more = socket.chat_id is None and len(piece) >= FOLLOWED_PAGE
-            newer = await self._pieces.call(socket.address, self._join_piece, socket, piece, more)
+            newer = await self.pieces.call(socket.address, self._join_piece, socket, piece, more)
             if newer:
                 await self._wait_for_version(deadline)
             asked = [(chat_id, me, INT8_MAX) for chat_id in newer]
@@ -1542,7 +1540,7 @@ class Rooms:
                 sockets[0].address, read_chats, self.database, absent, sockets[0].asker.user_id)
             shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in reversed(chats)]
             for socket in sockets:
-                await self._pieces.call(socket.address, self._show_chats, socket, shown)
+                await self.pieces.call(socket.address, self._show_chats, socket, shown)
             # Out of these the user may be again.
             if newer := [chat.id for chat in chats if self._knows_newer(chat.id, chat.version)]:
                 await self._wait_for_version(deadline)
@@ -1580,7 +1578,7 @@ class Rooms:
         for chat_id in list(itertools.islice(socket.rooms, FOLLOWED_PAGE)):
             self._leave_room(socket, chat_id)
         if socket.rooms:
-            self._tasks.spawn(self._pieces.call(socket.address, self._leave_rooms, socket))
+            self._tasks.spawn(self.pieces.call(socket.address, self._leave_rooms, socket))
 
     def _leave_room(self, socket: Socket, chat_id: int) -> None:
         room = socket.rooms.pop(chat_id)
@@ -1639,7 +1637,7 @@ class Rooms:
             return dict.fromkeys(after, Unavailable(str(error)))
         for place, (chat_id, (number, claimed)) in enumerate(after.items()):
             if place % CHATS_PIECE == 0:
-                await self._pieces.come(socket.address)
+                await self.pieces.come(socket.address)
             if chat_id not in socket.rooms or chat_id not in marks:
                 refused[chat_id] = ChatNotFound()
                 continue
@@ -2105,10 +2103,11 @@ class Watch:
     async def check_sockets(self) -> None:
         """Close each socket whose token has expired, or whose peer stalls or is gone."""
         now, epoch, sockets = time.monotonic(), time.time(), self._rooms.all_sockets()
+        unread = guard.Tally()  # by address
         BEHIND.set(sum(bool(socket.replays) for socket in sockets))
         for number, socket in enumerate(sockets):
             is_expired = socket.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch
-            code = TOKEN_ENDED if is_expired else socket.check_liveness(now)
+            code = TOKEN_ENDED if is_expired else socket.check_liveness(now, unread, socket.address)
             if code:  # the tokens of thousands may expire at once
                 self._rooms.close(code, socket)
             if code or number % 1000 == 999:
@@ -3523,17 +3522,17 @@ async def take_sync(request: web.Request, socket: Socket, frame: SyncIn) -> None
     given = {chat_id: read_position("$.chats", at) for chat_id, at in (frame.chats or {}).items()}
     if frame.after is not None:
         given[chat_of(socket, frame.chat_id)] = read_position("$.after", frame.after)
-    foreign = given.keys() - {socket.chat_id} if socket.chat_id is not None else ()
-    refused: dict[int, Exception] = dict.fromkeys(foreign, ChatNotFound())
+    own = {chat_id: at for chat_id, at in given.items() if socket.chat_id in (None, chat_id)}
+    refused: dict[int, Exception] = dict.fromkeys(given.keys() - own.keys(), ChatNotFound())
     if len(str(frame.ref)) * len(given) > REFS_CHARS_MAX:
         raise invalid("$.ref", "is too long for so many chats")
     if socket.owed_bytes > OWED_BYTES_MAX:
         raise TooManyFrames
-    own = {chat_id: after for chat_id, after in given.items() if chat_id not in refused}
     rooms, me = request.app[ROOMS], socket.asker.user_id
     refused |= await rooms.replaying.run(me, rooms.sync, socket, own, frame.ref)
-    for chat_id, error in refused.items():
-        await asyncio.sleep(0)  # others come in between
+    for place, (chat_id, error) in enumerate(refused.items()):
+        if place % CHATS_PIECE == 0:
+            await rooms.pieces.come(socket.address)
         refuse_frame(socket, problem_of(socket, error), frame.ref, chat_id)
 
 

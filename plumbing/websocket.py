@@ -15,7 +15,7 @@ from aiohttp import WSMessage, WSMsgType, web, web_ws
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_websocket import WebSocketReader
 
-from plumbing.guard import STALLED_SECONDS
+from plumbing.guard import STALLED_SECONDS, Tally
 from plumbing.process import drop_frames
 
 FRAGMENT = WSMessage(WSMsgType.CONTINUATION, b"", "")
@@ -31,6 +31,8 @@ STALLED = 4408
 READ_AHEAD_BYTES = 2048
 HEARTBEAT_SECONDS = 25  # of silence, then a ping
 PONG_SECONDS = 15  # for its answer
+MUCH_UNREAD = 64 * 1024  # bytes, of one connection ...
+UNREAD_MAX = 64 * 1024 * 1024  # ... and of all such connections of a party
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
 CLOSE_ALL_SECONDS = 1  # the same for all connections together
 
@@ -154,12 +156,18 @@ class Connection:
         transport = self._transport
         return len(self._early) if transport is None else transport.get_write_buffer_size()
 
-    def check_liveness(self, now: float) -> int | None:
+    def check_liveness(self, now: float, unread: Tally, party: str) -> int | None:
         """Ping a silent peer; answer the code to close with, if it stalls or is gone.
 
         To be called once a second. A slow peer that takes bytes lives, though it answers no ping.
+        What peers do not read is summed up by their party, where it is much of one; those beyond
+        UNREAD_MAX are cut at once.
         """
         unsent = self.unsent()
+        if unsent > MUCH_UNREAD:
+            unread[party] += unsent
+            if unread[party] > UNREAD_MAX:
+                self.cut()
         if unsent == 0 or self._written - unsent > self._taken:
             self._took_at = now
         self._taken = self._written - unsent

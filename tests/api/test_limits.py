@@ -859,12 +859,12 @@ async def test_handshakes_of_an_address_take_turns_with_others(
             assert (await ws.receive_json(timeout=SOON_SECONDS))["type"] == "hello"
 
     monkeypatch.setattr(messenger.Rooms, "_join_piece", note)
-    await rooms._pieces.take("held")
+    await rooms.pieces.take("held")
     coming = [asyncio.create_task(comes(user, FLOODING)) for user in strangers]
-    await until(lambda: waiting_for(rooms._pieces) == len(coming))
+    await until(lambda: waiting_for(rooms.pieces) == len(coming))
     coming.append(asyncio.create_task(comes(bob, ANOTHER)))
-    await until(lambda: waiting_for(rooms._pieces) == len(coming))
-    rooms._pieces.give_back("held")
+    await until(lambda: waiting_for(rooms.pieces) == len(coming))
+    rooms.pieces.give_back("held")
     await asyncio.gather(*coming)
     assert joined.index("192.0.2.2") == 1
 

@@ -358,6 +358,26 @@ async def test_sync_of_many_chats_is_done_in_turn_with_others(
     assert await turns.most() <= messenger.CHATS_PIECE
 
 
+async def test_refusals_of_syncs_are_told_in_turn_with_others(
+    app: web.Application, alice: Person, monkeypatch: Any
+) -> None:
+    """However many sockets name chats that are refused: a few are told of in a round of the loop.
+    """
+    monkeypatch.setattr(messenger, "CHATS_PIECE", 1)
+    lines = [await alice.client.ws_connect("/ws", headers=alice.headers) for _ in range(5)]
+    turns, refuse_frame = Turns(5 * 20), messenger.refuse_frame
+
+    def count(*args: Any) -> None:
+        turns.done += 1
+        refuse_frame(*args)
+
+    monkeypatch.setattr(messenger, "refuse_frame", count)
+    strange = dict.fromkeys(map(str, range(10**9, 10**9 + 20)), 0)
+    for line in lines:
+        await line.send_json({"type": "sync", "chats": strange})
+    assert await turns.most() == 1
+
+
 async def test_sockets_that_come_into_a_chat_do_so_in_turn_with_others(
     app: web.Application, alice: Person, bob: Person, monkeypatch: Any
 ) -> None:

@@ -201,6 +201,26 @@ async def test_reader_that_takes_nothing_is_dropped(
         pass
 
 
+async def test_what_an_address_does_not_read_is_bounded(
+    server: TestServer, raw: Any, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the sockets of an address leave too much unread together, some of them are cut; those
+    that read go on."""
+    chat = await alice.opens(bob)
+    monkeypatch.setattr(websocket, "UNREAD_MAX", 500_000)
+    transports = [(await stalls(server, raw, bob, chat))[1] for _ in range(3)]
+    line = await bob.listens_live(chat)
+    await asyncio.gather(*[alice.says(chat, LONG) for _ in range(200)])
+    async with asyncio.timeout(HEAR_SECONDS):
+        while not any(transport.is_closing() for transport in transports):
+            await asyncio.sleep(0.1)
+    await asyncio.sleep(1.5)  # another check
+    kept = [transport for transport in transports if not transport.is_closing()]
+    assert 1 <= len(kept) <= 2
+    await alice.says(chat, "after")
+    await line.hears_text("after")
+
+
 async def test_reads_do_not_pile_up_for_a_stalled_reader(
     server: TestServer, app: web.Application, raw: Any, alice: Person, bob: Person
 ) -> None:
