@@ -48,6 +48,8 @@ from plumbing.text import composed
 
 HEAD_BYTES_MAX = 16 * 1024  # of all headers of a request
 AHEAD_BYTES_MAX = 32 * 1024  # of requests that come before the one in front of them is answered
+FIELD_BYTES = 300  # that a header takes beside its own, once it is parsed
+HELD_BYTES_MAX = 32 * 1024 * 1024  # of requests of an address that are not answered yet
 READS_A_ROUND = 10  # of all connections of an address in a round of the loop, and of their ends
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
@@ -191,7 +193,7 @@ class HeadParser(HttpRequestParser):
     parsed: short fields take thirty times as much memory once they are. AHEAD_BYTES_MAX may come.
     """
 
-    __slots__ = ("_behind", "_body", "_has_refused", "_head_bytes", "_keeps", "_waiting")
+    __slots__ = ("_behind", "_body", "_has_refused", "_head_bytes", "_keeps", "_waiting", "fields")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -201,6 +203,7 @@ class HeadParser(HttpRequestParser):
         self._head_bytes = 0  # of the next one, whose head is not whole yet
         self._keeps = False  # whether aiohttp may keep what came behind the end of a request
         self._waiting = 0  # requests that were parsed and wait
+        self.fields = 0  # that were parsed, of all headers
 
     def message_consumed(self) -> None:
         """Take note that one of the requests that wait is being answered."""
@@ -233,6 +236,7 @@ class HeadParser(HttpRequestParser):
             if max(self._head_bytes, *heads, 0) > HEAD_BYTES_MAX:
                 raise BadHttpMessage("the head is too long")
             found += requests
+            self.fields += sum(len(head.raw_headers) for head, _ in requests)
             self._waiting += len(requests)
             if requests:
                 self._body = requests[-1][1]
@@ -378,6 +382,7 @@ class PromptConnection(web.RequestHandler):
                 self._expect_progress(self.transport, sys.maxsize)
             return answer, reset
         finally:
+            self.guest.let_go()
             give_back = request.get(GIVE_BACK, nothing)
             if rests:
                 self._loop.call_later(REST_SECONDS, give_back)
@@ -399,7 +404,11 @@ class PromptConnection(web.RequestHandler):
         """
         if data:  # else what came before is to be parsed
             self.guest.note_read(self)
+        parser = cast("HeadParser", self._parser)
+        fields = parser.fields
         super().data_received(data)
+        if not self._upgraded:
+            self.guest.hold(self, len(data) + FIELD_BYTES * (parser.fields - fields))
         if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
             error = self._messages[-1][0].exc
             error.__traceback__ = None  # else all that came stays with it, until it is answered
@@ -597,12 +606,19 @@ class Rounds:
 
 
 class CountedGuest(Guest):
-    """A guest from an address whose connections are counted."""
+    """A guest from an address whose connections are counted, and what their requests take.
 
-    __slots__ = ("_open", "_party", "_rounds")
+    Where that is too much the connection is cut.
+    """
 
-    def __init__(self, party: str, opened: Tally, rounds: Rounds) -> None:
+    __slots__ = ("_held", "_held_by", "_open", "_party", "_rounds")
+
+    def __init__(
+        self, party: str, opened: Tally, rounds: Rounds, held_by: Counter[Hashable]
+    ) -> None:
         self._party, self._open, self._rounds = party, opened, rounds
+        self._held_by = held_by  # bytes by address
+        self._held = 0
         opened[party] += 1
 
     def begin(self, connection: PromptConnection) -> None:
@@ -613,18 +629,34 @@ class CountedGuest(Guest):
         """Take note that the connection was read."""
         self._rounds.note_read(self._party, connection)
 
+    def hold(self, connection: PromptConnection, size: int) -> None:
+        """Take note that requests over the connection take so many bytes more."""
+        self._held += size
+        self._held_by[self._party] += size
+        if self._held_by[self._party] > HELD_BYTES_MAX and connection.transport is not None:
+            connection.transport.abort()
+
+    def let_go(self) -> None:
+        """Take note that they take none any more."""
+        self._held_by[self._party] -= self._held
+        self._held = 0
+        if not self._held_by[self._party]:
+            del self._held_by[self._party]
+
     def end(self, connection: PromptConnection, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""
         self._rounds.end(self._party, connection, end)
 
     def leave(self) -> None:
         """Take note that nothing is done any more for the connection."""
+        self.let_go()
         self._open.drop(self._party)
 
 
 class Connections:
     """Counts the open connections of each address, and lets in only so many (0: any number), which
-    take half of the descriptors at most. How often they are read and end is bounded, too (Rounds).
+    take half of the descriptors at most. Bounded are, too, how often they are read and end (Rounds)
+    and what their requests take (CountedGuest).
 
     Those of trusted proxies are not counted: they are everybody's.
     """
@@ -634,6 +666,7 @@ class Connections:
         self._trusted = trusted
         self._open = Tally()
         self._rounds = Rounds()
+        self._held_by: Counter[Hashable] = Counter()
         self._told = Rate(1, 1 / REFUSALS_TOLD_SECONDS)
 
     def admit(self, peer: str) -> Guest | None:
@@ -648,7 +681,7 @@ class Connections:
                     "%d connections are open from one address: no more of it are accepted",
                     self._at_most)
             return None
-        return CountedGuest(party, self._open, self._rounds)
+        return CountedGuest(party, self._open, self._rounds, self._held_by)
 
 
 # ---- Turns

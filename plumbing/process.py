@@ -144,6 +144,12 @@ class Guest:
     def note_read(self, connection: Any) -> None:
         """Take note that the connection was read."""
 
+    def hold(self, connection: Any, size: int) -> None:
+        """Take note that requests over the connection take so many bytes more."""
+
+    def let_go(self) -> None:
+        """Take note that they take none any more."""
+
     def end(self, connection: Any, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""
         end()

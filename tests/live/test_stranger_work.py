@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ async def test_connections_that_are_read_too_often_are_read_in_turns(
 
     def come_in(self: PromptConnection, transport: Any) -> None:
         party = "flood" if len(flood) < FLOOD else "another"
-        self.guest = guard.CountedGuest(party, opened, rounds)
+        self.guest = guard.CountedGuest(party, opened, rounds, Counter())
         connection_made(self, transport)
 
     def count(self: PromptConnection, data: bytes) -> None:
@@ -274,7 +275,7 @@ async def test_connections_that_all_end_at_once_end_in_turns(
     connection_made, end = PromptConnection.connection_made, PromptConnection._end
 
     def come_in(self: PromptConnection, transport: Any) -> None:
-        self.guest = guard.CountedGuest("flood", opened, rounds)
+        self.guest = guard.CountedGuest("flood", opened, rounds, Counter())
         connection_made(self, transport)
 
     def count(self: PromptConnection, exc: BaseException | None) -> None:
@@ -294,6 +295,47 @@ async def test_connections_that_all_end_at_once_end_in_turns(
         while opened["flood"]:
             await asyncio.sleep(0.01)
     assert not rounds._open
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"Content-Length: 60000\r\n\r\n" + b" " * 30_000,
+     b"x:\r\n" * 90 + b"Content-Length: 9\r\n\r\n"],
+    ids=["bodies", "headers"])
+async def test_what_the_requests_of_an_address_take_is_bounded(
+    server: TestServer, alice: Person, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """Where requests of an address that are not answered yet take too much together, whose they are
+    are cut; what is answered counts no longer, and another address has its own."""
+    monkeypatch.setattr(guard, "HELD_BYTES_MAX", 100_000)
+    rounds, opened, held_by = guard.Rounds(), guard.Tally(), Counter[Any]()
+    connection_made, party = PromptConnection.connection_made, "flood"
+
+    def come_in(self: PromptConnection, transport: Any) -> None:
+        self.guest = guard.CountedGuest(party, opened, rounds, held_by)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
+    login = b"POST /api/v1/users/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    nothing = b"GET /nothing HTTP/1.1\r\nHost: x\r\n" + b"x:\r\n" * 50
+    served = await RawConnection.opens(server.port, b"")
+    for _ in range(30):  # one after the other they take little
+        served.writer.write(nothing + b"\r\n")
+        assert (await served.hears())[0] == 404
+    flood = [await RawConnection.opens(server.port, login + sent) for _ in range(10)]
+    async with asyncio.timeout(HEAR_SECONDS):
+        while sum(bool(each.reader.at_eof() or each.reader.exception()) for each in flood) < 7:
+            await asyncio.sleep(0.01)
+        while opened["flood"] > 4:  # the three that fit, and the one that was served
+            await asyncio.sleep(0.01)
+    party = "another"
+    others = await RawConnection.opens(server.port, nothing + b"\r\n")
+    assert (await others.hears())[0] == 404
+    for connection in (*flood, others, served):
+        connection.close()
+    async with asyncio.timeout(HEAR_SECONDS):
+        while held_by or opened:
+            await asyncio.sleep(0.01)
 
 
 async def test_sockets_whose_tokens_end_together_are_closed_in_turns(
