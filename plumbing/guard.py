@@ -405,15 +405,22 @@ class PromptConnection(web.RequestHandler):
         if data:  # else what came before is to be parsed
             self.guest.note_read(self)
         parser = cast("HeadParser", self._parser)
-        fields = parser.fields
+        fields, is_other = parser.fields, self._upgraded
+        if not is_other and not self.guest.hold(len(data)):
+            self._cut()
+            return
         super().data_received(data)
-        if not self._upgraded:
-            self.guest.hold(self, len(data) + FIELD_BYTES * (parser.fields - fields))
+        if parser.fields > fields and not self.guest.hold(FIELD_BYTES * (parser.fields - fields)):
+            self._cut()
         if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
             error = self._messages[-1][0].exc
             error.__traceback__ = None  # else all that came stays with it, until it is answered
         if self._waiter is not None and not self._waiter.done():
             self._await_head()
+
+    def _cut(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
 
     def rest(self) -> bool:
         """Read nothing more, until `read_on`; False where it rests already."""
@@ -606,10 +613,7 @@ class Rounds:
 
 
 class CountedGuest(Guest):
-    """A guest from an address whose connections are counted, and what their requests take.
-
-    Where that is too much the connection is cut.
-    """
+    """A guest from an address whose connections are counted, and what their requests take."""
 
     __slots__ = ("_held", "_held_by", "_open", "_party", "_rounds")
 
@@ -629,12 +633,13 @@ class CountedGuest(Guest):
         """Take note that the connection was read."""
         self._rounds.note_read(self._party, connection)
 
-    def hold(self, connection: PromptConnection, size: int) -> None:
-        """Take note that requests over the connection take so many bytes more."""
+    def hold(self, size: int) -> bool:
+        """Take note that requests over the connection take so many bytes more, and tell whether
+        they may.
+        """
         self._held += size
         self._held_by[self._party] += size
-        if self._held_by[self._party] > HELD_BYTES_MAX and connection.transport is not None:
-            connection.transport.abort()
+        return self._held_by[self._party] <= HELD_BYTES_MAX
 
     def let_go(self) -> None:
         """Take note that they take none any more."""

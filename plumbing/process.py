@@ -144,8 +144,11 @@ class Guest:
     def note_read(self, connection: Any) -> None:
         """Take note that the connection was read."""
 
-    def hold(self, connection: Any, size: int) -> None:
-        """Take note that requests over the connection take so many bytes more."""
+    def hold(self, _size: int) -> bool:
+        """Take note that requests over the connection take so many bytes more, and tell whether
+        they may.
+        """
+        return True
 
     def let_go(self) -> None:
         """Take note that they take none any more."""
