@@ -291,6 +291,8 @@ class PromptConnection(web.RequestHandler):
         """End: another may come instead, once nothing is done any more for this one."""
         working = self._task_handler
         super().connection_lost(exc)
+        if self._waiter is None:  # else the only one is taken in a moment
+            self._messages.clear()  # the body of each has hold of its connection
         self.give_up()
         self._expect_nothing()
         self._cancel_resumption()

@@ -62,18 +62,27 @@ class FragmentReader(WebSocketReader):
     the reading.
     """
 
-    __slots__ = ("_tell",)
+    __slots__ = ("_queue",)
 
     def __init__(self, queue: Any, *args: Any, **options: Any) -> None:
         super().__init__(queue, *args, **options)
-        self._tell = queue.feed_data
+        self._queue = queue
+
+    def feed_data(self, data: bytes | bytearray | memoryview) -> tuple[bool, bytes]:
+        """Read bytes; answer whether that is the end, and what is left. What is wrong with a frame
+        is kept without what led to it, for this would be in it.
+        """
+        answer = super().feed_data(data)
+        if (error := self._queue.exception()) is not None:
+            drop_frames(error)
+        return answer
 
     def _handle_frame(
         self, fin: bool, opcode: int, payload: bytes | bytearray, compressed: int
     ) -> None:
         WebSocketReader._handle_frame(self, fin, opcode, payload, compressed)  # each frame pays
         if opcode in DATA and not fin:
-            self._tell(FRAGMENT, 0)
+            self._queue.feed_data(FRAGMENT, 0)
 
 
 # aiohttp lets nobody choose the reader, nor for how many bytes it reads ahead of who takes the

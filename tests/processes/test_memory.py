@@ -93,6 +93,8 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
         "cut body": call("POST", f"/chats/{chat}/messages", token, text)[:-5],
         "cut answer": call("GET", "/chats", token),
         "ahead": call("GET", "/chats", token).replace(b"Connection: close\r\n", b"") * 10,
+        "ahead and reset": call("POST", "/nothing", "", b"x" * 1_000).replace(
+            b"Connection: close\r\n", b"") * 2,
         "socket": opens + frame(TEXT, b'{"type":"sync","chats":{"%d":0}}' % chat) + close,
         "wrong frames": opens + frame(TEXT, b"{") + frame(TEXT, b'{"type":"x"}') + close,
         "no text": opens + frame(TEXT, b"\xff"),
@@ -101,6 +103,11 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
         "pinged and reset": opens + frame(0x89, b"") * 300,
         "expecting and reset": call(
             "POST", "/users/login", "", text, more="Expect: 100-continue\r\n"),
+        "cut before no text": handshake(port, f"/ws/{chat}", token) + frame(
+            TEXT, b'{"type":"sync","chats":{"%d":1,"999999":0}}' % chat) * 4 + frame(
+            TEXT, b"\xff"),
+        "cut before no continuation": opens + frame(
+            TEXT, b'{"type":"sync","chats":{"999999":0}}') * 4 + frame(0x80, b"x"),
         "broken frame": opens + b"\xff\xff\xff",
         "cut socket": opens,
         "refused socket": handshake(port, "/ws", "nothing"),
@@ -113,7 +120,7 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
     await collected(server)
     left = {}
     for name, sent in kinds.items():
-        for _ in range(REPEATED):
+        for number in range(REPEATED):
             connection = await RawConnection.opens(port, sent)
             if name.endswith("reset"):
                 end = connection.writer.get_extra_info("socket")
@@ -121,7 +128,7 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
                 await asyncio.sleep(0.002 if name.startswith("pinged") else 0)
                 connection.writer.transport.abort()
             elif name.startswith("cut"):
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(number / 2000 if name.startswith("cut before") else 0.02)
                 connection.writer.transport.abort()
             elif name == "ahead":
                 await asyncio.sleep(0.02)
