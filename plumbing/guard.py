@@ -391,6 +391,12 @@ class PromptConnection(web.RequestHandler):
             else:
                 give_back()
 
+    def set_parser(self, *args: Any, **options: Any) -> None:
+        """Go on as a websocket, whose frames count by themselves."""
+        early = len(self._message_tail)
+        super().set_parser(*args, **options)
+        self.guest.hold(-early)
+
     async def finish_response(
         self, request: web.BaseRequest, *others: Any
     ) -> tuple[web.StreamResponse, bool]:
@@ -407,8 +413,8 @@ class PromptConnection(web.RequestHandler):
         if data:  # else what came before is to be parsed
             self.guest.note_read(self)
         parser = cast("HeadParser", self._parser)
-        fields, is_other = parser.fields, self._upgraded
-        if not is_other and not self.guest.hold(len(data)):
+        fields = parser.fields
+        if self._payload_parser is None and not self.guest.hold(len(data)):
             self._cut()
             return
         super().data_received(data)
