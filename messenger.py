@@ -159,7 +159,7 @@ from plumbing.guard import Passwords, Rate
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
 from plumbing.process import Tasks
 from plumbing.schema import is_outgrown
-from plumbing.search import Texts
+from plumbing.search import SearchIndex
 from plumbing.serving import Program
 from plumbing.settings import Count, ServerSettings
 from plumbing.text import words_and_runs, words_wanted
@@ -255,13 +255,9 @@ REPLAY_PAGE = 200  # changes read at once for a socket or a room that missed som
 REPLAY_PIECE = 10  # of them are put together first; more, where that named few readers
 REPLAY_BYTES = 64 * 1024  # of them are written at once, but for the last
 READERS_AT_ONCE = 10  # whose names are added to a page of messages in one round of the loop
-INDEX_PAGE = 500  # messages whose words are indexed at once
-INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 SMALL_CHARS = 512  # of a frame or text: a larger one is worth several
 SEARCH_SECONDS = 0.2  # for a page, where what the index names is not what was asked for
-INDEX_SECONDS = 0.5  # how long a search waits for its chat to be indexed
-INDEX_PAUSE_SECONDS = 1.0  # between two rounds in the background
-INDEX_REST = 9  # times as long as the background indexing worked
+INDEX_PAUSE_SECONDS = 1.0  # between two rounds of indexing in the background
 UPKEEP_SECONDS = 60
 UPKEEP_ROWS = 1000  # deleted at once
 ENDED_SECONDS = 86_400  # for which an ended session is kept
@@ -2443,51 +2439,11 @@ class ReadWriter(ChatWriter[NewRead, Read]):
         return outcomes
 
 
-class SearchIndex:
-    """Takes in the words of messages a little later than the messages, so that posts do not wait.
+class MessageIndex(SearchIndex):
+    """Takes in the words of messages."""
 
-    In the background it works a tenth of the time at most. A search first has its own chat taken
-    in, so it finds what was posted a moment ago, by whomever.
-    """
-
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._waiting: set[int] = set()  # chats in which something changed
-        self.texts = Texts(SEARCH_SECONDS)
-
-    def note(self, chat_ids: Iterable[int]) -> None:
-        """Take note of chats in which something changed: they are indexed soon."""
-        self._waiting.update(chat_ids)
-
-    async def index(self, chat_id: int, asker: Hashable = "") -> None:
-        """Index what is new in a chat; askers take turns. Raises Unavailable where it takes long.
-        """
-        deadline = time.monotonic() + INDEX_SECONDS
-        while rows := await self._database.rows(SELECT_UNINDEXED, chat_id, INDEX_PAGE):
-            if time.monotonic() > deadline:
-                self._waiting.add(chat_id)
-                raise Unavailable("The chat is still being indexed.")
-            words, count = [], 0
-            for row in rows:
-                found = await self.texts.words_of(asker, row["text"])
-                words.append(" ".join(found))
-                count += len(found)
-                if count > INDEX_WORDS_MAX or time.monotonic() > deadline:
-                    break
-            seqs = [row["seq"] for row in rows[:len(words)]]
-            upto = rows[len(words) - 1]["rev"]
-            await self._database.rows(INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
-
-    async def run(self) -> None:
-        """Index what was posted here, chat by chat."""
-        for chat_id in list(self._waiting):
-            began = time.monotonic()
-            self._waiting.discard(chat_id)
-            try:
-                await self.index(chat_id)
-            except Unavailable:
-                self._waiting.add(chat_id)
-            await asyncio.sleep(INDEX_REST * (time.monotonic() - began))
+    SELECT_UNINDEXED = SELECT_UNINDEXED
+    INDEX_WORDS = INDEX_WORDS
 
 
 async def leave_chats(app: web.Application, user_id: int) -> None:
@@ -2519,7 +2475,7 @@ async def keep_tidy(app: web.Application) -> None:
         await asyncio.sleep(0.05)  # others come first
 
 
-INDEX = web.AppKey("index", SearchIndex)
+INDEX = web.AppKey("index", MessageIndex)
 POSTS = web.AppKey("posts", PostWriter)
 CHANGES = web.AppKey("changes", ChangeWriter)
 READS = web.AppKey("reads", ReadWriter)
@@ -3114,17 +3070,23 @@ SELECT_MESSAGES_AFTER = """  -- chat_id, asker_id, after, limit
     select m.*, (select c.last_seq from chats c where c.id = $1) as last_seq, r.*
     from page m left join readers r on r.newest = m.seq"""
 
-SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit
-    -- message_words_search, messages_pkey, participants_pkey, users_pkey
-    -- Answers like SELECT_MISSED, but newest first. `offset 0` has each found message looked up;
-    -- without it the planner may read the whole chat.
+SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit, is_whole
+    -- message_words_search, messages_pkey, messages_changed, participants_pkey, users_pkey
+    -- Answers like SELECT_MISSED, but newest first; where the index is not whole, also with all
+    -- that it does not know. `offset 0` has each found message looked up; without it the planner
+    -- may read the whole chat.
     select m.*, (select max(r.last_read_seq) from participants r where r.chat_id = $1) as read_seq
     from participants p join chats c on c.id = p.chat_id
     left join lateral (
         select m.*
-        from found_messages(
-            chat => p.chat_id, before => least($3::bigint, c.last_seq + 1), at_most => $5,
-            wanted => $4) f
+        from (
+            select f.seq from found_messages(
+                chat => p.chat_id, before => least($3::bigint, c.last_seq + 1), at_most => $5,
+                wanted => $4) f
+            union
+            select u.seq from unindexed_messages(chat => p.chat_id, before => $3, at_most => $5) u
+            where not $6
+            order by seq desc limit $5) f
         cross join lateral (
             select * from message_rows m where m.chat_id = p.chat_id and m.seq = f.seq offset 0) m
     ) m on true
@@ -3240,24 +3202,28 @@ async def search_messages(
     """Find the messages of a chat that hold all of some words. Raises ChatNotFound, InvalidInput.
 
     The index tells in which messages the pairs of a run are. That they stand one after the other
-    is seen here. Where that takes long the page ends before it is full, and links to the next.
+    is seen here, and all of a message that is not indexed yet. Where that takes long the page ends
+    before it is full, and links to the next.
     """
     me, database, index = request[ME], request.app[DATABASE], request.app[INDEX]
     words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
     wanted = words_wanted(words, runs)
-    if await database.row(SELECT_MEMBERSHIP, chat_id, me):
-        await index.index(chat_id, address_of(request))
+    if wanted and await database.row(SELECT_MEMBERSHIP, chat_id, me):
+        is_whole = await index.index(chat_id, address_of(request))
+    else:
+        is_whole = True
     until = time.monotonic() + SEARCH_SECONDS
     found: list[Message] = []
     goes_on = True
     while goes_on:
         rows = await database.rows(
-            SELECT_MESSAGES_FOUND, chat_id, me, before, list(wanted), limit + 1)
+            SELECT_MESSAGES_FOUND, chat_id, me, before, list(wanted), limit + 1, is_whole)
         if not rows:
             raise ChatNotFound
         named = await messages_of(database, chat_id, rows[:limit])
         places, seen = await index.texts.find(
-            address_of(request), [each.text for each in named], runs, limit - len(found))
+            address_of(request), [each.text for each in named], runs, limit - len(found),
+            unsure_of=() if is_whole else wanted)
         found += [named[place] for place in places]
         before = named[seen - 1].seq if seen else before
         goes_on = len(rows) > limit or seen < len(named)
@@ -3687,7 +3653,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
     app[SESSIONS] = Sessions(settings, secret_key, app[DATABASE])
     app[ROOMS] = Rooms(app)
-    app[INDEX] = SearchIndex(app[DATABASE])
+    app[INDEX] = MessageIndex(app[DATABASE], SEARCH_SECONDS)
     app[TURNS], app[PACE] = guard.Slots(1), guard.Slots(settings.bound(1))
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
     slots = CallSlots.of(settings, address_of)

@@ -16,7 +16,7 @@ A file imports only those above it in this list, and none imports the applicatio
     schema       the schema, and the start
     bus          hints from one process to the others
     guard        who may ask: addresses, rates, passwords, tokens, browsers
-    search       texts taken apart for a search, one at a time
+    search       texts taken apart for a search, and an index of their words
     settings     settings from the environment
     serving      a program that serves an application: start, database, ports, workers, end
     websocket    one connection of a websocket

@@ -1,14 +1,22 @@
-"""Texts taken apart for a search.
+"""Texts taken apart for a search, and an index of their words.
 
 A long text takes milliseconds. So one is taken apart in a round of the loop, and those who ask for
 it take turns.
 """
 
+import asyncio
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from typing import ClassVar
 
+from plumbing.database import Database, Unavailable
 from plumbing.guard import Turns
 from plumbing.text import holds_runs, words_of
+
+INDEX_PAGE = 500  # texts that are indexed at once
+INDEX_WORDS_MAX = 10_000  # of them together, but for the last
+INDEX_SECONDS = 0.5  # how long a search waits for its texts to be indexed
+INDEX_REST = 9  # times as long as the background indexing worked
 
 
 class Texts:
@@ -23,22 +31,88 @@ class Texts:
         return await self._turns.call(asker, words_of, text)
 
     async def find(
-        self, asker: Hashable, texts: Sequence[str], runs: Sequence[str], at_most: int
+        self, asker: Hashable, texts: Sequence[str], runs: Sequence[str], at_most: int,
+        unsure_of: Collection[str] = (),
     ) -> tuple[list[int], int]:
-        """Find those texts that hold each of some runs as it stands, at most so many.
+        """Find those texts that hold each of some runs as it stands, at most so many, and of words
+        that an index is not sure of all.
 
         Answers their places, and how many texts were looked through before so many were found or
         the time was over.
         """
         long_runs = [run for run in runs if len(run) > 2]  # what an index has is sure of others
-        if not long_runs:
+        if not long_runs and not unsure_of:
             count = min(at_most, len(texts))
             return list(range(count)), count
         until = time.monotonic() + self._seconds
         found: list[int] = []
         for place, text in enumerate(texts):
-            if await self._turns.call(asker, holds_runs, text, long_runs):
+            if await self._turns.call(asker, holds, text, unsure_of, long_runs):
                 found.append(place)
             if len(found) == at_most or time.monotonic() > until:
                 return found, place + 1
         return found, len(texts)
+
+
+def holds(text: str, words: Collection[str], runs: Sequence[str]) -> bool:
+    """Tell whether a text holds all of some words of an index, and each of some runs."""
+    return (not words or words_of(text).issuperset(words)) and (
+        not runs or holds_runs(text, runs))
+
+
+class SearchIndex:
+    """Takes in the words of texts a little later than the texts, so that who writes them does not
+    wait.
+
+    In the background it works a tenth of the time at most. A search first has its own chat taken
+    in, so it finds what was posted a moment ago, by whomever.
+
+    A subclass has the statements. SELECT_UNINDEXED takes a chat and how many texts, and answers
+    rows of since, seq, rev and text; INDEX_WORDS takes the chat, since and the last rev, the seqs,
+    and of each the words, joined by spaces.
+    """
+
+    SELECT_UNINDEXED: ClassVar[str]
+    INDEX_WORDS: ClassVar[str]
+
+    def __init__(self, database: Database, seconds: float) -> None:
+        self._database = database
+        self._waiting: set[int] = set()  # chats in which something changed
+        self.texts = Texts(seconds)
+
+    def note(self, chat_ids: Iterable[int]) -> None:
+        """Take note of chats in which something changed: they are indexed soon."""
+        self._waiting.update(chat_ids)
+
+    async def index(self, chat_id: int, asker: Hashable = "") -> bool:
+        """Index what is new in a chat; askers take turns. Answers whether that is all: where it
+        takes long the rest is left for later. Raises Unavailable.
+        """
+        deadline = time.monotonic() + INDEX_SECONDS
+        while rows := await self._database.rows(self.SELECT_UNINDEXED, chat_id, INDEX_PAGE):
+            if time.monotonic() > deadline:
+                self._waiting.add(chat_id)
+                return False
+            words, count = [], 0
+            for row in rows:
+                found = await self.texts.words_of(asker, row["text"])
+                words.append(" ".join(found))
+                count += len(found)
+                if count > INDEX_WORDS_MAX or time.monotonic() > deadline:
+                    break
+            seqs = [row["seq"] for row in rows[:len(words)]]
+            upto = rows[len(words) - 1]["rev"]
+            await self._database.rows(
+                self.INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
+        return True
+
+    async def run(self) -> None:
+        """Index what was posted here, chat by chat."""
+        for chat_id in list(self._waiting):
+            began = time.monotonic()
+            self._waiting.discard(chat_id)
+            try:
+                await self.index(chat_id)
+            except Unavailable:
+                self._waiting.add(chat_id)
+            await asyncio.sleep(INDEX_REST * (time.monotonic() - began))

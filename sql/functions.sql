@@ -114,6 +114,21 @@ begin
 end
 $$;
 
+-- The numbers of messages that the index does not know as they are, newest first: those that were
+-- posted, or changed, after what it has taken in.
+create or replace function unindexed_messages(chat bigint, before bigint, at_most int)
+returns table (seq bigint) language sql stable as $$
+    (select m.seq from messages m
+     where m.chat_id = chat and m.rev = m.seq and m.seq < before and m.deleted_at is null
+       and m.seq > coalesce((select i.rev from search_positions i where i.chat_id = chat), 0)
+     order by m.seq desc limit at_most)
+    union all
+    (select m.seq from messages m
+     where m.chat_id = chat and m.rev <> m.seq and m.seq < before and m.deleted_at is null
+       and m.rev > coalesce((select i.rev from search_positions i where i.chat_id = chat), 0)
+     order by m.seq desc limit at_most)
+$$;
+
 -- Takes in the words of the messages between two numbers, each message's joined by spaces. Where
 -- another was faster it does nothing: the words may be older than what that one has seen. What a
 -- crash loses is indexed again, so this does not wait for the posts' flush.

@@ -32,6 +32,7 @@ from hypothesis.stateful import (
 )
 
 import messenger
+from plumbing import search
 from support import model
 from support.databases import Databases, with_database
 from support.fuzzing import LONG
@@ -96,7 +97,7 @@ def site(cluster: str, databases: Databases, monkeypatch: pytest.MonkeyPatch) ->
     """The server that every run of the machine talks to. What it answers does not depend on how
     busy the machine is."""
     monkeypatch.setattr(messenger, "LEAVING_SECONDS", HEAR_SECONDS)
-    monkeypatch.setattr(messenger, "INDEX_SECONDS", HEAR_SECONDS)
+    monkeypatch.setattr(search, "INDEX_SECONDS", HEAR_SECONDS)
     with asyncio.Runner(debug=True, loop_factory=uvloop.new_event_loop) as runner:
         made = Site(runner, cluster, databases)
         yield made

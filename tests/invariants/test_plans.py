@@ -223,7 +223,10 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_MESSAGES_AFTER": [
             (BIG, READER, FAR, PAGE), (BIG, READER, NEAR, PAGE)],
         "SELECT_MESSAGES_FOUND": [
-            (BIG, READER, NEWEST, ["w7777"], PAGE), (BIG, READER, FAR, ["some", "words"], PAGE),
+            (BIG, READER, NEWEST, ["w7777"], PAGE, True),
+            (BIG, READER, FAR, ["some", "words"], PAGE, True),
+            (BIG, READER, NEWEST, ["w7777"], PAGE, False),
+            (BIG, READER, FAR, ["some", "words"], PAGE, False),
         ],
         "SELECT_MISSED": [
             (BIG, READER, FAR, NEWEST, PAGE), (BIG, READER, NEAR, NEAR + 10, PAGE),
