@@ -46,7 +46,9 @@ from plumbing.process import (
 from plumbing.queues import Queues
 from plumbing.text import composed
 
+HEAD_END = b"\r\n\r\n"
 HEAD_BYTES_MAX = 16 * 1024  # of all headers of a request
+SEPARATORS_BYTES = 512  # beside them
 AHEAD_BYTES_MAX = 32 * 1024  # of requests that come before the one in front of them is answered
 FIELD_BYTES = 300  # that a header takes beside its own, once it is parsed
 HELD_BYTES_MAX = 32 * 1024 * 1024  # of requests of an address that are not answered yet
@@ -185,23 +187,25 @@ def party_of(address: Address) -> str:
 
 
 class HeadParser(HttpRequestParser):
-    """Parses requests like aiohttp's own, but refuses a head of more than HEAD_BYTES_MAX. Of a head
-    that is not whole up to twice as much may be held: it is measured once for each piece. aiohttp
-    takes 128 fields of 8 KB each, which stay for as long as the connection is a websocket.
+    """Parses requests like aiohttp's own, but nothing of a head before it is whole, and of one with
+    more than HEAD_BYTES_MAX nothing else. aiohttp takes 128 fields of 8 KB each, which stay for as
+    long as the connection is a websocket.
 
     Behind a request that waits for the answer of another (RFC 9112, section 9.3.2) nothing is
     parsed: short fields take thirty times as much memory once they are. AHEAD_BYTES_MAX may come.
+    A request whose body comes in chunks is the last of its connection: aiohttp parses on behind
+    them.
     """
 
-    __slots__ = ("_behind", "_body", "_has_refused", "_head_bytes", "_keeps", "_waiting", "fields")
+    __slots__ = ("_behind", "_body", "_has_paused", "_is_over", "_left", "_waiting", "fields")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._behind = b""  # what is not parsed yet
-        self._body: Any = EMPTY_PAYLOAD  # of the last request
-        self._has_refused = False  # once, and for good: what comes afterwards is dropped
-        self._head_bytes = 0  # of the next one, whose head is not whole yet
-        self._keeps = False  # whether aiohttp may keep what came behind the end of a request
+        self._body: Any = EMPTY_PAYLOAD  # of the last request ...
+        self._left = 0  # ... and how many bytes of it are to come
+        self._has_paused = False  # aiohttp, at the end of a request: it only tells when it goes on
+        self._is_over = False  # for good: what comes from now on is dropped
         self._waiting = 0  # requests that were parsed and wait
         self.fields = 0  # that were parsed, of all headers
 
@@ -211,44 +215,88 @@ class HeadParser(HttpRequestParser):
         if self._waiting:  # else it is a refusal
             self._waiting -= 1
 
+    def count_ahead(self) -> int:
+        """Tell how many bytes came that are not parsed yet."""
+        return len(self._behind)
+
     def feed_data(self, data: bytes) -> tuple[Any, bool, bytes]:  # type: ignore[override]
         """Parse bytes; answer the requests whose heads are whole, and whether another protocol
         comes behind them, with its bytes. Raises HttpProcessingError.
         """
-        if self._has_refused:
+        if self._is_over:
             return [], False, b""
         data, self._behind = self._behind + data, b""
         with contextlib.suppress(HttpProcessingError):
             return self._feed_pieces(data)
-        self._has_refused = True
+        self._is_over = True
         raise BadHttpMessage("malformed")  # in place of one whose text quotes much of what came
 
     def _feed_pieces(self, data: bytes) -> tuple[Any, bool, bytes]:
-        """Parse bytes piece by piece, so that a head is refused before all of it is parsed."""
+        """Parse bytes piece by piece: a whole head, or what has come of a body."""
         found: list[Any] = []
-        while not (self._waiting and self._body.is_eof()):
-            piece = b"" if self._keeps else data[:HEAD_BYTES_MAX]
-            data = data[len(piece):]
+        while True:
             is_body = not self._body.is_eof()
-            requests, is_other, tail = super().feed_data(piece)
-            self._head_bytes = 0 if requests or is_body else self._head_bytes + len(piece)
-            heads = [sum(map(len, itertools.chain(*head.raw_headers))) for head, _ in requests]
-            if max(self._head_bytes, *heads, 0) > HEAD_BYTES_MAX:
-                raise BadHttpMessage("the head is too long")
-            found += requests
-            self.fields += sum(len(head.raw_headers) for head, _ in requests)
-            self._waiting += len(requests)
-            if requests:
-                self._body = requests[-1][1]
+            if self._waiting and not is_body:
+                break
+            size = 0 if self._has_paused else self._size_of_piece(data)
+            if not (size or is_body or self._has_paused):
+                break
+            requests, is_other, tail = super().feed_data(data[:size])
+            self._left -= size if is_body else 0
+            data = data[size:]
+            found += [self._begin(*request) for request in requests]
+            self._has_paused = bool(requests or is_body) and self._body.is_eof()
             if is_other:
                 return found, True, tail + data
-            self._keeps = bool(requests) or (is_body and self._body.is_eof())
-            if not data and not self._keeps:
+            if is_body and not self._body.is_eof():
+                break
+            if is_body and self._left:  # it came in chunks
+                self._is_over, data = True, b""
                 break
         if len(data) > AHEAD_BYTES_MAX:
             raise BadHttpMessage("too much came ahead")
         self._behind = data
         return found, False, b""
+
+    def _size_of_piece(self, data: bytes) -> int:
+        return size_of_head(data) if self._body.is_eof() else min(self._left, len(data))
+
+    def _begin(self, head: Any, body: Any) -> tuple[Any, Any]:
+        """Take note of a request. Raises BadHttpMessage."""
+        if sum(map(len, itertools.chain(*head.raw_headers))) > HEAD_BYTES_MAX:
+            raise BadHttpMessage("the head is too long")
+        self.fields += len(head.raw_headers)
+        self._waiting += 1
+        self._body = body
+        self._left = sys.maxsize if head.chunked else int(head.headers.get("Content-Length", 0))
+        return as_last(head) if head.chunked else head, body
+
+
+def size_of_head(data: bytes) -> int:
+    """Tell how many of some bytes are the head of a request; none where it is not whole yet.
+
+    What cannot be one is whole at once, and refused by aiohttp: who speaks TLS, or ends lines by LF
+    alone, would wait for long. Raises BadHttpMessage.
+    """
+    end = data.find(HEAD_END)
+    if end >= 0:
+        return end + len(HEAD_END)
+    if len(data) - data.find(b"\n") > HEAD_BYTES_MAX + SEPARATORS_BYTES:
+        raise BadHttpMessage("the head is too long")
+    begin = data.lstrip(b"\r\n")[:1] or b"a"
+    is_http = begin.isalpha() and data.count(b"\n") == data.count(b"\r\n")
+    return 0 if is_http else len(data)
+
+
+def weight_of(head: Any) -> int:
+    """Tell how many bytes the headers of a request count for."""
+    size = sum(map(len, itertools.chain(*head.raw_headers)))
+    return size + FIELD_BYTES * len(head.raw_headers)
+
+
+def as_last(head: Any) -> Any:
+    """Have the connection closed after a request, whatever its answer."""
+    return head._replace(should_close=True)
 
 
 class PromptConnection(web.RequestHandler):
@@ -374,7 +422,7 @@ class PromptConnection(web.RequestHandler):
         """
         message, rests = request._message, False
         if request.method == "CONNECT" or message.upgrade:
-            request._message = message._replace(should_close=True)
+            request._message = as_last(message)
         try:
             answer, reset = await super()._handle_request(request, *others)
             rests = answer.status in RESTING
@@ -384,12 +432,20 @@ class PromptConnection(web.RequestHandler):
                 self._expect_progress(self.transport, sys.maxsize)
             return answer, reset
         finally:
-            self.guest.let_go()
+            self.guest.let_go(self._count_ahead())
             give_back = request.get(GIVE_BACK, nothing)
             if rests:
                 self._loop.call_later(REST_SECONDS, give_back)
             else:
                 give_back()
+
+    def _count_ahead(self) -> int:
+        """Tell how many bytes are held for requests that come behind the one under way."""
+        if self._parser is None:
+            return 0
+        sizes = [weight_of(head) + body.total_bytes for head, body in self._messages
+                 if not isinstance(head, _ErrInfo)]
+        return cast("HeadParser", self._parser).count_ahead() + sum(sizes)
 
     def set_parser(self, *args: Any, **options: Any) -> None:
         """Go on as a websocket, whose frames count by themselves."""
@@ -412,7 +468,9 @@ class PromptConnection(web.RequestHandler):
         """
         if data:  # else what came before is to be parsed
             self.guest.note_read(self)
-        parser = cast("HeadParser", self._parser)
+        parser = cast("HeadParser | None", self._parser)
+        if parser is None:  # the connection was lost before this was parsed
+            return
         fields = parser.fields
         if self._payload_parser is None and not self.guest.hold(len(data)):
             self._cut()
@@ -649,10 +707,10 @@ class CountedGuest(Guest):
         self._held_by[self._party] += size
         return self._held_by[self._party] <= HELD_BYTES_MAX
 
-    def let_go(self) -> None:
-        """Take note that they take none any more."""
-        self._held_by[self._party] -= self._held
-        self._held = 0
+    def let_go(self, but: int = 0) -> None:
+        """Take note that they take no more than so many bytes any longer."""
+        self._held_by[self._party] -= self._held - but
+        self._held = but
         if not self._held_by[self._party]:
             del self._held_by[self._party]
 

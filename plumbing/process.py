@@ -150,8 +150,8 @@ class Guest:
         """
         return True
 
-    def let_go(self) -> None:
-        """Take note that they take none any more."""
+    def let_go(self, but: int = 0) -> None:
+        """Take note that they take no more than so many bytes any longer."""
 
     def end(self, connection: Any, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""
