@@ -1038,9 +1038,13 @@ class Passwords:
         return base64.b64encode(hashlib.sha256(password.encode()).digest())
 
     def check_queue(self, address: str) -> None:
-        """Raise Busy if so many wait already, in all or of one address."""
-        is_full = self._waiting >= PASSWORD_QUEUE_MAX
-        if is_full or self._waiting_of[address] >= PASSWORD_QUEUE_OF_ONE_MAX:
+        """Raise Busy if so many wait already of an address; where the queue is full, if its share of
+        that does.
+        """
+        at_most = PASSWORD_QUEUE_OF_ONE_MAX
+        if self._waiting >= PASSWORD_QUEUE_MAX:
+            at_most = min(at_most, PASSWORD_QUEUE_MAX // (len(self._waiting_of) + 1))
+        if self._waiting_of[address] >= at_most:
             raise Busy("Too many passwords are being checked.")
 
     async def _run(self, address: str, function: Callable[..., Result], *args: bytes) -> Result:

@@ -718,6 +718,24 @@ async def test_queue_of_passwords_is_bounded(
     assert await login(alice, alice.email) == 200
 
 
+async def test_full_queue_has_room_for_another_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many passwords of some addresses wait: of another an equal share may, too."""
+    gate = threading.Event()
+    monkeypatch.setattr(bcrypt, "checkpw", lambda *_: gate.wait(SOON_SECONDS))
+    monkeypatch.setattr(guard, "PASSWORD_QUEUE_MAX", 8)
+    monkeypatch.setattr(guard, "PASSWORD_QUEUE_OF_ONE_MAX", 4)
+    passwords = guard.Passwords(4)
+    keys = ["flood", "another flood"] * 4 + ["honest"] * 2
+    checks = [asyncio.create_task(passwords.matching("x", "hash", key)) for key in keys]
+    await asyncio.sleep(0)
+    for key in set(keys):
+        with pytest.raises(guard.Busy):
+            await passwords.matching("x", "hash", key)
+    gate.set()
+    assert await asyncio.gather(*checks) == ["x"] * len(keys)
+    passwords.close()
+
+
 async def test_addresses_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many passwords come from one address, those of others are checked in turn with
     them."""
