@@ -1038,8 +1038,8 @@ class Passwords:
         return base64.b64encode(hashlib.sha256(password.encode()).digest())
 
     def check_queue(self, address: str) -> None:
-        """Raise Busy if so many wait already of an address; where the queue is full, if its share of
-        that does.
+        """Raise Busy if so many wait already of an address; where the queue is full, its share of
+        it.
         """
         at_most = PASSWORD_QUEUE_OF_ONE_MAX
         if self._waiting >= PASSWORD_QUEUE_MAX:
