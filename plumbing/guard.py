@@ -52,6 +52,7 @@ SEPARATORS_BYTES = 512  # beside them
 AHEAD_BYTES_MAX = 32 * 1024  # of requests that come before the one in front of them is answered
 FIELD_BYTES = 300  # that a header takes beside its own, once it is parsed
 HELD_BYTES_MAX = 32 * 1024 * 1024  # of requests of an address that are not answered yet
+HELD_OF_ONE_MAX = 512 * 1024  # of one connection: more of them is not kept
 READS_A_ROUND = 10  # of all connections of an address in a round of the loop, and of their ends
 HEAD_SECONDS = 30  # from a connection, or the first byte of a request, to the end of its headers
 BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th as many chunks
@@ -701,8 +702,9 @@ class CountedGuest(Guest):
 
     def hold(self, size: int) -> bool:
         """Take note that requests over the connection take so many bytes more, and tell whether
-        they may.
+        they may. What is dropped, of a body that is too large, counts no further than so.
         """
+        size = min(size, HELD_OF_ONE_MAX - self._held)
         self._held += size
         self._held_by[self._party] += size
         return self._held_by[self._party] <= HELD_BYTES_MAX
