@@ -30,6 +30,7 @@ from typing import Any, TextIO, cast
 from aiohttp import http_parser, web
 
 BACKLOG = 4096  # connections that wait to be accepted: as many as Linux lets wait by default
+UNSENT_BYTES_MAX = 64 * 1024  # that the kernel takes of a connection; by itself it takes megabytes
 ACCEPTED_AT_ONCE = 64  # connections, until what else is to do had its turn
 ACCEPT_REST_SECONDS = 0.5  # where none can be accepted
 DESCRIPTORS_SPARE = 64  # that connections may not take
@@ -69,9 +70,12 @@ def listen_on(
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(
+        listener = socket.create_server(
             address, family=family, backlog=BACKLOG, reuse_port=shared,
             dualstack_ipv6=family == socket.AF_INET6 and socket.has_dualstack_ipv6())
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # what is accepted inherits it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES_MAX)
+        return listener
     except (OSError, UnicodeError) as error:  # the latter for a name that cannot be one
         reason = getattr(error, "strerror", None) or str(error)
         where = f"{names[0]} {host}, {names[1]} {port}"

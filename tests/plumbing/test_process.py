@@ -1,6 +1,7 @@
 """The process by itself: what is in its log, and what it does not start without."""
 
 import asyncio
+import contextlib
 import io
 import logging
 import os
@@ -15,6 +16,21 @@ from plumbing import process
 from plumbing.process import StartError
 from support.people import HEAR_SECONDS
 from support.servers import ROOT
+
+
+def test_kernel_takes_little_that_a_client_does_not_read() -> None:
+    """What a connection may leave unread is bounded where the server counts it: the kernel takes
+    no megabytes more."""
+    with process.listen_on("127.0.0.1", 0) as listener, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(listener.getsockname())
+        connection, _ = listener.accept()
+        connection.setblocking(False)
+        taken = 0
+        with connection, contextlib.suppress(BlockingIOError):
+            while True:
+                taken += connection.send(bytes(16_384))
+    assert 0 < taken < 4 * process.UNSENT_BYTES_MAX
 
 
 def test_log_tells_where_an_exception_was_raised_and_not_what_it_says() -> None:
