@@ -1525,11 +1525,14 @@ class Rooms:
         for socket in sockets:
             if socket.joining is not None:  # `chats` comes first, and may tell of them
                 await socket.joining.wait()
-        deadline, waiting = time.monotonic() + VERSION_SECONDS, list(chat_ids)
+        deadline, waiting = 0.0, list(chat_ids)
+
+        def is_absent(chat_id: int) -> bool:
+            return any(chat_id not in each.rooms and each in self._sockets for each in sockets)
+
         while waiting:
             piece, waiting = waiting[:CHATS_PIECE], waiting[CHATS_PIECE:]
-            absent = [chat_id for chat_id in piece if any(
-                chat_id not in socket.rooms and socket in self._sockets for socket in sockets)]
+            absent = list(filter(is_absent, piece))
             if not absent:
                 continue
             chats = await self.background.run(
@@ -1537,10 +1540,11 @@ class Rooms:
             shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in reversed(chats)]
             for socket in sockets:
                 await self.pieces.call(socket.address, self._show_chats, socket, shown)
-            # Out of these the user may be again.
-            if newer := [chat.id for chat in chats if self._knows_newer(chat.id, chat.version)]:
+            # Their participants changed: out of these the user may be again.
+            if changed := [chat.id for chat in chats if is_absent(chat.id)]:
+                deadline = deadline or time.monotonic() + VERSION_SECONDS
                 await self._wait_for_version(deadline)
-                waiting += newer
+                waiting += changed
 
     def _show_chats(self, socket: Socket, shown: list[tuple[Chat, bytes]]) -> None:
         """Show a socket chats, each by its frame, and let it join: not where it did so meanwhile or

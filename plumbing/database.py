@@ -171,7 +171,7 @@ class Pool:
         self._queries = list(queries)[:FAR_QUERIES_MAX]  # to prepare ahead on a far database
         self._idle: list[Pooled] = []
         self._lent: set[Pooled] = set()
-        # Calls that wait for a connection, by whom they are for; those that gave up, too.
+        # Calls that wait for a connection, by whom they are for.
         self._waiting: Queues[asyncio.Future[Pooled]] = Queues()
         self._opening: set[asyncio.Task[None]] = set()
         self._tending: set[asyncio.Task[None]] = set()
@@ -261,13 +261,16 @@ class Pool:
         if self._closed:
             raise Unavailable(ABSENT)
         waiter: asyncio.Future[Pooled] = asyncio.get_running_loop().create_future()
-        self._waiting.append(party(), waiter)
+        key = party()
+        self._waiting.append(key, waiter)
         self._open_more()
         try:
             async with asyncio.timeout_at(until):
                 return await waiter
         except BaseException:
-            if not waiter.cancelled() and waiter.exception() is None:
+            if not waiter.done() or waiter.cancelled():
+                self._waiting.remove(key, waiter)
+            elif waiter.exception() is None:
                 self.put_back(waiter.result())  # lent at the moment when nobody waited any more
             raise
 

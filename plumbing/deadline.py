@@ -47,7 +47,9 @@ class RequestDeadline:
 
 
 class WorkFor:
-    """Whatever runs inside is done for a party: those who wait for the database take turns."""
+    """Whatever runs inside is done for a party: those who wait for the database take turns. Not
+    within another.
+    """
 
     __slots__ = ("_party", "_task")
 

@@ -66,7 +66,7 @@ RESTING = (401, 426, 429)  # ... these refusals, which cost who floods nothing
 REFUSALS_TOLD_SECONDS = 60  # from one line of the log about refused connections to the next
 ROUNDING_SECONDS = 1e-6  # above the rounding error of summed times
 PASSWORD_THREADS = 2
-PASSWORD_QUEUE_MAX = 128  # hashes waiting for a thread or under way
+PASSWORD_QUEUE_MAX = 128  # hashes that wait or are under way, until addresses must share them
 PASSWORD_QUEUE_OF_ONE_MAX = 32  # of them from one address
 PASSWORD_CHARS_MAX = 1000  # of one that is looked into: a longer one is nobody's
 PASSWORD_NICENESS = 10  # the event loop goes before the threads
@@ -239,6 +239,8 @@ class HeadParser(HttpRequestParser):
             is_body = not self._body.is_eof()
             if self._waiting and not is_body:
                 break
+            if not (is_body or self._has_paused):
+                data = data.lstrip(b"\r\n")  # RFC 9112, section 2.2
             size = 0 if self._has_paused else self._size_of_piece(data)
             if not (size or is_body or self._has_paused):
                 break
@@ -254,7 +256,7 @@ class HeadParser(HttpRequestParser):
             if is_body and self._left:  # it came in chunks
                 self._is_over, data = True, b""
                 break
-        if len(data) > AHEAD_BYTES_MAX:
+        if len(data) > AHEAD_BYTES_MAX and self._body.is_eof():  # else nothing more is read
             raise BadHttpMessage("too much came ahead")
         self._behind = data
         return found, False, b""
@@ -269,24 +271,25 @@ class HeadParser(HttpRequestParser):
         self.fields += len(head.raw_headers)
         self._waiting += 1
         self._body = body
-        self._left = sys.maxsize if head.chunked else int(head.headers.get("Content-Length", 0))
+        length = head.headers.get("Content-Length", "").lstrip("0")
+        self._left = sys.maxsize if head.chunked else int(length or 0)
         return as_last(head) if head.chunked else head, body
 
 
 def size_of_head(data: bytes) -> int:
     """Tell how many of some bytes are the head of a request; none where it is not whole yet.
 
-    What cannot be one is whole at once, and refused by aiohttp: who speaks TLS, or ends lines by LF
-    alone, would wait for long. Raises BadHttpMessage.
+    Raises BadHttpMessage where it is too long or cannot be one: who speaks TLS, or ends lines by LF
+    alone, would else wait for long.
     """
     end = data.find(HEAD_END)
     if end >= 0:
         return end + len(HEAD_END)
     if len(data) - data.find(b"\n") > HEAD_BYTES_MAX + SEPARATORS_BYTES:
         raise BadHttpMessage("the head is too long")
-    begin = data.lstrip(b"\r\n")[:1] or b"a"
-    is_http = begin.isalpha() and data.count(b"\n") == data.count(b"\r\n")
-    return 0 if is_http else len(data)
+    if data and not (data[:1].isalpha() and data.count(b"\n") == data.count(b"\r\n")):
+        raise BadHttpMessage("this is no head")
+    return 0
 
 
 def weight_of(head: Any) -> int:
@@ -315,13 +318,14 @@ class PromptConnection(web.RequestHandler):
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("_progress", "_rests", "_resumption", "give_up", "guest")
+    __slots__ = ("_is_idle", "_progress", "_rests", "_resumption", "give_up", "guest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
             *args, **options | {"auto_decompress": False, "read_bufsize": BUFFER_BYTES})
         self.guest = Guest()  # whose it is
         self.give_up: Callable[[], object] = nothing  # called when it is lost (unless_gone)
+        self._is_idle = True  # no request came that is not answered yet
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
         self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
         self._rests = False  # whether it is not read until its turn comes
@@ -433,6 +437,7 @@ class PromptConnection(web.RequestHandler):
                 self._expect_progress(self.transport, sys.maxsize)
             return answer, reset
         finally:
+            self._is_idle = not self._messages
             self.guest.let_go(self._count_ahead())
             give_back = request.get(GIVE_BACK, nothing)
             if rests:
@@ -479,6 +484,9 @@ class PromptConnection(web.RequestHandler):
         super().data_received(data)
         if parser.fields > fields and not self.guest.hold(FIELD_BYTES * (parser.fields - fields)):
             self._cut()
+        self._is_idle &= not self._messages
+        if self._is_idle:  # the rest of a body that is dropped
+            self.guest.let_go(parser.count_ahead())
         if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
             error = self._messages[-1][0].exc
             error.__traceback__ = None  # else all that came stays with it, until it is answered
@@ -1040,12 +1048,15 @@ class Passwords:
         return base64.b64encode(hashlib.sha256(password.encode()).digest())
 
     def check_queue(self, address: str) -> None:
-        """Raise Busy if so many wait already of an address; where the queue is full, its share of
-        it.
+        """Raise Busy if so many wait already of an address. Where many wait in all, that is its
+        share of those; where twice as many do, none.
         """
         at_most = PASSWORD_QUEUE_OF_ONE_MAX
-        if self._waiting >= PASSWORD_QUEUE_MAX:
-            at_most = min(at_most, PASSWORD_QUEUE_MAX // (len(self._waiting_of) + 1))
+        if self._waiting >= 2 * PASSWORD_QUEUE_MAX:
+            at_most = 0
+        elif self._waiting >= PASSWORD_QUEUE_MAX:
+            addresses = len(self._waiting_of) + (address not in self._waiting_of)
+            at_most = min(at_most, max(1, PASSWORD_QUEUE_MAX // addresses))
         if self._waiting_of[address] >= at_most:
             raise Busy("Too many passwords are being checked.")
 

@@ -66,6 +66,15 @@ class Queues(Generic[Thing]):
         self._count -= 1
         return key, thing
 
+    def remove(self, key: Hashable, thing: Thing) -> None:
+        """Take a thing of a key, if it is there."""
+        queue = self._of.get(key, ())
+        if thing in queue:
+            self._count -= 1
+            self._of[key].remove(thing)
+            if not queue:
+                del self._of[key]
+
     def drop(self, key: Hashable) -> Iterable[Thing]:
         """Take all things of a key."""
         dropped = self._of.pop(key, deque())

@@ -176,6 +176,7 @@ class Connection:
         if unsent > MUCH_UNREAD:
             unread[party] += unsent
             if unread[party] > UNREAD_MAX:
+                unread[party] -= unsent
                 self.cut()
         if unsent == 0 or self._written - unsent > self._taken:
             self._took_at = now

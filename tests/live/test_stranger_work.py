@@ -322,6 +322,12 @@ async def test_what_the_requests_of_an_address_take_is_bounded(
     for _ in range(30):  # one after the other they take little
         served.writer.write(nothing + b"\r\n")
         assert (await served.hears())[0] == 404
+    served.writer.write(b"POST /api/v1/chats HTTP/1.1\r\nHost: x\r\nContent-Length: 60000\r\n\r\n")
+    assert (await served.hears())[0] == 401
+    served.writer.write(b" " * 60_000)  # a body that nobody reads any more
+    async with asyncio.timeout(HEAR_SECONDS):
+        while held_by:
+            await asyncio.sleep(0.01)
     flood = [await RawConnection.opens(server.port, login + sent) for _ in range(10)]
     async with asyncio.timeout(HEAR_SECONDS):
         while sum(bool(each.reader.at_eof() or each.reader.exception()) for each in flood) < 7:

@@ -273,6 +273,29 @@ async def test_parties_have_connections_in_turn(database_url: str, make: Make) -
     assert {"few", "one"} <= set(order[:4])
 
 
+async def test_calls_that_gave_up_cost_their_party_no_turn(
+    database_url: str, make: Make
+) -> None:
+    """A call waits for none of its party that gave up before."""
+    there, order = make(database_url, 1), []
+
+    async def calls(name: str) -> None:
+        with WorkFor(name[0]):
+            await there.rows("select pg_sleep(0.01)")
+        order.append(name)
+
+    first = asyncio.create_task(calls("x"))
+    await asyncio.sleep(0)
+    given_up = [asyncio.create_task(calls("a")) for _ in range(10)]
+    await asyncio.sleep(0)
+    for call in given_up:
+        call.cancel()
+    await asyncio.wait(given_up)
+    waiting = [asyncio.create_task(calls(name)) for name in (["a live"] + ["b"] * 5 + ["c"] * 5)]
+    await asyncio.wait_for(asyncio.gather(first, *waiting), SOON_SECONDS)
+    assert "a live" in order[:4]
+
+
 async def test_closed_database_refuses(database_url: str) -> None:
     """After its end a database opens no connection any more."""
     there = Database(database_url)

@@ -142,6 +142,20 @@ async def test_nothing_is_parsed_behind_a_refusal() -> None:
             assert parser.feed_data(more) == ([], False, b"")
 
 
+async def test_blank_lines_and_zeros_before_a_request_cost_nothing() -> None:
+    """Blank lines before a request are passed over, however many come in one block, and zeros
+    before its length."""
+    loop = asyncio.get_running_loop()
+    parser = guard.HeadParser(BaseProtocol(loop), loop, 65_536, max_msg_queue_size=1)
+    began = time.process_time()
+    assert parser.feed_data(b"\r\n\r\n" * 500_000)[0] == []
+    assert time.process_time() - began < 5  # quadratic it took 20 s
+    post = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %s2\r\n\r\n{}" % (b"0" * 5_000)
+    [(_, body)], _, _ = parser.feed_data(b"\r\n" + post)
+    assert body.is_eof()
+    assert body.read_nowait() == b"{}"
+
+
 async def test_requests_behind_one_that_waits_are_not_parsed() -> None:
     """Short fields take thirty times as much memory once they are parsed: of the requests that come
     without waiting for answers, one is parsed after the other has begun, also behind a body."""

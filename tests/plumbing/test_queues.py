@@ -29,6 +29,16 @@ def test_keys_take_turns_and_things_of_a_key_keep_their_order() -> None:
     assert queues.take() is None
 
 
+def test_thing_that_is_removed_is_not_taken() -> None:
+    """A thing may be taken out wherever it stands; where it is not, nothing happens."""
+    queues = queues_of("a1", "a2", "b1")
+    for key, thing in (("a", "a2"), ("b", "b1"), ("b", "b1"), ("c", "c1"), ("a", "a3")):
+        queues.remove(key, thing)
+    assert len(queues) == 1
+    assert list(queues.keys()) == ["a"]
+    assert taken(queues) == ["a1"]
+
+
 def test_nobody_in_particular_has_turns_as_others_do() -> None:
     """None is a key like any other."""
     queues = queues_of("a1", "a2")
