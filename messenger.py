@@ -1537,6 +1537,7 @@ class Rooms:
                 continue
             chats = await self.background.run(
                 sockets[0].address, read_chats, self.database, absent, sockets[0].asker.user_id)
+            # The least active comes first: of new ones, the oldest.
             shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in reversed(chats)]
             for socket in sockets:
                 await self.pieces.call(socket.address, self._show_chats, socket, shown)

@@ -40,7 +40,7 @@ from plumbing.validation import describe
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
 HEAVY_OF_ADDRESS_MAX = 32  # `heavy` calls at once, whose answers may be megabytes
-LINGERING_OF_ADDRESS_MAX = 3
+LINGERING_OF_ADDRESS_MAX = 3  # `lingering` calls at once
 SLOT_SECONDS = 15  # for which a call waits until its asker has fewer under way
 BELIEVED_SECONDS = 0.5  # for which a call that waits is believed to be its asker's still
 ZLIB_WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
@@ -516,8 +516,11 @@ def in_turns(
     other.
     """
     is_short = endpoint.method == "GET" and not endpoint.heavy
-    usual = slots.heavy_reading if endpoint.heavy else slots.reading if is_short else slots.writing
-    usual = slots.lingering if endpoint.lingering else usual
+    usual = slots.reading if is_short else slots.writing
+    if endpoint.heavy:
+        usual = slots.heavy_reading
+    elif endpoint.lingering:
+        usual = slots.lingering
     wait = wait_in_time if is_short else wait_patiently
 
     async def work(request: web.Request, **arguments: Any) -> Any:

@@ -40,6 +40,7 @@ from plumbing.process import (
     Guest,
     Handler,
     StartError,
+    drop_frames,
     half_of_descriptors,
     nothing,
 )
@@ -188,9 +189,9 @@ def party_of(address: Address) -> str:
 
 
 class HeadParser(HttpRequestParser):
-    """Parses requests like aiohttp's own, but nothing of a head before it is whole, and of one with
-    more than HEAD_BYTES_MAX nothing else. aiohttp takes 128 fields of 8 KB each, which stay for as
-    long as the connection is a websocket.
+    """Parses requests like aiohttp's own, but a head only once it is whole, and refuses one with
+    more than HEAD_BYTES_MAX: aiohttp takes 128 fields of 8 KB each, which stay for as long as the
+    connection is a websocket.
 
     Behind a request that waits for the answer of another (RFC 9112, section 9.3.2) nothing is
     parsed: short fields take thirty times as much memory once they are. AHEAD_BYTES_MAX may come.
@@ -266,7 +267,7 @@ class HeadParser(HttpRequestParser):
 
     def _begin(self, head: Any, body: Any) -> tuple[Any, Any]:
         """Take note of a request. Raises BadHttpMessage."""
-        if sum(map(len, itertools.chain(*head.raw_headers))) > HEAD_BYTES_MAX:
+        if size_of_fields(head) > HEAD_BYTES_MAX:
             raise BadHttpMessage("the head is too long")
         self.fields += len(head.raw_headers)
         self._waiting += 1
@@ -292,10 +293,9 @@ def size_of_head(data: bytes) -> int:
     return 0
 
 
-def weight_of(head: Any) -> int:
-    """Tell how many bytes the headers of a request count for."""
-    size = sum(map(len, itertools.chain(*head.raw_headers)))
-    return size + FIELD_BYTES * len(head.raw_headers)
+def size_of_fields(head: Any) -> int:
+    """Tell how many bytes the names and values of a request's headers have."""
+    return sum(map(len, itertools.chain(*head.raw_headers)))
 
 
 def as_last(head: Any) -> Any:
@@ -449,8 +449,9 @@ class PromptConnection(web.RequestHandler):
         """Tell how many bytes are held for requests that come behind the one under way."""
         if self._parser is None:
             return 0
-        sizes = [weight_of(head) + body.total_bytes for head, body in self._messages
-                 if not isinstance(head, _ErrInfo)]
+        sizes = [
+            size_of_fields(head) + FIELD_BYTES * len(head.raw_headers) + body.total_bytes
+            for head, body in self._messages if not isinstance(head, _ErrInfo)]
         return cast("HeadParser", self._parser).count_ahead() + sum(sizes)
 
     def set_parser(self, *args: Any, **options: Any) -> None:
@@ -488,8 +489,7 @@ class PromptConnection(web.RequestHandler):
         if self._is_idle:  # the rest of a body that is dropped
             self.guest.let_go(parser.count_ahead())
         if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
-            error = self._messages[-1][0].exc
-            error.__traceback__ = None  # else all that came stays with it, until it is answered
+            drop_frames(self._messages[-1][0].exc)  # else all that came stays until it is answered
         if self._waiter is not None and not self._waiter.done():
             self._await_head()
 
