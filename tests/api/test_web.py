@@ -205,6 +205,27 @@ async def test_hostile_text_is_shown_as_text(
     assert page.complaints == []
 
 
+async def test_scrolling_on_while_a_page_comes_loads_no_other(
+    alice: Person, bob: Person, server: TestServer, browser: Browser
+) -> None:
+    """Whoever goes on scrolling at the top while older messages come gets one page of them, and
+    keeps in place what was on the screen."""
+    chat = await bob.opens(alice)
+    for n in range(155):
+        await bob.says(chat, f"line {n}")
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.clicks("#chats a", "bob")
+    await page.sees_message("line 154")
+    await page.finds(
+        "draw = () => setTimeout(drawAll, 300),"  # a busy machine draws late
+        " setInterval(() => $('log').dispatchEvent(new Event('scroll')), 5), $('log').scrollTop = 0")
+    await page.waits("document.querySelectorAll('.message').length >= 100")
+    await asyncio.sleep(1)
+    assert len(await page.texts()) == 100
+    assert await page.finds("$('log').scrollTop > 100")
+
+
 async def test_a_session_of_use_leaves_the_console_empty(
     alice: Person, bob: Person, carol: Person, server: TestServer, browser: Browser
 ) -> None:
