@@ -336,14 +336,16 @@ class PromptConnection(web.RequestHandler):
         self.guest.begin(self)
         self._await_head()
 
-    def connection_lost(self, exc: BaseException | None) -> None:
+    def connection_lost(self, _exc: BaseException | None) -> None:
         """End: where very many do, in a turn of its own."""
-        self.guest.end(self, functools.partial(self._end, exc))
+        self.guest.end(self, self._end)
 
-    def _end(self, exc: BaseException | None) -> None:
-        """End: another may come instead, once nothing is done any more for this one."""
+    def _end(self) -> None:
+        """End: another may come instead, once nothing is done any more for this one. Whatever waits
+        to write more just ends: an error would keep the frames that await it, and the answer.
+        """
         working = self._task_handler
-        super().connection_lost(exc)
+        super().connection_lost(None)
         if self._waiter is None:  # else the only one is taken in a moment
             self._messages.clear()  # the body of each has hold of its connection
         self.give_up()

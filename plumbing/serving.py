@@ -32,9 +32,34 @@ SHUTDOWN_SECONDS = 2
 METRICS_CONNECTIONS_MAX = 100  # of an address, to the port of the metrics
 METRICS_REST = 10  # times what it took, until the metrics are put together again
 COLLECTED_AFTER = 500_000  # objects more than were there at the last time
+COLLECTED_BYTES = 64 * 1024 * 1024  # that the memory grew since
+GROWTH_SECONDS = 0.5  # between two looks at the memory
 log = logging.getLogger("messenger.serving")
 
 SettingsT = TypeVar("SettingsT", bound=ServerSettings)
+
+# ---- Memory
+
+
+async def collect_rarely() -> None:
+    """Collect cycles of references only once there are very many new objects, or the memory grew by
+    much. Does not end.
+
+    Whatever ends leaves no cycles, so that it is freed at once. A collection hardly ever finds
+    anything, and of everything beside ten thousand sockets it takes up to a second. But where
+    something does leave cycles, few of them may hold much, so the new objects are looked through
+    when the memory grows.
+    """
+    gc.freeze()
+    gc.set_threshold(COLLECTED_AFTER)
+    least = process.resident_bytes()
+    while True:
+        await asyncio.sleep(GROWTH_SECONDS)
+        if process.resident_bytes() - least > COLLECTED_BYTES:
+            gc.collect(0)
+            least = process.resident_bytes()
+        least = min(least, process.resident_bytes())
+
 
 # ---- Sites
 
@@ -225,11 +250,7 @@ class Program(Generic[SettingsT]):
             if not is_worker:
                 stack.callback(log.info, "stopping")
                 self.tell_start(settings, process.url_of(listener), store.where)
-            # Whatever ends is freed at once, for it leaves no cycles of references. A collection
-            # hardly ever finds anything, and beside ten thousand sockets it takes up to a second.
-            gc.freeze()
-            gc.set_threshold(COLLECTED_AFTER)
-            await asyncio.Event().wait()
+            await collect_rarely()
 
     async def _serve_by_workers(
         self, settings: SettingsT, stack: AsyncExitStack, listener: Listener, store: Store

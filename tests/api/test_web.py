@@ -219,7 +219,8 @@ async def test_scrolling_on_while_a_page_comes_loads_no_other(
     await page.sees_message("line 154")
     await page.finds(
         "draw = () => setTimeout(drawAll, 300),"  # a busy machine draws late
-        " setInterval(() => $('log').dispatchEvent(new Event('scroll')), 5), $('log').scrollTop = 0")
+        " setInterval(() => $('log').dispatchEvent(new Event('scroll')), 5),"
+        " $('log').scrollTop = 0")
     await page.waits("document.querySelectorAll('.message').length >= 100")
     await asyncio.sleep(1)
     assert len(await page.texts()) == 100

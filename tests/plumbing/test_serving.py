@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 from typing import Any
 
 import aiohttp
@@ -9,7 +10,7 @@ from aiohttp import web
 
 from plumbing import metrics, process, serving
 from plumbing.serving import MetricsPage, metrics_app, start_metrics, start_site
-from support.servers import free_port
+from support.servers import ROOT, free_port
 
 
 async def test_site_serves_until_its_stack_ends() -> None:
@@ -66,3 +67,35 @@ async def test_connections_to_the_metrics_are_bounded(monkeypatch: Any) -> None:
             assert await streams[3][0].read() == b""  # hung up
             streams[0][1].write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
             assert (await streams[0][0].readline()).startswith(b"HTTP/1.1 200")
+
+
+async def test_few_cycles_that_hold_much_are_collected() -> None:
+    """Cycles of few objects that hold much memory are collected once it grew by them."""
+    code = """
+import asyncio, sys
+from plumbing import process, serving
+
+class Node:
+    pass
+
+async def leak():
+    for _ in range(400):
+        node = Node()
+        node.itself, node.held = node, bytearray(b"x" * 2 ** 20)
+        del node
+        await asyncio.sleep(0.001)
+
+async def main():
+    serving.GROWTH_SECONDS = 0.01
+    collecting = asyncio.create_task(serving.collect_rarely())
+    before = process.resident_bytes()
+    await leak()
+    print((process.resident_bytes() - before) // 2 ** 20)
+
+asyncio.run(main())
+"""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE, cwd=ROOT)
+    output, _ = await child.communicate()
+    assert child.returncode == 0
+    assert int(output) < 200

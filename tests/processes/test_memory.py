@@ -68,7 +68,9 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
     """Calls that are answered or refused in any way, connections that are cut at any moment, and
     sockets that are refused, closed by either side or cut."""
     alice, bob = [await people_of(server, name) for name in ("alice", "bob")]
-    chat = await alice.founds(bob)
+    chat, long = await alice.founds(bob), await alice.founds(bob)
+    for _ in range(100):
+        await alice.says(long, "字" * 4_000)
     token, port = alice.access, server.port
     text = b'{"text":"hello"}'
     opens = handshake(port, "/ws", token)
@@ -92,6 +94,7 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
         "cut head": b"GET / HTTP/1.1\r\n",
         "cut body": call("POST", f"/chats/{chat}/messages", token, text)[:-5],
         "cut answer": call("GET", "/chats", token),
+        "cut while it is written": call("GET", f"/chats/{long}/messages?limit=100", token),
         "ahead": call("GET", "/chats", token).replace(b"Connection: close\r\n", b"") * 10,
         "ahead and reset": call("POST", "/nothing", "", b"x" * 1_000).replace(
             b"Connection: close\r\n", b"") * 2,
