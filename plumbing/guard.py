@@ -333,6 +333,8 @@ class PromptConnection(web.RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin: a first request has to come at all."""
         super().connection_made(transport)
+        # An answer is sent once the system took all of it.
+        cast("asyncio.Transport", transport).set_write_buffer_limits(0)
         self.guest.begin(self)
         self._await_head()
 
@@ -435,8 +437,6 @@ class PromptConnection(web.RequestHandler):
             rests = answer.status in RESTING
             if isinstance(answer, web.Response):
                 answer._body = None  # aiohttp keeps the answer until the next request
-            if self._progress is None:
-                self._expect_progress(self.transport, sys.maxsize)
             return answer, reset
         finally:
             self._is_idle = not self._messages

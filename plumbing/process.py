@@ -31,7 +31,7 @@ from typing import Any, TextIO, cast
 from aiohttp import http_parser, web
 
 BACKLOG = 4096  # connections that wait to be accepted: as many as Linux lets wait by default
-UNSENT_BYTES_MAX = 64 * 1024  # that the kernel takes of a connection; by itself it takes megabytes
+UNSENT_BYTES_MAX = 8 * 1024  # that the kernel takes of a connection; by itself it takes megabytes
 ACCEPTED_AT_ONCE = 64  # connections, until what else is to do had its turn
 ACCEPT_REST_SECONDS = 0.5  # where none can be accepted
 DESCRIPTORS_SPARE = 64  # that connections may not take

@@ -827,7 +827,7 @@ async def test_body_of_who_has_gone_before_the_call_begins_is_no_error(
     handle, lost = guard.PromptConnection._handle_request, asyncio.Event()
 
     async def lose(connection: guard.PromptConnection, *arguments: Any) -> Any:
-        connection._end(None)  # as in the round of the loop before
+        connection._end()  # as in the round of the loop before
         lost.set()
         return await handle(connection, *arguments)
 
@@ -998,13 +998,13 @@ async def test_change_of_who_hangs_up_is_made(flooded: tuple[Client, list[Person
             await asyncio.sleep(0.01)
 
 
-async def asks_unread(person: Person, path: str) -> socket.socket:
+async def asks_unread(client: Client, path: str, token: str = "") -> socket.socket:
     """Send a request whose answer is not read, over a connection with small buffers."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.connect(("127.0.0.1", person.client.port))
+    connection.connect(("127.0.0.1", client.port))
     connection.setblocking(False)
-    server = cast("TestServer", person.client.server)
+    server = cast("TestServer", client.server)
     async with asyncio.timeout(SOON_SECONDS):
         while True:
             with contextlib.suppress(ValueError):  # it is not accepted yet
@@ -1012,8 +1012,8 @@ async def asks_unread(person: Person, path: str) -> socket.socket:
                 break
             await asyncio.sleep(0.01)
     connection.sendall(
-        f"GET /api/v1{path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        f"Authorization: Bearer {person.access}\r\n\r\n".encode())
+        f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        f"Authorization: Bearer {token}\r\n\r\n".encode())
     return connection
 
 
@@ -1037,7 +1037,7 @@ async def test_answer_that_is_not_read_holds_a_slot(
     monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.5)
     monkeypatch.setattr(guard, "STALLED_SECONDS", 3 if end == "stalls" else 300)
     heavy = f"/chats/{chat}/messages?limit=100"
-    with await asks_unread(alice, heavy) as unread:
+    with await asks_unread(alice.client, "/api/v1" + heavy, alice.access) as unread:
         async with asyncio.timeout(SOON_SECONDS):
             while (await alice.asks("GET", "/chats")).status == 200:
                 await asyncio.sleep(0.01)
@@ -1059,13 +1059,29 @@ async def test_answer_that_is_not_read_holds_a_slot(
             assert await reads_to_the_end(unread) < 1_600_000
 
 
+async def test_small_answer_that_is_not_read_holds_a_slot(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that would fit into the buffers of both sides holds its slot until it is taken."""
+    monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.3)
+    here = await house.opens(calls_per_address=1)
+    with await asks_unread(here, "/") as unread:
+        async with asyncio.timeout(SOON_SECONDS):
+            while (await here.get("/docs")).status == 200:
+                await asyncio.sleep(0.01)
+        assert (await here.get("/docs")).status == 429
+        assert 30_000 < await reads_to_the_end(unread) < 64_000
+    assert (await here.get("/docs")).status == 200
+
+
 async def test_call_waits_for_a_slow_reader_longer_than_for_the_database(
     readers: tuple[Person, Person, int]
 ) -> None:
     """While somebody's answers are taken over a slow line, their next calls wait and are answered;
     the time until then is not taken from what the database has."""
     alice, _, chat = readers
-    with await asks_unread(alice, f"/chats/{chat}/messages?limit=100") as slow:
+    with await asks_unread(
+            alice.client, f"/api/v1/chats/{chat}/messages?limit=100", alice.access) as slow:
         waiting = [asyncio.create_task(alice.asks("GET", "/chats")) for _ in range(3)]
         await asyncio.sleep(REQUEST_SECONDS + 0.3)
         assert await reads_to_the_end(slow) > 1_600_000
@@ -1078,7 +1094,8 @@ async def test_slow_reader_is_not_cut(
     """Who takes a part of a large answer now and then gets all of it."""
     alice, _, chat = readers
     monkeypatch.setattr(guard, "STALLED_SECONDS", 2)
-    with await asks_unread(alice, f"/chats/{chat}/messages?limit=100") as slow:
+    with await asks_unread(
+            alice.client, f"/api/v1/chats/{chat}/messages?limit=100", alice.access) as slow:
         count, began = 0, time.monotonic()
         while time.monotonic() - began < 2 * guard.STALLED_SECONDS:
             await asyncio.sleep(0.25)

@@ -278,9 +278,9 @@ async def test_connections_that_all_end_at_once_end_in_turns(
         self.guest = guard.CountedGuest("flood", opened, rounds, Counter())
         connection_made(self, transport)
 
-    def count(self: PromptConnection, exc: BaseException | None) -> None:
+    def count(self: PromptConnection) -> None:
         turns.done += 1
-        end(self, exc)
+        end(self)
 
     monkeypatch.setattr(PromptConnection, "connection_made", come_in)
     monkeypatch.setattr(PromptConnection, "_end", count)
