@@ -62,6 +62,7 @@ FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours s
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 LONG_SECONDS = 0.05  # of a turn; who had one leaves one to others ...
 LONG_KEPT_SECONDS = 10  # ... for so long
+CHUNKS_AHEAD_MAX = 64  # of a body, that were parsed and are not read yet
 REST_SECONDS = 0.1  # for which a call keeps its slot after ...
 RESTING = (401, 426, 429)  # ... these refusals, which cost who floods nothing
 REFUSALS_TOLD_SECONDS = 60  # from one line of the log about refused connections to the next
@@ -274,7 +275,11 @@ class HeadParser(HttpRequestParser):
         self._body = body
         length = head.headers.get("Content-Length", "").lstrip("0")
         self._left = sys.maxsize if head.chunked else int(length or 0)
-        return as_last(head) if head.chunked else head, body
+        if not head.chunked:
+            return head, body
+        # By itself it has thousands parsed ahead, each of which takes a hundred bytes.
+        body._high_water_chunks, body._low_water_chunks = CHUNKS_AHEAD_MAX, CHUNKS_AHEAD_MAX // 2
+        return as_last(head), body
 
 
 def size_of_head(data: bytes) -> int:
@@ -318,7 +323,8 @@ class PromptConnection(web.RequestHandler):
     not stop it. It is set to the time that an idle connection is kept, and brought forward here.
     """
 
-    __slots__ = ("_is_idle", "_progress", "_rests", "_resumption", "give_up", "guest")
+    __slots__ = (
+        "_dropped", "_is_idle", "_progress", "_rests", "_resumption", "give_up", "guest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
@@ -326,6 +332,7 @@ class PromptConnection(web.RequestHandler):
         self.guest = Guest()  # whose it is
         self.give_up: Callable[[], object] = nothing  # called when it is lost (unless_gone)
         self._is_idle = True  # no request came that is not answered yet
+        self._dropped: Any = EMPTY_PAYLOAD  # the body of the last that was, where more of it comes
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
         self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
         self._rests = False  # whether it is not read until its turn comes
@@ -348,6 +355,8 @@ class PromptConnection(web.RequestHandler):
         """
         working = self._task_handler
         super().connection_lost(None)
+        self._dropped.feed_eof()  # else aiohttp awaits it for long
+        self._dropped = EMPTY_PAYLOAD  # it has hold of its connection
         if self._waiter is None:  # else the only one is taken in a moment
             self._messages.clear()  # the body of each has hold of its connection
         self.give_up()
@@ -440,7 +449,10 @@ class PromptConnection(web.RequestHandler):
             return answer, reset
         finally:
             self._is_idle = not self._messages
-            self.guest.let_go(self._count_ahead())
+            if self.transport is None or request._payload.is_eof():
+                self.guest.let_go(self._count_ahead())
+            else:
+                self._dropped = request._payload
             give_back = request.get(GIVE_BACK, nothing)
             if rests:
                 self._loop.call_later(REST_SECONDS, give_back)
@@ -488,7 +500,8 @@ class PromptConnection(web.RequestHandler):
         if parser.fields > fields and not self.guest.hold(FIELD_BYTES * (parser.fields - fields)):
             self._cut()
         self._is_idle &= not self._messages
-        if self._is_idle:  # the rest of a body that is dropped
+        if self._is_idle and self._dropped.is_eof():
+            self._dropped = EMPTY_PAYLOAD
             self.guest.let_go(parser.count_ahead())
         if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
             drop_frames(self._messages[-1][0].exc)  # else all that came stays until it is answered

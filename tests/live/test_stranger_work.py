@@ -297,6 +297,45 @@ async def test_connections_that_all_end_at_once_end_in_turns(
     assert not rounds._open
 
 
+@pytest.fixture
+def held_by(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
+    """Count every connection as one of the same address; answer what its requests take."""
+    rounds, opened, held = guard.Rounds(), guard.Tally(), Counter[Any]()
+    connection_made = PromptConnection.connection_made
+
+    def come_in(self: PromptConnection, transport: Any) -> None:
+        self.guest = guard.CountedGuest("all", opened, rounds, held)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
+    return held
+
+
+async def test_request_counts_until_the_rest_of_its_body_was_dropped(
+    server: TestServer, held_by: Counter[Any]
+) -> None:
+    """While the server waits for the rest of a body that nobody reads, its request counts; no
+    longer once the rest has come, or the client has gone."""
+    refused = (b"POST /nothing HTTP/1.1\r\nHost: x\r\n" + b"x:\r\n" * 50
+               + b"Content-Length: 20000\r\n\r\n" + b" " * 10_000)
+    caller, leaver = [await RawConnection.opens(server.port, refused) for _ in range(2)]
+    for connection in (caller, leaver):
+        assert (await connection.hears())[0] == 404
+    both = held_by["all"]
+    assert both > 2 * 50 * guard.FIELD_BYTES
+    leaver.writer.transport.abort()
+    async with asyncio.timeout(5):  # aiohttp waits for ten
+        while held_by["all"] > both / 2:
+            await asyncio.sleep(0.01)
+    caller.writer.write(b" " * 10_000)
+    async with asyncio.timeout(5):
+        while held_by:
+            await asyncio.sleep(0.01)
+    caller.writer.write(refused)
+    assert (await caller.hears())[0] == 404
+    caller.close()
+
+
 @pytest.mark.parametrize(
     "sent",
     [b"Content-Length: 60000\r\n\r\n" + b" " * 30_000,

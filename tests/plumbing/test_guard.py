@@ -280,12 +280,15 @@ async def test_answer_that_is_not_read_ends_its_connection(
 async def test_body_of_many_chunks_is_parsed_in_many_turns(
     aiohttp_client: Callable[..., Awaitable[Client]],
 ) -> None:
-    """While a body comes in chunks of one byte, others have their turn after some thousand."""
+    """While a body comes in chunks of one byte, others have their turn after a few of them, and few
+    are parsed before they are read: each takes fifty times as much memory then."""
     chunks, turns, sent = 60_000, 0, threading.Event()
 
     async def take(request: web.Request) -> web.Response:
         nonlocal turns
         await asyncio.to_thread(sent.wait)
+        assert request.content._http_chunk_splits is not None
+        assert len(request.content._http_chunk_splits) < 2 * guard.CHUNKS_AHEAD_MAX
 
         async def count() -> None:
             nonlocal turns

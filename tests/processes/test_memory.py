@@ -93,6 +93,7 @@ async def test_calls_and_sockets_that_end_leave_nothing_to_collect(
         "too long": b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 5_000,
         "cut head": b"GET / HTTP/1.1\r\n",
         "cut body": call("POST", f"/chats/{chat}/messages", token, text)[:-5],
+        "cut after the answer": call("POST", "/nothing", token, text)[:-5],
         "cut answer": call("GET", "/chats", token),
         "cut while it is written": call("GET", f"/chats/{long}/messages?limit=100", token),
         "ahead": call("GET", "/chats", token).replace(b"Connection: close\r\n", b"") * 10,
