@@ -18,6 +18,7 @@ import time
 import types
 import typing
 import zlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Self, TypeVar
@@ -40,6 +41,7 @@ from plumbing.validation import describe
 INT8_MAX = 2**63 - 1
 BODY_SECONDS = 15
 HEAVY_OF_ADDRESS_MAX = 32  # `heavy` calls at once, whose answers may be megabytes
+UNREAD_OF_ADDRESS_MAX = 16 * 1024 * 1024  # bytes of their answers, with which no more are begun
 LINGERING_OF_ADDRESS_MAX = 3  # `lingering` calls at once
 SLOT_SECONDS = 15  # for which a call waits until its asker has fewer under way
 BELIEVED_SECONDS = 0.5  # for which a call that waits is believed to be its asker's still
@@ -408,6 +410,7 @@ class CallSlots:
     writing: Turns
     lingering: Turns
     address_of: Callable[[web.Request], str]
+    unread: Counter[str]  # bytes of heavy answers that are not taken yet, by address
 
     @classmethod
     def of(cls, settings: ServerSettings, address_of: Callable[[web.Request], str]) -> Self:
@@ -436,7 +439,7 @@ class CallSlots:
         starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(
             light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading,
-            slow_reading, writing, lingering, address_of)
+            slow_reading, writing, lingering, address_of, Counter())
 
     async def let_begin(self, request: web.Request) -> None:
         """Let a call begin in a round of the loop of its own: whatever came at the same time, each
@@ -453,6 +456,25 @@ class CallSlots:
                 (self.heavy, asker), (self.heavy_of_address, self.address_of(request))]
         wait = functools.partial(unless_gone, request, wait_patiently)
         await hold_slots(request, wait, *wanted)
+
+
+    def hold_answer(self, request: web.Request, size: int) -> None:
+        """Count the bytes of a heavy answer until it was taken."""
+        address, give_back = self.address_of(request), request[GIVE_BACK]
+
+        def let_go() -> None:
+            give_back()
+            self.unread[address] -= size
+            if not self.unread[address]:
+                del self.unread[address]
+
+        self.unread[address] += size
+        request[GIVE_BACK] = let_go
+
+    def check_unread(self, address: str) -> None:
+        """Raises TooManyCalls where heavy answers that are not taken yet take too much."""
+        if self.unread[address] > UNREAD_OF_ADDRESS_MAX:
+            raise TooManyCalls
 
 
 async def hold_slots(
@@ -529,6 +551,8 @@ def in_turns(
         if not turns.take_now(address):
             await unless_gone(request, wait, turns.take, address)
         try:
+            if endpoint.heavy:
+                slots.check_unread(address)
             return await handler(request, **arguments)
         except Unavailable as error:
             if not is_short and str(error) == ABSENT:  # else it is the call's own trouble
@@ -575,7 +599,10 @@ def bind(
                 await slots.hold(request, endpoint, asker)
             if signature.body is not None and (body or signature.body_required):
                 arguments["body"] = decode_json(signature.body, body)
-            return respond(endpoint, await work(request, **arguments))
+            answer = respond(endpoint, await work(request, **arguments))
+            if endpoint.heavy:
+                slots.hold_answer(request, answer.content_length or 0)
+            return answer
 
     return handle
 

@@ -1059,6 +1059,27 @@ async def test_answer_that_is_not_read_holds_a_slot(
             assert await reads_to_the_end(unread) < 1_600_000
 
 
+async def test_large_answers_of_an_address_that_are_not_read_are_bounded_together(
+    readers: tuple[Person, Person, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While an address has not read so many bytes of heavy answers, no other is read for it,
+    whoever asks; what is light is."""
+    alice, bob, chat = readers
+    heavy = f"/chats/{chat}/messages?limit=100"
+    monkeypatch.setattr(endpoints, "UNREAD_OF_ADDRESS_MAX", 1_000_000)
+    with await asks_unread(alice.client, "/api/v1" + heavy, alice.access) as unread:
+        async with asyncio.timeout(SOON_SECONDS):
+            while (await bob.asks("GET", heavy)).status == 200:
+                await asyncio.sleep(0.01)
+        answer = await bob.asks("GET", "/chats")
+        assert (answer.status, (await answer.json())["type"]) == (429, "too-many-calls")
+        await bob.gets(f"/chats/{chat}")
+        assert await reads_to_the_end(unread) > 1_600_000
+    async with asyncio.timeout(SOON_SECONDS):
+        while (await bob.asks("GET", heavy)).status == 429:
+            await asyncio.sleep(0.01)
+
+
 async def test_small_answer_that_is_not_read_holds_a_slot(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
