@@ -212,6 +212,7 @@ HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_IN_CHAT_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
 QUERY_CHARS_MAX = 200
+WORDS_ASKED_MAX = 8  # of a search, that the index is asked for
 PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame ...
@@ -3206,13 +3207,14 @@ async def search_messages(
 ) -> Answer[list[Message]]:
     """Find the messages of a chat that hold all of some words. Raises ChatNotFound, InvalidInput.
 
-    The index tells in which messages the pairs of a run are. That they stand one after the other
-    is seen here, and all of a message that is not indexed yet. Where that takes long the page ends
-    before it is full, and links to the next.
+    The index tells in which messages the longest words and pairs of runs are. The rest is seen
+    here, that pairs stand one after the other, and all of a message that is not indexed yet. Where
+    that takes long the page ends before it is full, and links to the next.
     """
     me, database, index = request[ME], request.app[DATABASE], request.app[INDEX]
     words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
     wanted = words_wanted(words, runs)
+    asked = sorted(wanted, key=len)[-WORDS_ASKED_MAX:]
     if wanted and await database.row(SELECT_MEMBERSHIP, chat_id, me):
         is_whole = await index.index(chat_id, address_of(request))
     else:
@@ -3222,13 +3224,13 @@ async def search_messages(
     goes_on = True
     while goes_on:
         rows = await database.rows(
-            SELECT_MESSAGES_FOUND, chat_id, me, before, list(wanted), limit + 1, is_whole)
+            SELECT_MESSAGES_FOUND, chat_id, me, before, asked, limit + 1, is_whole)
         if not rows:
             raise ChatNotFound
         named = await messages_of(database, chat_id, rows[:limit])
         places, seen = await index.texts.find(
             address_of(request), [each.text for each in named], runs, limit - len(found),
-            unsure_of=() if is_whole else wanted)
+            unsure_of=() if is_whole and len(asked) == len(wanted) else wanted)
         found += [named[place] for place in places]
         before = named[seen - 1].seq if seen else before
         goes_on = len(rows) > limit or seen < len(named)

@@ -431,8 +431,8 @@ class CallSlots:
         at_once = max(2, connections // 2)
         heavy_at_once = max(2, min(at_once, os.cpu_count() or 1))
         heavy_reading, slow_reading = [
-            FairTurns(count, of_each=settings.bound(max(1, count // 5)))
-            for count in (heavy_at_once, at_once)]
+            FairTurns(heavy_at_once, of_each=settings.bound(max(1, heavy_at_once // 5)))
+            for _ in range(2)]
         reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))
         writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         lingering = Turns(sys.maxsize, of_each=settings.bound(LINGERING_OF_ADDRESS_MAX))

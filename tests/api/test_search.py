@@ -85,6 +85,19 @@ SCRIPTS = {
 }
 
 
+async def test_each_of_many_words_is_wanted(alice: Person, bob: Person) -> None:
+    """A search for more words than the index is asked for finds what holds all of them, whichever
+    of them others lack."""
+    chat = await alice.opens(bob)
+    words = ["word" + "x" * number for number in range(12)] + list("abcdefghij")
+    whole = " ".join(words)
+    await alice.says(chat, whole)
+    for left_out in words:
+        await alice.says(chat, " ".join(word for word in words if word != left_out))
+    assert await finds(bob, chat, whole) == [whole]
+    assert await finds(bob, chat, whole + " k") == []
+
+
 async def test_words_of_any_script_are_found_in_any_case(alice: Person, bob: Person) -> None:
     """Letters, marks and digits of a script make a word; case, width and how accents are written
     do not matter."""
