@@ -417,24 +417,25 @@ class CallSlots:
         """Make those of an application.
 
         Heavy calls on more than half of the database's connections, or on more than there are
-        cores, would not read more; they would only delay the light ones. An address has few of
-        their turns, at first a single one: two large pages at a time would take all of a core. Of
-        those of light calls it has a half, and of changes a third: a client that writes a proxy's
-        header itself may count as two addresses (guard.client_address). Who lingers in a turn holds
-        up nobody at another address.
+        cores, would not read more; they would only delay the light ones. So would changes, which
+        may be new groups of a thousand, on more than twice as many. An address has few of the turns
+        of heavy calls, at first a single one: two large pages at a time would take all of a core.
+        Of those of light calls it has a half, and of changes a third: a client that writes a
+        proxy's header itself may count as two addresses (guard.client_address). Who lingers in a
+        turn holds up nobody at another address.
         """
         light, heavy, of_address, heavy_of_address = [
             Slots(settings.bound(limit)) for limit in (
                 settings.calls_per_user, settings.reads_per_user, settings.calls_per_address,
                 HEAVY_OF_ADDRESS_MAX)]
         connections = settings.database_connections
-        at_once = max(2, connections // 2)
-        heavy_at_once = max(2, min(at_once, os.cpu_count() or 1))
+        heavy_at_once = max(2, min(connections // 2, os.cpu_count() or 1))
         heavy_reading, slow_reading = [
             FairTurns(heavy_at_once, of_each=settings.bound(max(1, heavy_at_once // 5)))
             for _ in range(2)]
         reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))
-        writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
+        writing = FairTurns(
+            2 * heavy_at_once, of_each=settings.bound(max(1, 2 * heavy_at_once // 3)))
         lingering = Turns(sys.maxsize, of_each=settings.bound(LINGERING_OF_ADDRESS_MAX))
         starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(

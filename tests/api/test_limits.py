@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -682,9 +683,10 @@ async def test_changes_of_an_address_leave_turns_to_others(house: House, monkeyp
     flood = [
         asyncio.create_task(ends(user, origin))
         for user in strangers * 10 for origin in (FLOODING, as_proxy)]
-    writing, third = slots_of(app_of(here)).writing, SETTINGS.database_connections // 3
-    await until(lambda: held.working == 2 * third)
-    await until(lambda: waiting_for(writing) == len(flood) - 2 * third)
+    writing = slots_of(app_of(here)).writing
+    of_each = max(1, 2 * max(2, min(5, os.cpu_count() or 1)) // 3)
+    await until(lambda: held.working == 2 * of_each)
+    await until(lambda: waiting_for(writing) == len(flood) - 2 * of_each)
     await ends(bob, ANOTHER)
     held.let_go()
     await asyncio.gather(*flood)
