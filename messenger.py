@@ -1703,9 +1703,12 @@ class Rooms:
             socket.send(room.ready(ref))
 
     def _fall_behind(self, socket: Socket, room: Room) -> None:
-        """Take a socket that reads too slowly out of a live set, to catch up at its own pace."""
-        at = room.delivered
-        self._put_replay(socket, room.chat_id, Replay(at, at, room.mark, [None]))
+        """Take a socket that reads too slowly out of a live set, to catch up at its own pace. One
+        that catches up already owes a `ready` that was not asked for.
+        """
+        at, replay = room.delivered, socket.replays.get(room.chat_id)
+        if replay is None or None not in replay.refs:
+            self._put_replay(socket, room.chat_id, Replay(at, at, room.mark, [None]))
         self._catch_up(socket)
 
     # ---- What goes out
@@ -1733,7 +1736,9 @@ class Rooms:
             room.filling = self._tasks.spawn(fill_gap(self, room))
 
     def deliver(self, room: Room, sockets: Collection[Socket], frames: bytes, count: int) -> None:
-        """Write so many frames to live sockets of a room. Nothing may await in this loop."""
+        """Write so many frames to sockets of a room, live ones if what the frames say has a number.
+        Nothing may await in this loop.
+        """
         slow = []
         for socket in sockets:
             unsent = socket.unsent()
@@ -2013,15 +2018,14 @@ def deliver_snapshot(rooms: Rooms, room: Room, row: Any, messages: list[Message]
             rooms.close(TOKEN_ENDED, socket)
         elif socket.asker.user_id in departed:
             rooms.leave_chat(socket, room.chat_id)
-    frames = []
     if row["version"] > room.version:
         columns = [row[name] or () for name in ("user_ids", "usernames", "roles", "read_seqs")]
         people = [Participant(*one) for one in zip(*columns, strict=True)]
         update = ChatUpdate(room.chat_id, row["version"], row["name"], people, sorted(departed))
-        frames.append(encode_frame(ChatUpdatedOut(data=update)))
+        rooms.deliver(room, room.sockets, encode_frame(ChatUpdatedOut(data=update)), 1)
         room.version = row["version"]
         rooms.join_users(room.chat_id, [person.user_id for person in people])
-    frames += [encode_change(message, room.delivered) for message in messages]
+    frames = [encode_change(message, room.delivered) for message in messages]
     rooms.deliver(room, room.live, b"".join(frames), len(frames))
     # A full page may not be all; else everything up to the snapshot's number is written out.
     if len(messages) == REPLAY_PAGE:

@@ -903,6 +903,43 @@ async def test_chat_that_changes_while_others_are_joined_is_as_it_is_then(
     assert (await line.hears("message", "chat_removed"))["data"]["text"] == "for alice"
 
 
+@pytest.mark.parametrize("replays", ["asked for", "of a new chat"])
+async def test_change_of_a_chat_is_told_while_a_socket_catches_up_there(
+    app: Any, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch, replays: str
+) -> None:
+    """A chat that is renamed during the replay that a socket asked for, or between `chat` and
+    `ready`, is told to that socket."""
+    chat = await bob.founds(alice)
+    for _ in range(3):
+        await bob.says(chat, "missed")
+    line = await follows(alice)
+    await line.hears("chats")
+    asked, goes_on = asyncio.Event(), asyncio.Event()
+    rows = messenger.Database.rows
+
+    async def read_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_MISSED:
+            asked.set()
+            await goes_on.wait()
+        return await rows(self, statement, *arguments)
+
+    monkeypatch.setattr(messenger.Database, "rows", read_slowly)
+    if replays == "asked for":
+        await line.sends(type="sync", chat_id=chat, after="0", ref="mine")
+    else:
+        go_on = messenger.Rooms._go_on
+        monkeypatch.setattr(messenger.Rooms, "_go_on", lambda rooms, socket, room: (
+            asked.set(), rooms._tasks.spawn(goes_on.wait()).add_done_callback(
+                lambda _: go_on(rooms, socket, room))))
+        chat = await bob.founds(alice)
+    await asked.wait()
+    await bob.expects(200, "PATCH", f"/chats/{chat}", {"name": "renamed"})
+    update = await line.hears("chat_updated")
+    assert (update["data"]["chat_id"], update["data"]["name"]) == (chat, "renamed")
+    goes_on.set()
+    assert (await line.hears("ready"))["data"]["chat_id"] == chat
+
+
 async def test_chats_that_the_sockets_of_a_user_follow_are_bounded(
     alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
