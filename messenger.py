@@ -1736,8 +1736,8 @@ class Rooms:
             room.filling = self._tasks.spawn(fill_gap(self, room))
 
     def deliver(self, room: Room, sockets: Collection[Socket], frames: bytes, count: int) -> None:
-        """Write so many frames to sockets of a room, live ones if what the frames say has a number.
-        Nothing may await in this loop.
+        """Write so many frames to sockets of a room: to live ones only, where the frames have
+        numbers. Nothing may await in this loop.
         """
         slow = []
         for socket in sockets:

@@ -458,7 +458,6 @@ class CallSlots:
         wait = functools.partial(unless_gone, request, wait_patiently)
         await hold_slots(request, wait, *wanted)
 
-
     def hold_answer(self, request: web.Request, size: int) -> None:
         """Count the bytes of a heavy answer until it was taken."""
         address, give_back = self.address_of(request), request[GIVE_BACK]

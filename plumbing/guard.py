@@ -449,10 +449,10 @@ class PromptConnection(web.RequestHandler):
             return answer, reset
         finally:
             self._is_idle = not self._messages
-            if self.transport is None or request._payload.is_eof():
-                self.guest.let_go(self._count_ahead())
+            if self.transport is not None and not request._payload.is_eof():
+                self._dropped = request._payload  # aiohttp reads on for a while
             else:
-                self._dropped = request._payload
+                self.guest.let_go(self._count_ahead())
             give_back = request.get(GIVE_BACK, nothing)
             if rests:
                 self._loop.call_later(REST_SECONDS, give_back)

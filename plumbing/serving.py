@@ -55,10 +55,10 @@ async def collect_rarely() -> None:
     least = process.resident_bytes()
     while True:
         await asyncio.sleep(GROWTH_SECONDS)
-        if process.resident_bytes() - least > COLLECTED_BYTES:
+        least = min(least, process.resident_bytes())
+        if process.resident_bytes() > least + COLLECTED_BYTES:
             gc.collect(0)
             least = process.resident_bytes()
-        least = min(least, process.resident_bytes())
 
 
 # ---- Sites
