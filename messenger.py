@@ -228,6 +228,7 @@ SESSION_TRUST_SECONDS = 1.0  # how long a session is believed alive without aski
 SESSION_SECRET_BYTES = 8
 SESSIONS_OF_USER_MAX = 50
 ATTEMPT_SECONDS = 15 * 60  # in which attempts are counted
+LARGE_GROUP = 50  # participants, beyond which it takes long to create
 PARTICIPANTS_A_CHANGE = 10  # with so many a new group counts for one change more
 
 FRAMES_BURST = 2000  # from one socket
@@ -3583,8 +3584,19 @@ async def get_readiness(request: web.Request) -> Answer[Health]:
 # ==== Endpoints ===================================================================================
 # The whole public surface. Closed by default: `public` lets in who has no access token, `any_query`
 # passes over parameters that the handler does not name. Of `heavy` calls a user may have fewer at
-# the same time; those with the parameter `slow_with` delay none without it. What `joint` ones
-# change is committed together; `lingering` ones wait for passwords, or for chats to be left.
+# the same time; those whose arguments are `slow` delay no others. What `joint` ones change is
+# committed together; `lingering` ones wait for passwords, or for chats to be left.
+
+
+def is_search(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether messages are searched for, by the arguments of list_messages."""
+    return arguments.get("q") is not None
+
+
+def is_large(arguments: Mapping[str, Any]) -> bool:
+    """Tell whether a new chat is a large group, by the arguments of create_chat."""
+    return len(arguments["body"].participant_ids) > LARGE_GROUP
+
 
 ENDPOINTS = (
     Endpoint("POST", "/api/v1/users", create_user, 201, public=True),
@@ -3598,7 +3610,7 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/users/{user_id}", get_user),
     Endpoint("PUT", "/api/v1/users/{user_id}", change_user, lingering=True),
     Endpoint("DELETE", "/api/v1/users/{user_id}", delete_user, 204, lingering=True),
-    Endpoint("POST", "/api/v1/chats", create_chat, 201),
+    Endpoint("POST", "/api/v1/chats", create_chat, 201, slow=is_large),
     Endpoint("GET", "/api/v1/chats", list_chats, heavy=True),
     Endpoint("GET", "/api/v1/chats/{chat_id}", get_chat),
     Endpoint("PATCH", "/api/v1/chats/{chat_id}", change_chat),
@@ -3607,7 +3619,7 @@ ENDPOINTS = (
     Endpoint("POST", "/api/v1/chats/{chat_id}/participants/{user_id}", add_participant_by_id, 201),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/participants/{user_id}", remove_participant, 204),
     Endpoint("POST", "/api/v1/chats/{chat_id}/messages", send_message, 201, joint=True),
-    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages, heavy=True, slow_with="q"),
+    Endpoint("GET", "/api/v1/chats/{chat_id}/messages", list_messages, heavy=True, slow=is_search),
     Endpoint("GET", "/api/v1/chats/{chat_id}/messages/{message_id}", get_message),
     Endpoint("PATCH", "/api/v1/chats/{chat_id}/messages/{message_id}", change_message, joint=True),
     Endpoint("DELETE", "/api/v1/chats/{chat_id}/messages/{message_id}", delete_message, 204,

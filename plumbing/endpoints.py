@@ -223,14 +223,19 @@ def peeking(*names: str) -> msgspec.json.Decoder[Any]:
 # ---- Endpoints and answers
 
 
+def never(_arguments: Mapping[str, Any]) -> bool:
+    """Answer False."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One line of the table: what a method on a path calls, and the status of success.
 
     A parameter of the query that its handler does not name is refused, unless it takes `any_query`.
-    Of those that are `heavy` somebody has fewer under way at once; with the parameter `slow_with`
-    they take still longer, and delay none without it. What `joint` ones change is committed
-    together. Those that are `lingering` also wait for other things than the database.
+    Of those that are `heavy` somebody has fewer under way at once. Whose arguments are `slow` takes
+    long, and delays no others. What `joint` ones change is committed together. Those that are
+    `lingering` also wait for other things than the database.
     """
 
     method: str
@@ -240,7 +245,7 @@ class Endpoint:
     public: bool = False
     any_query: bool = False
     heavy: bool = False
-    slow_with: str = ""
+    slow: Callable[[Mapping[str, Any]], bool] = never
     joint: bool = False
     lingering: bool = False
 
@@ -408,6 +413,7 @@ class CallSlots:
     heavy_reading: Turns
     slow_reading: Turns
     writing: Turns
+    slow_writing: Turns
     lingering: Turns
     address_of: Callable[[web.Request], str]
     unread: Counter[str]  # bytes of heavy answers that are not taken yet, by address
@@ -417,30 +423,29 @@ class CallSlots:
         """Make those of an application.
 
         Heavy calls on more than half of the database's connections, or on more than there are
-        cores, would not read more; they would only delay the light ones. So would changes, which
-        may be new groups of a thousand, on more than twice as many. An address has few of the turns
-        of heavy calls, at first a single one: two large pages at a time would take all of a core.
-        Of those of light calls it has a half, and of changes a third: a client that writes a
-        proxy's header itself may count as two addresses (guard.client_address). Who lingers in a
-        turn holds up nobody at another address.
+        cores, would not read more; they would only delay the light ones. So would slow ones. An
+        address has few of their turns, at first a single one: two large pages at a time would take
+        all of a core. Of those of light calls it has a half, and of changes a third: a client that
+        writes a proxy's header itself may count as two addresses (guard.client_address). Who
+        lingers in a turn holds up nobody at another address.
         """
         light, heavy, of_address, heavy_of_address = [
             Slots(settings.bound(limit)) for limit in (
                 settings.calls_per_user, settings.reads_per_user, settings.calls_per_address,
                 HEAVY_OF_ADDRESS_MAX)]
         connections = settings.database_connections
-        heavy_at_once = max(2, min(connections // 2, os.cpu_count() or 1))
-        heavy_reading, slow_reading = [
+        at_once = max(2, connections // 2)
+        heavy_at_once = max(2, min(at_once, os.cpu_count() or 1))
+        heavy_reading, slow_reading, slow_writing = [
             FairTurns(heavy_at_once, of_each=settings.bound(max(1, heavy_at_once // 5)))
-            for _ in range(2)]
+            for _ in range(3)]
         reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))
-        writing = FairTurns(
-            2 * heavy_at_once, of_each=settings.bound(max(1, 2 * heavy_at_once // 3)))
+        writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         lingering = Turns(sys.maxsize, of_each=settings.bound(LINGERING_OF_ADDRESS_MAX))
         starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(
             light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading,
-            slow_reading, writing, lingering, address_of, Counter())
+            slow_reading, writing, slow_writing, lingering, address_of, Counter())
 
     async def let_begin(self, request: web.Request) -> None:
         """Let a call begin in a round of the loop of its own: whatever came at the same time, each
@@ -543,11 +548,12 @@ def in_turns(
         usual = slots.heavy_reading
     elif endpoint.lingering:
         usual = slots.lingering
+    slow = slots.slow_reading if endpoint.method == "GET" else slots.slow_writing
     wait = wait_in_time if is_short else wait_patiently
 
     async def work(request: web.Request, **arguments: Any) -> Any:
         address = slots.address_of(request)
-        turns = usual if arguments.get(endpoint.slow_with) is None else slots.slow_reading
+        turns = slow if endpoint.slow(arguments) else usual
         if not turns.take_now(address):
             await unless_gone(request, wait, turns.take, address)
         try:

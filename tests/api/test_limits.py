@@ -683,13 +683,48 @@ async def test_changes_of_an_address_leave_turns_to_others(house: House, monkeyp
     flood = [
         asyncio.create_task(ends(user, origin))
         for user in strangers * 10 for origin in (FLOODING, as_proxy)]
-    writing = slots_of(app_of(here)).writing
-    of_each = max(1, 2 * max(2, min(5, os.cpu_count() or 1)) // 3)
-    await until(lambda: held.working == 2 * of_each)
-    await until(lambda: waiting_for(writing) == len(flood) - 2 * of_each)
+    writing, third = slots_of(app_of(here)).writing, SETTINGS.database_connections // 3
+    await until(lambda: held.working == 2 * third)
+    await until(lambda: waiting_for(writing) == len(flood) - 2 * third)
     await ends(bob, ANOTHER)
     held.let_go()
     await asyncio.gather(*flood)
+
+
+async def test_large_groups_are_created_few_at_a_time(
+    house: House, sql: asyncpg.Connection, monkeypatch: Any
+) -> None:
+    """However many large groups are created from however many addresses, few are worked on at once,
+    one of each address, and other changes do not wait for them."""
+    here = await house.opens(calls_per_user=0)
+    users = [await house.takes_in(here, f"user_{number}") for number in range(4)]
+    ids = [user_id for user_id, in await sql.fetch(
+        "insert into users (email, email_key, username, username_key, password_hash)"
+        " select 'm' || n || '@x.y', 'm' || n || '@x.y', 'm' || n, 'm' || n, '' from"
+        " generate_series(1, 60) n returning id")]
+    held, rows = Held(), messenger.Database.rows
+
+    async def create_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.CREATE_GROUP and len(arguments[2]) == len(ids):
+            await held.waits()
+        return await rows(self, statement, *arguments)
+
+    async def creates(user: Person, address: int, members: list[int]) -> int:
+        body = {"is_group": True, "name": "x", "participant_ids": members}
+        origin = {"X-Forwarded-For": f"192.0.2.{address}"}
+        async with here.post("/api/v1/chats", json=body, headers=user.headers | origin) as answer:
+            return answer.status
+
+    monkeypatch.setattr(messenger.Database, "rows", create_slowly)
+    flood = [asyncio.create_task(creates(user, number, ids))
+             for number, user in enumerate(users, 1) for _ in range(2)]
+    slow = slots_of(app_of(here)).slow_writing
+    at_once = max(2, min(5, os.cpu_count() or 1))
+    await until(lambda: waiting_for(slow) == len(flood) - min(4, at_once))
+    assert held.working == min(4, at_once)
+    assert await creates(users[0], 1, ids[:3]) == 201
+    held.let_go()
+    assert set(await asyncio.gather(*flood)) == {201}
 
 
 async def test_statements_belong_to_the_address_that_they_are_for(
