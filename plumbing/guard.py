@@ -324,7 +324,7 @@ class PromptConnection(web.RequestHandler):
     """
 
     __slots__ = (
-        "_dropped", "_is_idle", "_progress", "_rests", "_resumption", "give_up", "guest")
+        "_dropped", "_is_idle", "_progress", "_rests", "_resumes", "give_up", "guest")
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(
@@ -334,7 +334,7 @@ class PromptConnection(web.RequestHandler):
         self._is_idle = True  # no request came that is not answered yet
         self._dropped: Any = EMPTY_PAYLOAD  # the body of the last that was, where more of it comes
         self._progress: asyncio.TimerHandle | None = None  # when the next is due
-        self._resumption: asyncio.Handle | None = None  # where reading is to go on soon
+        self._resumes = False  # whether reading is to go on soon
         self._rests = False  # whether it is not read until its turn comes
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -361,7 +361,7 @@ class PromptConnection(web.RequestHandler):
             self._messages.clear()  # the body of each has hold of its connection
         self.give_up()
         self._expect_nothing()
-        self._cancel_resumption()
+        self._resumes = False
         if working is None or working.done():
             self.guest.leave()
         else:
@@ -378,15 +378,17 @@ class PromptConnection(web.RequestHandler):
         a body would go on until all that has come is parsed.
         """
         if self._upgraded or not resume_parser:
-            self._cancel_resumption()
+            self._resumes = False
             super().resume_reading(resume_parser)
-        elif self._resumption is None:
-            self._resumption = self._loop.call_soon(self._resume)
+        elif not self._resumes:
+            self._resumes = True
+            self.guest.go_on(self._resume)
 
     def _resume(self) -> None:
-        self._resumption = None
-        super().resume_reading()
-        self._go_on_reading()
+        if self._resumes:  # else it is not to any more
+            self._resumes = False
+            super().resume_reading()
+            self._go_on_reading()
 
     def _go_on_reading(self) -> None:
         """Read again, unless there is a reason not to; that a request waits is none."""
@@ -406,11 +408,6 @@ class PromptConnection(web.RequestHandler):
         """Read again, unless it rests."""
         if not self._rests:
             super()._resume_transport_reading()
-
-    def _cancel_resumption(self) -> None:
-        if self._resumption is not None:
-            self._resumption.cancel()
-            self._resumption = None
 
     def _expect_progress(self, transport: asyncio.Transport | None, unsent_before: int) -> None:
         """Cut the connection unless some of what was unsent has been taken; look again later, until
@@ -644,8 +641,8 @@ class Rounds:
     of each address. What ends beyond that waits. What is read beyond that has all connections of
     the address rest, also those over which nothing has come: the system is not even asked. They go
     on in turns, of all addresses one in each round, or up to READS_A_ROUND where nothing was read
-    in the one before. Else what comes over thousands of connections in the same moment, or the ends
-    of all of them, would be all that the loop finds to do.
+    in the one before; so does what is put off. Else what comes over thousands of connections in the
+    same moment, or the ends of all of them, would be all that the loop finds to do.
     """
 
     def __init__(self) -> None:
@@ -668,6 +665,11 @@ class Rounds:
         for each in self._open[party] if is_first else (connection,):
             if each.rest():
                 self._waiting.append(party, each.read_on)
+
+    def put_off(self, party: str, work: Callable[[], object]) -> None:
+        """Do something for an address in a round to come."""
+        self._waiting.append(party, work)
+        self._look_again()
 
     def end(self, party: str, connection: PromptConnection, end: Callable[[], object]) -> None:
         """Let a connection from an address end, now or later."""
@@ -722,6 +724,10 @@ class CountedGuest(Guest):
     def note_read(self, connection: PromptConnection) -> None:
         """Take note that the connection was read."""
         self._rounds.note_read(self._party, connection)
+
+    def go_on(self, work: Callable[[], object]) -> None:
+        """Have something done for the connection in another round of the event loop."""
+        self._rounds.put_off(self._party, work)
 
     def hold(self, size: int) -> bool:
         """Take note that requests over the connection take so many bytes more, and tell whether

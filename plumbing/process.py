@@ -158,6 +158,10 @@ class Guest:
     def note_read(self, connection: Any) -> None:
         """Take note that the connection was read."""
 
+    def go_on(self, work: Callable[[], object]) -> None:
+        """Have something done for the connection in another round of the event loop."""
+        asyncio.get_running_loop().call_soon(work)
+
     def hold(self, _size: int) -> bool:
         """Take note that requests over the connection take so many bytes more, and tell whether
         they may.

@@ -297,6 +297,27 @@ async def test_connections_that_all_end_at_once_end_in_turns(
     assert not rounds._open
 
 
+async def test_bodies_of_many_chunks_are_parsed_in_turns(
+    server: TestServer, held_by: Counter[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many connections bring bodies in small chunks, few of them are parsed on in each turn
+    of the loop."""
+    turns, resume = Turns(FLOOD * 10), PromptConnection._resume
+
+    def count(self: PromptConnection) -> None:
+        turns.done += 1
+        resume(self)
+
+    monkeypatch.setattr(PromptConnection, "_resume", count)
+    head = b"POST /api/v1/users/login HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    body = b"2\r\nxy\r\n" * 2000 + b"0\r\n\r\n"
+    flood = [await RawConnection.opens(server.port, head + body) for _ in range(FLOOD)]
+    assert await turns.most() <= guard.READS_A_ROUND
+    assert {(await connection.hears())[0] for connection in flood} == {400}
+    for connection in flood:
+        connection.close()
+
+
 @pytest.fixture
 def held_by(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
     """Count every connection as one of the same address; answer what its requests take."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -47,8 +48,8 @@ async def everybody(_request: web.Request) -> int:
 async def resting(database_url: str, aiohttp_client: Callable[..., Any]) -> Any:
     """A client of a server with those two."""
     slots = CallSlots(
-        Slots(0), Slots(0), Slots(0), Slots(0), None, Turns(80), *[Turns(1) for _ in range(4)],
-        lambda _: "")
+        Slots(0), Slots(0), Slots(0), Slots(0), None, Turns(80), *[Turns(1) for _ in range(5)],
+        lambda _: "", Counter())
     app = web.Application(middlewares=[answer_problems(lambda *_: None, lambda _: None, slots)])
     app[DATABASE] = Database(database_url)
     for endpoint in (Endpoint("GET", "/rest", rest), Endpoint("POST", "/echo", echo)):
