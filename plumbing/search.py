@@ -1,18 +1,20 @@
 """Texts taken apart for a search, and an index of their words.
 
-A long text takes milliseconds. So one is taken apart in a round of the loop, and those who ask for
-it take turns.
+A long text takes milliseconds. So one is taken apart in a round of the loop, or short ones for a
+moment, and those who ask for it take turns.
 """
 
 import asyncio
 import time
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from operator import itemgetter
 from typing import ClassVar
 
 from plumbing.database import Database, Unavailable
-from plumbing.guard import Turns
+from plumbing.guard import FairTurns
 from plumbing.text import holds_runs, words_of
 
+LOOK_SECONDS = 0.001  # for which short texts are looked through in one turn
 INDEX_PAGE = 500  # texts that are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 INDEX_SECONDS = 0.5  # how long a search waits for its texts to be indexed
@@ -20,15 +22,28 @@ INDEX_REST = 9  # times as long as the background indexing worked
 
 
 class Texts:
-    """Takes texts apart, one at a time; the keys of those who ask take turns."""
+    """Takes texts apart, a long one at a time; of those who ask, the key goes next whose texts took
+    the least time.
+    """
 
     def __init__(self, seconds: float) -> None:
-        self._turns = Turns(1)
+        self._turns = FairTurns(1)
         self._seconds = seconds  # that a search may take
 
-    async def words_of(self, asker: Hashable, text: str) -> set[str]:
-        """Tell what an index of words has of a text (text.words_of)."""
-        return await self._turns.call(asker, words_of, text)
+    async def words_of(self, asker: Hashable, texts: Iterable[str]) -> list[set[str]]:
+        """Tell what an index of words has of each of the first of some texts (text.words_of): as
+        many as are taken apart in one turn.
+        """
+        def take_apart() -> list[set[str]]:
+            rest_at = time.monotonic() + LOOK_SECONDS
+            found: list[set[str]] = []
+            for text in texts:
+                found.append(words_of(text))
+                if time.monotonic() > rest_at:
+                    break
+            return found
+
+        return await self._turns.call(asker, take_apart)
 
     async def find(
         self, asker: Hashable, texts: Sequence[str], runs: Sequence[str], at_most: int,
@@ -46,12 +61,22 @@ class Texts:
             return list(range(count)), count
         until = time.monotonic() + self._seconds
         found: list[int] = []
-        for place, text in enumerate(texts):
-            if await self._turns.call(asker, holds, text, unsure_of, long_runs):
-                found.append(place)
+        seen = 0
+
+        def look_on() -> int:
+            rest_at = time.monotonic() + LOOK_SECONDS
+            for place in range(seen, len(texts)):
+                if holds(texts[place], unsure_of, long_runs):
+                    found.append(place)
+                if len(found) == at_most or time.monotonic() > rest_at:
+                    return place + 1
+            return len(texts)
+
+        while seen < len(texts):
+            seen = await self._turns.call(asker, look_on)
             if len(found) == at_most or time.monotonic() > until:
-                return found, place + 1
-        return found, len(texts)
+                break
+        return found, seen
 
 
 def holds(text: str, words: Collection[str], runs: Sequence[str]) -> bool:
@@ -93,11 +118,13 @@ class SearchIndex:
             if time.monotonic() > deadline:
                 self._waiting.add(chat_id)
                 return False
-            words, count = [], 0
-            for row in rows:
-                found = await self.texts.words_of(asker, row["text"])
-                words.append(" ".join(found))
-                count += len(found)
+            words: list[str] = []
+            count = 0
+            while len(words) < len(rows):
+                some = await self.texts.words_of(
+                    asker, map(itemgetter("text"), rows[len(words):]))
+                words += map(" ".join, some)
+                count += sum(map(len, some))
                 if count > INDEX_WORDS_MAX or time.monotonic() > deadline:
                     break
             seqs = [row["seq"] for row in rows[:len(words)]]

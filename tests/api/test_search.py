@@ -159,6 +159,7 @@ async def test_run_whose_pairs_stand_apart_is_not_found(
     """A message that holds each pair of a run, but not the run, is not found, however many of them
     there are between those that are: pages are filled from what comes after, and lead on."""
     monkeypatch.setattr(messenger, "SEARCH_SECONDS", 0)  # a message a page, found or not
+    monkeypatch.setattr(search, "LOOK_SECONDS", 0)
     app[messenger.INDEX].texts = Texts(0)
     chat = await alice.opens(bob)
     for number in range(20):

@@ -833,10 +833,13 @@ async def test_auth_frames_are_few(alice: Person, bob: Person, raw: Any, monkeyp
     assert len(checked) < 40
 
 
-async def test_texts_of_all_searches_are_looked_through_one_at_a_time(
-    alice: Person, bob: Person, monkeypatch: Any
+@pytest.mark.parametrize(("seconds", "most"), [(0, 1), (60, 20)], ids=["long", "short"])
+async def test_texts_of_all_searches_are_looked_through_in_turns(
+    alice: Person, bob: Person, monkeypatch: Any, seconds: float, most: int
 ) -> None:
-    """Of searches at once, whoever asks them, one looks through a text in a turn."""
+    """Of searches at once, whoever asks them, one looks through a long text in a turn, or through
+    as many short ones as it can in a moment."""
+    monkeypatch.setattr(search, "LOOK_SECONDS", seconds)
     chat = await alice.opens(bob)
     for _ in range(20):
         await alice.says(chat, "甲乙。乙丙")
@@ -849,7 +852,7 @@ async def test_texts_of_all_searches_are_looked_through_one_at_a_time(
     monkeypatch.setattr(search, "holds_runs", count)
     found = asyncio.gather(*(
         person.gets(f"/chats/{chat}/messages?q=甲乙丙") for person in (alice, bob) * 2))
-    assert await turns.most() == 1
+    assert await turns.most() == most
     assert await found == [[]] * 4
 
 
