@@ -18,7 +18,6 @@ import time
 import types
 import typing
 import zlib
-from collections import Counter
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Generic, Self, TypeVar
@@ -32,7 +31,16 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from plumbing.database import ABSENT, Unavailable
 from plumbing.deadline import RequestDeadline, WorkFor, deadline, uncounted
-from plumbing.guard import GIVE_BACK, SAFE_HEADERS, Busy, FairTurns, Slots, Turns, unless_gone
+from plumbing.guard import (
+    GIVE_BACK,
+    SAFE_HEADERS,
+    Busy,
+    FairTurns,
+    Slots,
+    Tally,
+    Turns,
+    unless_gone,
+)
 from plumbing.process import REQUEST_ID_HEADER, Handler, called, drop_frames, request_id
 from plumbing.settings import ServerSettings
 from plumbing.text import COMPOSED_FROM_MAX, composed
@@ -416,7 +424,7 @@ class CallSlots:
     slow_writing: Turns
     lingering: Turns
     address_of: Callable[[web.Request], str]
-    unread: Counter[str]  # bytes of heavy answers that are not taken yet, by address
+    unread: Tally  # bytes of heavy answers that are not taken yet, by address
 
     @classmethod
     def of(cls, settings: ServerSettings, address_of: Callable[[web.Request], str]) -> Self:
@@ -445,7 +453,7 @@ class CallSlots:
         starts = Turns(1) if settings.rate_limits == "on" else None
         return cls(
             light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading,
-            slow_reading, writing, slow_writing, lingering, address_of, Counter())
+            slow_reading, writing, slow_writing, lingering, address_of, Tally())
 
     async def let_begin(self, request: web.Request) -> None:
         """Let a call begin in a round of the loop of its own: whatever came at the same time, each
@@ -469,9 +477,7 @@ class CallSlots:
 
         def let_go() -> None:
             give_back()
-            self.unread[address] -= size
-            if not self.unread[address]:
-                del self.unread[address]
+            self.unread.drop(address, size)
 
         self.unread[address] += size
         request[GIVE_BACK] = let_go

@@ -566,9 +566,9 @@ web_response.SERVER_SOFTWARE = "messenger"  # type: ignore[attr-defined]
 class Tally(Counter[Hashable]):
     """Counts by key, which is forgotten once nothing is left."""
 
-    def drop(self, key: Hashable) -> None:
-        """Count one less."""
-        self[key] -= 1
+    def drop(self, key: Hashable, count: int = 1) -> None:
+        """Count so many less."""
+        self[key] -= count
         if not self[key]:
             del self[key]
 
@@ -710,7 +710,7 @@ class CountedGuest(Guest):
     __slots__ = ("_held", "_held_by", "_open", "_party", "_rounds")
 
     def __init__(
-        self, party: str, opened: Tally, rounds: Rounds, held_by: Counter[Hashable]
+        self, party: str, opened: Tally, rounds: Rounds, held_by: Tally
     ) -> None:
         self._party, self._open, self._rounds = party, opened, rounds
         self._held_by = held_by  # bytes by address
@@ -740,10 +740,8 @@ class CountedGuest(Guest):
 
     def let_go(self, but: int = 0) -> None:
         """Take note that they take no more than so many bytes any longer."""
-        self._held_by[self._party] -= self._held - but
+        self._held_by.drop(self._party, self._held - but)
         self._held = but
-        if not self._held_by[self._party]:
-            del self._held_by[self._party]
 
     def end(self, connection: PromptConnection, end: Callable[[], object]) -> None:
         """Let the connection end, now or later."""
@@ -768,7 +766,7 @@ class Connections:
         self._trusted = trusted
         self._open = Tally()
         self._rounds = Rounds()
-        self._held_by: Counter[Hashable] = Counter()
+        self._held_by = Tally()
         self._told = Rate(1, 1 / REFUSALS_TOLD_SECONDS)
 
     def admit(self, peer: str) -> Guest | None:

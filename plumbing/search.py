@@ -6,9 +6,9 @@ moment, and those who ask for it take turns.
 
 import asyncio
 import time
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from operator import itemgetter
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from plumbing.database import Database, Unavailable
 from plumbing.guard import FairTurns
@@ -19,6 +19,8 @@ INDEX_PAGE = 500  # texts that are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 INDEX_SECONDS = 0.5  # how long a search waits for its texts to be indexed
 INDEX_REST = 9  # times as long as the background indexing worked
+
+Thing = TypeVar("Thing")
 
 
 class Texts:
@@ -35,13 +37,7 @@ class Texts:
         many as are taken apart in one turn.
         """
         def take_apart() -> list[set[str]]:
-            rest_at = time.monotonic() + LOOK_SECONDS
-            found: list[set[str]] = []
-            for text in texts:
-                found.append(words_of(text))
-                if time.monotonic() > rest_at:
-                    break
-            return found
+            return [words_of(text) for text in for_a_moment(texts)]
 
         return await self._turns.call(asker, take_apart)
 
@@ -64,19 +60,27 @@ class Texts:
         seen = 0
 
         def look_on() -> int:
-            rest_at = time.monotonic() + LOOK_SECONDS
-            for place in range(seen, len(texts)):
+            for place in for_a_moment(range(seen, len(texts))):
                 if holds(texts[place], unsure_of, long_runs):
                     found.append(place)
-                if len(found) == at_most or time.monotonic() > rest_at:
-                    return place + 1
-            return len(texts)
+                if len(found) == at_most:
+                    break
+            return place + 1
 
         while seen < len(texts):
             seen = await self._turns.call(asker, look_on)
             if len(found) == at_most or time.monotonic() > until:
                 break
         return found, seen
+
+
+def for_a_moment(things: Iterable[Thing]) -> Iterator[Thing]:
+    """Pass on as many things as LOOK_SECONDS allow, and the first in any case."""
+    rest_at = time.monotonic() + LOOK_SECONDS
+    for thing in things:
+        yield thing
+        if time.monotonic() > rest_at:
+            break
 
 
 def holds(text: str, words: Collection[str], runs: Sequence[str]) -> bool:

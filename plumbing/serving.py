@@ -55,8 +55,9 @@ async def collect_rarely() -> None:
     least = process.resident_bytes()
     while True:
         await asyncio.sleep(GROWTH_SECONDS)
-        least = min(least, process.resident_bytes())
-        if process.resident_bytes() > least + COLLECTED_BYTES:
+        taken = process.resident_bytes()
+        least = min(least, taken)
+        if taken > least + COLLECTED_BYTES:
             gc.collect(0)
             least = process.resident_bytes()
 

@@ -20,7 +20,7 @@ import messenger
 from plumbing import database, endpoints, guard
 from plumbing.deadline import REQUEST_SECONDS, party
 from plumbing.guard import Rate
-from support.databases import until_waiting
+from support.databases import crowd, until_waiting
 from support.people import PASSWORD, SOON_SECONDS, Line, Person, new_id
 from support.raw import HANDSHAKE, TEXT, RawConnection, RawLine, handshake, transport_of
 from support.servers import SECRET_KEY, SETTINGS, slots_of
@@ -698,10 +698,7 @@ async def test_large_groups_are_created_few_at_a_time(
     one of each address, and other changes do not wait for them."""
     here = await house.opens(calls_per_user=0)
     users = [await house.takes_in(here, f"user_{number}") for number in range(4)]
-    ids = [user_id for user_id, in await sql.fetch(
-        "insert into users (email, email_key, username, username_key, password_hash)"
-        " select 'm' || n || '@x.y', 'm' || n || '@x.y', 'm' || n, 'm' || n, '' from"
-        " generate_series(1, 60) n returning id")]
+    ids = await crowd(sql, 60)
     held, rows = Held(), messenger.Database.rows
 
     async def create_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
@@ -1054,6 +1051,12 @@ async def asks_unread(client: Client, path: str, token: str = "") -> socket.sock
     return connection
 
 
+async def asks_for_unread_page(person: Person, chat: int) -> socket.socket:
+    """Ask for a large page of a chat, which is not read."""
+    return await asks_unread(
+        person.client, f"/api/v1/chats/{chat}/messages?limit=100", person.access)
+
+
 async def reads_to_the_end(connection: socket.socket) -> int:
     """Read all that comes; answer how many bytes came."""
     count = 0
@@ -1074,7 +1077,7 @@ async def test_answer_that_is_not_read_holds_a_slot(
     monkeypatch.setattr(endpoints, "SLOT_SECONDS", 0.5)
     monkeypatch.setattr(guard, "STALLED_SECONDS", 3 if end == "stalls" else 300)
     heavy = f"/chats/{chat}/messages?limit=100"
-    with await asks_unread(alice.client, "/api/v1" + heavy, alice.access) as unread:
+    with await asks_for_unread_page(alice, chat) as unread:
         async with asyncio.timeout(SOON_SECONDS):
             while (await alice.asks("GET", "/chats")).status == 200:
                 await asyncio.sleep(0.01)
@@ -1104,7 +1107,7 @@ async def test_large_answers_of_an_address_that_are_not_read_are_bounded_togethe
     alice, bob, chat = readers
     heavy = f"/chats/{chat}/messages?limit=100"
     monkeypatch.setattr(endpoints, "UNREAD_OF_ADDRESS_MAX", 1_000_000)
-    with await asks_unread(alice.client, "/api/v1" + heavy, alice.access) as unread:
+    with await asks_for_unread_page(alice, chat) as unread:
         async with asyncio.timeout(SOON_SECONDS):
             while (await bob.asks("GET", heavy)).status == 200:
                 await asyncio.sleep(0.01)
@@ -1138,8 +1141,7 @@ async def test_call_waits_for_a_slow_reader_longer_than_for_the_database(
     """While somebody's answers are taken over a slow line, their next calls wait and are answered;
     the time until then is not taken from what the database has."""
     alice, _, chat = readers
-    with await asks_unread(
-            alice.client, f"/api/v1/chats/{chat}/messages?limit=100", alice.access) as slow:
+    with await asks_for_unread_page(alice, chat) as slow:
         waiting = [asyncio.create_task(alice.asks("GET", "/chats")) for _ in range(3)]
         await asyncio.sleep(REQUEST_SECONDS + 0.3)
         assert await reads_to_the_end(slow) > 1_600_000
@@ -1152,8 +1154,7 @@ async def test_slow_reader_is_not_cut(
     """Who takes a part of a large answer now and then gets all of it."""
     alice, _, chat = readers
     monkeypatch.setattr(guard, "STALLED_SECONDS", 2)
-    with await asks_unread(
-            alice.client, f"/api/v1/chats/{chat}/messages?limit=100", alice.access) as slow:
+    with await asks_for_unread_page(alice, chat) as slow:
         count, began = 0, time.monotonic()
         while time.monotonic() - began < 2 * guard.STALLED_SECONDS:
             await asyncio.sleep(0.25)

@@ -205,18 +205,27 @@ async def test_hostile_text_is_shown_as_text(
     assert page.complaints == []
 
 
+async def opens_long_chat(
+    alice: Person, bob: Person, server: TestServer, browser: Browser, lines: int
+) -> Page:
+    """Let Alice open a chat in which Bob wrote so many lines, a hundred or more."""
+    chat = await bob.opens(alice)
+    for n in range(lines):
+        await bob.says(chat, f"line {n}")
+    page = await browser.opens(str(server.make_url("/")))
+    await page.enters("alice")
+    await page.sees("99+", "#chats .badge")
+    await page.clicks("#chats a", "bob")
+    await page.sees_message(f"line {lines - 1}")
+    return page
+
+
 async def test_scrolling_on_while_a_page_comes_loads_no_other(
     alice: Person, bob: Person, server: TestServer, browser: Browser
 ) -> None:
     """Whoever goes on scrolling at the top while older messages come gets one page of them, and
     keeps in place what was on the screen."""
-    chat = await bob.opens(alice)
-    for n in range(155):
-        await bob.says(chat, f"line {n}")
-    page = await browser.opens(str(server.make_url("/")))
-    await page.enters("alice")
-    await page.clicks("#chats a", "bob")
-    await page.sees_message("line 154")
+    page = await opens_long_chat(alice, bob, server, browser, 155)
     await page.finds(
         "draw = () => setTimeout(drawAll, 300),"  # a busy machine draws late
         " setInterval(() => $('log').dispatchEvent(new Event('scroll')), 5),"
@@ -232,14 +241,7 @@ async def test_a_session_of_use_leaves_the_console_empty(
 ) -> None:
     """A long history, a group from its creation to leaving it, and logging out leave no complaint
     in the console."""
-    chat = await bob.opens(alice)
-    for n in range(105):
-        await bob.says(chat, f"line {n}")
-    page = await browser.opens(str(server.make_url("/")))
-    await page.enters("alice")
-    await page.sees("99+", "#chats .badge")
-    await page.clicks("#chats a", "bob")
-    await page.sees_message("line 104")
+    page = await opens_long_chat(alice, bob, server, browser, 105)
     for count in (100, 105):  # upwards, page by page; what was on the screen stays there
         await page.finds("$('log').scrollTop = 0")
         again = "following && ($('log').scrollTop = 0)"  # what came meanwhile led to the end

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -221,20 +220,35 @@ async def test_few_long_frames_are_taken_in_turn_with_others(
     assert await turns.most() <= 2
 
 
+class Counted:
+    """Counts every connection that comes as one of the address `party`."""
+
+    def __init__(self) -> None:
+        self.party = "flood"
+        self.rounds, self.opened, self.held_by = guard.Rounds(), guard.Tally(), guard.Tally()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """How the connections to the server of a test are counted."""
+    counted, connection_made = Counted(), PromptConnection.connection_made
+
+    def come_in(self: PromptConnection, transport: Any) -> None:
+        self.guest = guard.CountedGuest(
+            counted.party, counted.opened, counted.rounds, counted.held_by)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
+    return counted
+
+
 async def test_connections_that_are_read_too_often_are_read_in_turns(
-    server: TestServer, monkeypatch: pytest.MonkeyPatch
+    server: TestServer, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of what comes over many connections of an address in the same moment, that of few is taken in
     each round of the loop; none is forgotten, and a connection of another address has its turn at
     once."""
-    rounds, opened, turns = guard.Rounds(), guard.Tally(), Turns(0)
-    connection_made = PromptConnection.connection_made
-    data_received = PromptConnection.data_received
-
-    def come_in(self: PromptConnection, transport: Any) -> None:
-        party = "flood" if len(flood) < FLOOD else "another"
-        self.guest = guard.CountedGuest(party, opened, rounds, Counter())
-        connection_made(self, transport)
+    turns, data_received = Turns(0), PromptConnection.data_received
 
     def count(self: PromptConnection, data: bytes) -> None:
         if self.guest._party == "flood":
@@ -243,16 +257,15 @@ async def test_connections_that_are_read_too_often_are_read_in_turns(
             done_before.append(turns.done)
         data_received(self, data)
 
-    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
     monkeypatch.setattr(PromptConnection, "data_received", count)
-    flood: list[RawConnection] = []
     done_before: list[int] = []  # when the other connection was read
-    while len(flood) < FLOOD:
-        flood.append(await RawConnection.opens(server.port, b"GET /nothing HTTP/1.1\r\n"))
-    another = await RawConnection.opens(server.port, b"")
+    flood = [await RawConnection.opens(server.port, b"GET /nothing HTTP/1.1\r\n")
+             for _ in range(FLOOD)]
     async with asyncio.timeout(HEAR_SECONDS):
         while turns.done < FLOOD:
             await asyncio.sleep(0.01)
+    counted.party = "another"
+    another = await RawConnection.opens(server.port, b"")
     turns = Turns(FLOOD)
     for connection in flood:
         connection.writer.write(b"Host: x\r\n\r\n")
@@ -261,44 +274,38 @@ async def test_connections_that_are_read_too_often_are_read_in_turns(
     assert done_before[0] < FLOOD
     assert await turns.most() <= guard.READS_A_ROUND
     assert [(await connection.hears())[0] for connection in flood] == [404] * FLOOD
-    assert not any(connection._rests for connection in rounds._open["flood"])
+    assert not any(connection._rests for connection in counted.rounds._open["flood"])
     for connection in (*flood, another):
         connection.close()
 
 
 async def test_connections_that_all_end_at_once_end_in_turns(
-    server: TestServer, monkeypatch: pytest.MonkeyPatch
+    server: TestServer, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where somebody hangs up on many connections at once, few of them end in each turn of the
     loop; all of them are told, and the address may have others."""
-    rounds, opened, turns = guard.Rounds(), guard.Tally(), Turns(FLOOD)
-    connection_made, end = PromptConnection.connection_made, PromptConnection._end
-
-    def come_in(self: PromptConnection, transport: Any) -> None:
-        self.guest = guard.CountedGuest("flood", opened, rounds, Counter())
-        connection_made(self, transport)
+    turns, end = Turns(FLOOD), PromptConnection._end
 
     def count(self: PromptConnection) -> None:
         turns.done += 1
         end(self)
 
-    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
     monkeypatch.setattr(PromptConnection, "_end", count)
     body = b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{"
     flood = [await RawConnection.opens(server.port, body) for _ in range(FLOOD)]
     async with asyncio.timeout(HEAR_SECONDS):
-        while opened["flood"] < FLOOD:
+        while counted.opened["flood"] < FLOOD:
             await asyncio.sleep(0.01)
         for connection in flood:
             connection.writer.transport.abort()
         assert await turns.most() <= guard.READS_A_ROUND
-        while opened["flood"]:
+        while counted.opened["flood"]:
             await asyncio.sleep(0.01)
-    assert not rounds._open
+    assert not counted.rounds._open
 
 
 async def test_bodies_of_many_chunks_are_parsed_in_turns(
-    server: TestServer, held_by: Counter[Any], monkeypatch: pytest.MonkeyPatch
+    server: TestServer, counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many connections bring bodies in small chunks, few of them are parsed on in each turn
     of the loop."""
@@ -318,22 +325,8 @@ async def test_bodies_of_many_chunks_are_parsed_in_turns(
         connection.close()
 
 
-@pytest.fixture
-def held_by(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
-    """Count every connection as one of the same address; answer what its requests take."""
-    rounds, opened, held = guard.Rounds(), guard.Tally(), Counter[Any]()
-    connection_made = PromptConnection.connection_made
-
-    def come_in(self: PromptConnection, transport: Any) -> None:
-        self.guest = guard.CountedGuest("all", opened, rounds, held)
-        connection_made(self, transport)
-
-    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
-    return held
-
-
 async def test_request_counts_until_the_rest_of_its_body_was_dropped(
-    server: TestServer, held_by: Counter[Any]
+    server: TestServer, counted: Counted
 ) -> None:
     """While the server waits for the rest of a body that nobody reads, its request counts; no
     longer once the rest has come, or the client has gone."""
@@ -342,15 +335,15 @@ async def test_request_counts_until_the_rest_of_its_body_was_dropped(
     caller, leaver = [await RawConnection.opens(server.port, refused) for _ in range(2)]
     for connection in (caller, leaver):
         assert (await connection.hears())[0] == 404
-    both = held_by["all"]
+    both = counted.held_by["flood"]
     assert both > 2 * 50 * guard.FIELD_BYTES
     leaver.writer.transport.abort()
     async with asyncio.timeout(5):  # aiohttp waits for ten
-        while held_by["all"] > both / 2:
+        while counted.held_by["flood"] > both / 2:
             await asyncio.sleep(0.01)
     caller.writer.write(b" " * 10_000)
     async with asyncio.timeout(5):
-        while held_by:
+        while counted.held_by:
             await asyncio.sleep(0.01)
     caller.writer.write(refused)
     assert (await caller.hears())[0] == 404
@@ -363,19 +356,11 @@ async def test_request_counts_until_the_rest_of_its_body_was_dropped(
      b"x:\r\n" * 90 + b"Content-Length: 9\r\n\r\n"],
     ids=["bodies", "headers"])
 async def test_what_the_requests_of_an_address_take_is_bounded(
-    server: TestServer, alice: Person, monkeypatch: pytest.MonkeyPatch, sent: bytes
+    server: TestServer, counted: Counted, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     """Where requests of an address that are not answered yet take too much together, whose they are
     are cut; what is answered counts no longer, and another address has its own."""
     monkeypatch.setattr(guard, "HELD_BYTES_MAX", 100_000)
-    rounds, opened, held_by = guard.Rounds(), guard.Tally(), Counter[Any]()
-    connection_made, party = PromptConnection.connection_made, "flood"
-
-    def come_in(self: PromptConnection, transport: Any) -> None:
-        self.guest = guard.CountedGuest(party, opened, rounds, held_by)
-        connection_made(self, transport)
-
-    monkeypatch.setattr(PromptConnection, "connection_made", come_in)
     login = b"POST /api/v1/users/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     nothing = b"GET /nothing HTTP/1.1\r\nHost: x\r\n" + b"x:\r\n" * 50
     served = await RawConnection.opens(server.port, b"")
@@ -386,21 +371,21 @@ async def test_what_the_requests_of_an_address_take_is_bounded(
     assert (await served.hears())[0] == 401
     served.writer.write(b" " * 60_000)  # a body that nobody reads any more
     async with asyncio.timeout(HEAR_SECONDS):
-        while held_by:
+        while counted.held_by:
             await asyncio.sleep(0.01)
     flood = [await RawConnection.opens(server.port, login + sent) for _ in range(10)]
     async with asyncio.timeout(HEAR_SECONDS):
         while sum(bool(each.reader.at_eof() or each.reader.exception()) for each in flood) < 7:
             await asyncio.sleep(0.01)
-        while opened["flood"] > 4:  # the three that fit, and the one that was served
+        while counted.opened["flood"] > 4:  # the three that fit, and the one that was served
             await asyncio.sleep(0.01)
-    party = "another"
+    counted.party = "another"
     others = await RawConnection.opens(server.port, nothing + b"\r\n")
     assert (await others.hears())[0] == 404
     for connection in (*flood, others, served):
         connection.close()
     async with asyncio.timeout(HEAR_SECONDS):
-        while held_by or opened:
+        while counted.held_by or counted.opened:
             await asyncio.sleep(0.01)
 
 

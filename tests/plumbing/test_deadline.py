@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -14,7 +13,7 @@ from plumbing.database import Database, Unavailable
 from plumbing.deadline import REQUEST_SECONDS, RequestDeadline, deadline, linger, uncounted
 from plumbing.endpoints import CallSlots, Endpoint, answer_problems, bind
 from plumbing.groups import Outcome
-from plumbing.guard import Slots, Turns
+from plumbing.guard import Slots, Tally, Turns
 from support.people import Person
 from support.raw import RawConnection
 from support.writers import Echo
@@ -49,7 +48,7 @@ async def resting(database_url: str, aiohttp_client: Callable[..., Any]) -> Any:
     """A client of a server with those two."""
     slots = CallSlots(
         Slots(0), Slots(0), Slots(0), Slots(0), None, Turns(80), *[Turns(1) for _ in range(5)],
-        lambda _: "", Counter())
+        lambda _: "", Tally())
     app = web.Application(middlewares=[answer_problems(lambda *_: None, lambda _: None, slots)])
     app[DATABASE] = Database(database_url)
     for endpoint in (Endpoint("GET", "/rest", rest), Endpoint("POST", "/echo", echo)):
