@@ -32,12 +32,21 @@ class Texts:
         self._turns = FairTurns(1)
         self._seconds = seconds  # that a search may take
 
-    async def words_of(self, asker: Hashable, texts: Iterable[str]) -> list[set[str]]:
-        """Tell what an index of words has of each of the first of some texts (text.words_of): as
-        many as are taken apart in one turn.
+    async def words_of(
+        self, asker: Hashable, texts: Iterable[str], words_max: int
+    ) -> list[set[str]]:
+        """Tell what an index of words has of each of the first of some texts (text.words_of): of as
+        many as are taken apart in one turn, and of no more once there are more than so many words.
         """
         def take_apart() -> list[set[str]]:
-            return [words_of(text) for text in for_a_moment(texts)]
+            found: list[set[str]] = []
+            count = 0
+            for text in for_a_moment(texts):
+                found.append(words_of(text))
+                count += len(found[-1])
+                if count > words_max:
+                    break
+            return found
 
         return await self._turns.call(asker, take_apart)
 
@@ -125,8 +134,8 @@ class SearchIndex:
             words: list[str] = []
             count = 0
             while len(words) < len(rows):
-                some = await self.texts.words_of(
-                    asker, map(itemgetter("text"), rows[len(words):]))
+                texts = map(itemgetter("text"), rows[len(words):])
+                some = await self.texts.words_of(asker, texts, INDEX_WORDS_MAX - count)
                 words += map(" ".join, some)
                 count += sum(map(len, some))
                 if count > INDEX_WORDS_MAX or time.monotonic() > deadline:

@@ -201,6 +201,7 @@ async def test_messages_of_many_words_are_indexed_in_pieces(
 ) -> None:
     """A piece of the index takes in no more words than its limit, but for the last text."""
     monkeypatch.setattr(search, "INDEX_WORDS_MAX", 5000)
+    monkeypatch.setattr(search, "LOOK_SECONDS", 60)  # all texts are taken apart in a moment
     dice, pieces = random.Random(7), []
     database = app[messenger.DATABASE]
     rows = database.rows
