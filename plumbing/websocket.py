@@ -36,8 +36,6 @@ UNREAD_MAX = 64 * 1024 * 1024  # ... and of all such connections of a party
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
 CLOSE_ALL_SECONDS = 1  # the same for all connections together
 
-NOTHING = bytearray()  # of the early frames of all that are open
-
 
 def text_frame(payload: bytes) -> bytes:
     """Frame a text: final and unmasked (RFC 6455, section 5.2)."""
@@ -96,8 +94,8 @@ class Connection:
 
     # There are many, most of them idle.
     __slots__ = (
-        "_early", "_opened", "_pinged_at", "_taken", "_took_at", "_transport", "_writer",
-        "_written", "close_code", "heard_at", "task", "ws")
+        "_opened", "_pinged_at", "_taken", "_took_at", "_transport", "_waiting", "_waiting_bytes",
+        "_writer", "_written", "close_code", "heard_at", "task", "ws")
 
     def __init__(self, subprotocol: str, message_bytes_max: int) -> None:
         self.task = typing.cast("asyncio.Task[Any]", asyncio.current_task())  # its handler's
@@ -109,8 +107,10 @@ class Connection:
         self._written = self._taken = 0  # bytes in all; taken: at the last check
         self._transport: asyncio.Transport | None = None
         self._writer: AbstractStreamWriter | None = None
-        self._early = bytearray()  # frames that wait for the handshake to be answered ...
-        self._opened: asyncio.Future[None] | None = None  # ... and who else waits for it
+        # Frames that wait for the handshake to be answered, later for the next round of the loop.
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._opened: asyncio.Future[None] | None = None  # who else waits for the handshake
 
     def can_open(self, request: web.Request) -> bool:
         """Tell whether a request is a handshake. aiohttp would take a HEAD for one."""
@@ -127,8 +127,7 @@ class Connection:
         self._writer = await self.ws.prepare(request)
         self._transport = request.transport
         self.heard_at = self._took_at = time.monotonic()
-        self.write(bytes(self._early))
-        self._early = NOTHING
+        self._flush()
         if self._opened is not None:
             self._opened.set_result(None)
 
@@ -146,15 +145,27 @@ class Connection:
             await asyncio.wait([self.task, self._opened], return_when=asyncio.FIRST_COMPLETED)
         if self._writer is None:
             raise ConnectionError("the handshake was refused")
+        self._flush()
         await self._writer.drain()
 
     def write(self, frames: bytes) -> None:
-        """Write whole frames, at once and without waiting; none after the close began."""
-        if self._transport is None:
-            self._early += frames
-        elif self.close_code is None and not self._transport.is_closing():
+        """Write whole frames, without waiting; none after the close began.
+
+        What is written in a round of the event loop goes out together: to hand it to the system
+        costs more than anything else that is done for a frame.
+        """
+        if self.close_code is not None:
+            return
+        if self._transport is not None and not self._waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._waiting.append(frames)
+        self._waiting_bytes += len(frames)
+        self._written += len(frames)
+
+    def _flush(self) -> None:
+        frames, self._waiting, self._waiting_bytes = b"".join(self._waiting), [], 0
+        if frames and self._transport is not None and not self._transport.is_closing():
             self._transport.write(frames)
-            self._written += len(frames)
 
     def pong(self, payload: bytes) -> None:
         """Answer a ping."""
@@ -162,8 +173,8 @@ class Connection:
 
     def unsent(self) -> int:
         """Tell how many bytes the peer has not taken yet."""
-        transport = self._transport
-        return len(self._early) if transport is None else transport.get_write_buffer_size()
+        sending = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        return self._waiting_bytes + sending
 
     def check_liveness(self, now: float, unread: Tally, party: str) -> int | None:
         """Ping a silent peer; answer the code to close with, if it stalls or is gone.
@@ -208,6 +219,7 @@ class Connection:
     def finish(self) -> None:
         """Answer the peer's close, if it began, and end the connection."""
         self.write(close_frame(OK))
+        self._flush()
         self.cut()
         # Else aiohttp closes it again, and what is raised then and it refer to each other; so do
         # what was wrong with a frame and its reader.

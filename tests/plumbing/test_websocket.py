@@ -323,6 +323,44 @@ async def test_new_chats_do_not_pile_up_for_a_stalled_reader(
     stalled.socket.close()
 
 
+class Noting:
+    """A transport that notes what is written."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.writes: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, frames: bytes) -> None:
+        """Note a write, and do it."""
+        self.writes.append(frames)
+        self._transport.write(frames)
+
+
+async def test_frames_of_a_round_of_the_loop_go_out_together(
+    app: web.Application, alice: Person, bob: Person
+) -> None:
+    """What is written to a socket at one moment, of whatever chats, is one write to the system; it
+    counts as unsent until then, and the close comes last."""
+    chats = [await alice.founds(bob) for _ in range(20)]
+    line = await bob.client.ws_connect("/ws", headers=bob.headers)
+    while (await line.receive_json(timeout=HEAR_SECONDS))["type"] != "chats":
+        pass
+    rooms = app[messenger.ROOMS]
+    [socket] = rooms.all_sockets()
+    socket._transport = noting = Noting(socket._transport)
+    for chat in chats:
+        rooms.broadcast(messenger.FrameHint(chat, json.dumps({"type": "typing", "data": chat})))
+    assert socket.unsent() > 20 * len('{"type":"typing","data":1}')
+    rooms.close(messenger.GOING_AWAY, socket)
+    heard = [await line.receive(HEAR_SECONDS) for _ in range(21)]
+    assert [json.loads(each.data)["data"] for each in heard[:-1]] == chats
+    assert heard[-1].type is aiohttp.WSMsgType.CLOSE
+    assert len(noting.writes) == 1
+
+
 async def test_who_does_not_read_answers_is_not_read(
     server: TestServer, raw: Any, alice: Person, bob: Person
 ) -> None:
