@@ -3221,7 +3221,7 @@ async def search_messages(
     wanted = words_wanted(words, runs)
     asked = sorted(wanted, key=len)[-WORDS_ASKED_MAX:]
     if wanted and await database.row(SELECT_MEMBERSHIP, chat_id, me):
-        is_whole = await index.index(chat_id, address_of(request))
+        is_whole = await index.index_for_search(chat_id, address_of(request))
     else:
         is_whole = True
     until = time.monotonic() + SEARCH_SECONDS

@@ -6,19 +6,19 @@ moment, and those who ask for it take turns.
 
 import asyncio
 import time
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from plumbing.database import Database, Unavailable
-from plumbing.guard import FairTurns
+from plumbing.guard import FairTurns, Marks
 from plumbing.text import holds_runs, words_of
 
 LOOK_SECONDS = 0.001  # for which short texts are looked through in one turn
 INDEX_PAGE = 500  # texts that are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 INDEX_SECONDS = 0.5  # how long a search waits for its texts to be indexed
-INDEX_REST = 9  # times as long as the background indexing worked
+INDEX_REST = 9  # times as long as the indexing of a chat took, or that in the background
 
 Thing = TypeVar("Thing")
 
@@ -116,35 +116,61 @@ class SearchIndex:
     def __init__(self, database: Database, seconds: float) -> None:
         self._database = database
         self._waiting: set[int] = set()  # chats in which something changed
+        self._indexing: set[int] = set()  # chats
+        self._rests_until = Marks()  # by chat: when a search may have it indexed again
         self.texts = Texts(seconds)
 
     def note(self, chat_ids: Iterable[int]) -> None:
         """Take note of chats in which something changed: they are indexed soon."""
         self._waiting.update(chat_ids)
 
+    async def index_for_search(self, chat_id: int, asker: Hashable) -> bool:
+        """Do what `index` does, but leave it all for later where somebody does it for the chat
+        already, or where searches of the chat took long for it a moment ago: a chat that grows
+        faster than it can be indexed would make each of them wait.
+        """
+        began = time.monotonic()
+        if chat_id in self._indexing or self._rests_until.of(chat_id, began) > began:
+            self._waiting.add(chat_id)
+            return not await self._database.rows(self.SELECT_UNINDEXED, chat_id, 1)
+        try:
+            return await self.index(chat_id, asker)
+        finally:
+            ended = time.monotonic()
+            self._rests_until.put(chat_id, ended + INDEX_REST * (ended - began), ended)
+
     async def index(self, chat_id: int, asker: Hashable = "") -> bool:
         """Index what is new in a chat; askers take turns. Answers whether that is all: where it
         takes long the rest is left for later. Raises Unavailable.
         """
         deadline = time.monotonic() + INDEX_SECONDS
-        while rows := await self._database.rows(self.SELECT_UNINDEXED, chat_id, INDEX_PAGE):
-            if time.monotonic() > deadline:
-                self._waiting.add(chat_id)
-                return False
-            words: list[str] = []
-            count = 0
-            while len(words) < len(rows):
-                texts = map(itemgetter("text"), rows[len(words):])
-                some = await self.texts.words_of(asker, texts, INDEX_WORDS_MAX - count)
-                words += map(" ".join, some)
-                count += sum(map(len, some))
-                if count > INDEX_WORDS_MAX or time.monotonic() > deadline:
-                    break
-            seqs = [row["seq"] for row in rows[:len(words)]]
-            upto = rows[len(words) - 1]["rev"]
-            await self._database.rows(
-                self.INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
+        self._indexing.add(chat_id)
+        try:
+            while rows := await self._database.rows(self.SELECT_UNINDEXED, chat_id, INDEX_PAGE):
+                if time.monotonic() > deadline:
+                    self._waiting.add(chat_id)
+                    return False
+                await self._take_in(chat_id, asker, rows, deadline)
+        finally:
+            self._indexing.discard(chat_id)
         return True
+
+    async def _take_in(
+        self, chat_id: int, asker: Hashable, rows: Sequence[Mapping[str, Any]], deadline: float
+    ) -> None:
+        """Index the first of some texts of a chat: not too many words, nor beyond a deadline."""
+        words: list[str] = []
+        count = 0
+        while len(words) < len(rows):
+            texts = map(itemgetter("text"), rows[len(words):])
+            some = await self.texts.words_of(asker, texts, INDEX_WORDS_MAX - count)
+            words += map(" ".join, some)
+            count += sum(map(len, some))
+            if count > INDEX_WORDS_MAX or time.monotonic() > deadline:
+                break
+        seqs = [row["seq"] for row in rows[:len(words)]]
+        upto = rows[len(words) - 1]["rev"]
+        await self._database.rows(self.INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""

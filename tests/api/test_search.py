@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
@@ -360,6 +361,52 @@ async def test_indexers_that_race_leave_no_stale_word(
         held.clear()
         go_on.clear()
     del database.rows
+
+
+class Forgetful(set[int]):
+    """Leaves nothing to the background."""
+
+    def add(self, _chat: int) -> None:
+        """Forget a chat."""
+
+    def update(self, *_chats: Iterable[int]) -> None:
+        """Forget chats."""
+
+
+@of_the_index
+async def test_chat_that_is_hard_to_index_makes_few_searches_wait(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While somebody indexes a chat, and for a while after it took a search long, searches there do
+    not; they find everything in the messages themselves."""
+    index, database = app[messenger.INDEX], app[messenger.DATABASE]
+    rows, held, go_on, indexed = database.rows, asyncio.Event(), asyncio.Event(), []
+
+    async def waits(statement: str, *arguments: Any) -> Any:
+        if statement == messenger.INDEX_WORDS:
+            indexed.append(arguments[0])
+            held.set()
+            await go_on.wait()
+        return await rows(statement, *arguments)
+
+    chat, other = await alice.opens(bob), await alice.founds(bob)
+    monkeypatch.setattr(index, "_waiting", Forgetful())
+    await alice.says(chat, "the first word")
+    monkeypatch.setattr(database, "rows", waits)
+    indexing = asyncio.create_task(index.index_for_search(chat, ""))
+    await held.wait()
+    await alice.says(chat, "the second word")
+    assert await finds(bob, chat, "word") == ["the second word", "the first word"]
+    assert indexed == [chat]
+    await asyncio.sleep(0.5)
+    go_on.set()
+    await indexing
+    indexed.clear()
+    await alice.says(chat, "the third word")
+    await alice.says(other, "another word")
+    assert await finds(bob, chat, "third") == ["the third word"]
+    assert await finds(bob, other, "another") == ["another word"]
+    assert indexed == [other]
 
 
 async def test_search_finds_what_is_posted_while_many_index(
