@@ -200,7 +200,7 @@ class Settings(ServerSettings, frozen=True, kw_only=True):
     changes_burst: Count = 500
     changes_per_minute: Count = 120
     typing_per_second: Count = 5
-    deliveries_per_second: Count = 30_000
+    deliveries_per_second: Count = 12_000
     sockets_per_user: Count = 50
     refused_handshakes_per_second: Count = 10
 
@@ -246,7 +246,8 @@ FOLLOWED_PER_ADDRESS_MAX = 200_000  # ... and of all users of an address
 FOLLOWED_PAGE = 200  # chats that a new socket joins at once
 FREE_SOCKETS = 4  # of a user, which may follow more; the first may do so at any address
 DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends ...
-FEW_LIVE = 20  # ... where more hear of it
+FEW_DELIVERIES = 20  # ... where there are more ...
+DELIVERY_CHARS = 1000  # ... and of a text that is longer several
 REFS_CHARS_MAX = 64 * 1024  # of a `ref` that comes back for each chat of a `sync`, in all
 OWED_BYTES_MAX = 128 * 1024  # of each `ref` that a socket's replays repeat at their end ...
 READY_BYTES = 20  # ... and as many more for each
@@ -1070,7 +1071,7 @@ SELECT_CHATS = """  -- asker_id, chat_ids, before, before_id, limit
     -- activity would cost each post a write. One row for each chat, with its newest message; one
     -- also has the people of all: of each chat the first 100, oldest members first, with when they
     -- last read. Who deleted the account but has not left has no name, and is still a reader. What
-    -- is unread is looked for among the newest 5,000 messages: others may lie there without end.
+    -- is unread is looked for among the newest 1,000 messages: others may lie there without end.
     with page as materialized (
         select c.*, (select p.last_read_seq from participants p
                      where p.chat_id = c.id and p.user_id = $1) as last_read_seq
@@ -1115,7 +1116,7 @@ SELECT_CHATS = """  -- asker_id, chat_ids, before, before_id, limit
                    select from (
                        select o.sender_id, o.deleted_at from messages o
                        where o.chat_id = c.id and o.seq > c.last_read_seq
-                       order by o.seq desc limit 5000) o
+                       order by o.seq desc limit 1000) o
                    where o.sender_id <> $1 and o.deleted_at is null
                    limit 100) unread) else 0 end as unread_count,
            m.id as message_id, m.seq, m.rev, m.sender_id, m.text, m.reply_to, m.created_at,
@@ -1339,7 +1340,7 @@ class Rooms:
         self._tasks = app[TASKS]
         self.pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
-        self.background = guard.Turns(BACKGROUND_READS, app[SETTINGS].bound(1))  # by address
+        self.background = guard.FairTurns(BACKGROUND_READS, app[SETTINGS].bound(1))  # by address
         self._look_ups = GroupReader(self._followed_by, told_at_once=10)  # pieces take turns
         self._coming = Pieces(  # by user: chats they came into
             self._tasks, self._try_join, CHATS_PIECE, COMING_MAX, self._send_back)
@@ -1362,9 +1363,12 @@ class Rooms:
         """Tell how many sockets of a user are open here."""
         return len(self._of_users.get(user_id, ()))
 
-    def count_live(self, chat_id: int) -> int:
-        """Tell to how many sockets here a frame of a chat would be written."""
-        return len(self._rooms[chat_id].live) if chat_id in self._rooms else 0
+    def count_deliveries(self, chat_id: int, text: str = "") -> int:
+        """Tell to how many sockets here a frame of a chat would be written, now or once they have
+        caught up; with a long text it counts several times.
+        """
+        room = self._rooms.get(chat_id)
+        return len(room.sockets) * (1 + len(text) // DELIVERY_CHARS) if room else 0
 
     def stands(self, chat_ids: Iterable[int] | None = None) -> dict[int, tuple[int, str, int]]:
         """Tell rev, mark and version of every room, or of those given that still exist."""
@@ -1789,7 +1793,8 @@ ROOMS = web.AppKey("rooms", Rooms)
 # number or fell behind, a room that missed changes. Rooms starts both, and is told what they found.
 
 SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
-    -- messages_pkey, messages_changed, participants_by_ordinal, departures_pkey, sessions_ended
+    -- messages_unchanged, messages_changed, participants_by_ordinal, departures_pkey
+    -- The ended sessions come by sessions_ended, the mark by messages_pkey.
     -- One row for each message; every row also has everything else that is new. No row of a chat
     -- that everybody left: its history may be swept away. One snapshot: whoever left, or whose
     -- session ended, before a message was posted is named together with it.
@@ -1828,7 +1833,7 @@ SELECT_ROOM = """  -- chat_id, known_rev, known_version, ended_seconds, limit
     order by m.rev"""
 
 SELECT_MISSED = """  -- chat_id, asker_id, after, upto, limit
-    -- messages_pkey, messages_changed, participants_pkey, users_pkey
+    -- messages_pkey, messages_unchanged, messages_changed, participants_pkey, users_pkey
     -- Rows of messages by rev, each with the furthest that anybody has read, and the mark of the
     -- number after which they come. Where nothing was missed that is one row without a message; a
     -- stranger gets no row.
@@ -2167,7 +2172,7 @@ READ_MESSAGES = """  -- chat_ids, user_ids, message_ids
     select * from read_messages(chat_ids => $1, user_ids => $2, message_ids => $3)"""
 
 SELECT_UNINDEXED = """  -- chat_id, limit
-    -- messages_pkey, messages_changed
+    -- messages_unchanged, messages_changed
     -- What is not in message_words yet, by rev, beside the number up to which everything is
     -- indexed. Two scans, each in order: of messages never changed, and of those that were.
     with position as (
@@ -2467,7 +2472,7 @@ async def leave_chats(app: web.Application, user_id: int) -> None:
     with contextlib.suppress(Unavailable):
         while row := await app[TURNS].run("leaving", app[DATABASE].row, LEAVE_NEXT_CHAT, user_id):
             rooms.publish(ChatHint(*row))
-            await asyncio.sleep(rooms.count_live(row[0]) / rate)
+            await asyncio.sleep(rooms.count_deliveries(row[0]) / rate)
 
 
 async def keep_tidy(app: web.Application) -> None:
@@ -2879,7 +2884,7 @@ TURNS = web.AppKey("turns", guard.Slots)
 
 
 async def charge_call(
-    request: web.Request, problem: type[Problem], key: Hashable, chat_id: int
+    request: web.Request, problem: type[Problem], key: Hashable, chat_id: int, text: str = ""
 ) -> None:
     """Count news of a chat by a call, and its frames against the limit of the call's address.
 
@@ -2887,18 +2892,19 @@ async def charge_call(
     many there are. Raises the problem beyond either limit, Unavailable.
     """
     charge(request.app, problem, key)
-    live, database = request.app[ROOMS].count_live(chat_id), request.app[DATABASE]
-    if live > FEW_LIVE and await database.row(SELECT_MEMBERSHIP, chat_id, request[ME]):
-        charge(request.app, problem, address_of(request), live, DELIVERIES)
+    count, database = request.app[ROOMS].count_deliveries(chat_id, text), request.app[DATABASE]
+    if count > FEW_DELIVERIES and await database.row(SELECT_MEMBERSHIP, chat_id, request[ME]):
+        charge(request.app, problem, address_of(request), count, DELIVERIES)
 
 
 def charge_frame(
-    request: web.Request, problem: type[Problem], socket: Socket, chat_id: int
+    request: web.Request, problem: type[Problem], socket: Socket, chat_id: int, text: str = ""
 ) -> None:
     """Count news of a chat by a frame in the same way. Raises the problem beyond either limit."""
     charge(request.app, problem, socket.asker.user_id)
-    if (live := request.app[ROOMS].count_live(chat_id)) > FEW_LIVE and chat_id in socket.rooms:
-        charge(request.app, problem, socket.address, live, DELIVERIES)
+    count = request.app[ROOMS].count_deliveries(chat_id, text)
+    if count > FEW_DELIVERIES and chat_id in socket.rooms:
+        charge(request.app, problem, socket.address, count, DELIVERIES)
 
 
 async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
@@ -3082,7 +3088,7 @@ SELECT_MESSAGES_AFTER = """  -- chat_id, asker_id, after, limit
     from page m left join readers r on r.newest = m.seq"""
 
 SELECT_MESSAGES_FOUND = """  -- chat_id, asker_id, before, words, limit, is_whole
-    -- message_words_search, messages_pkey, messages_changed, participants_pkey, users_pkey
+    -- message_words_search, messages_unchanged, messages_changed, participants_pkey, users_pkey
     -- Answers like SELECT_MISSED, but newest first; where the index is not whole, also with all
     -- that it does not know. `offset 0` has each found message looked up; without it the planner
     -- may read the whole chat.
@@ -3110,7 +3116,7 @@ async def send_message(request: web.Request, chat_id: ChatId, body: NewMessage) 
     If you posted a message with this id before, this answers 200 with it, as it is now.
     Raises ChatNotFound, MessageIdTaken, PartnerGone, ReplyNotFound, InvalidInput, TooManyMessages.
     """
-    await charge_call(request, TooManyMessages, request[ME], chat_id)
+    await charge_call(request, TooManyMessages, request[ME], chat_id, body.text)
     post = NewPost(chat_id, request[ME], body.id or uuid7(), body.text, body.reply_to)
     posted = await request.app[POSTS].write(request, post)
     message = posted.message or await get_message(request, chat_id, post.id)
@@ -3141,7 +3147,7 @@ async def change_message(
     The same text again changes nothing. A deleted message cannot be edited: it is not found.
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
-    await charge_call(request, TooManyMessages, request[ME], chat_id)
+    await charge_call(request, TooManyMessages, request[ME], chat_id, body.text)
     change = NewChange(chat_id, request[ME], message_id, body.text)
     await request.app[CHANGES].write(request, change)
     return await get_message(request, chat_id, message_id)
@@ -3448,7 +3454,7 @@ def chat_of(socket: Socket, chat_id: int | None) -> int:
 def take_message(request: web.Request, socket: Socket, frame: MessageIn) -> None:
     """Put a message on its way; its acknowledgement or refusal follows once it is decided."""
     chat_id, me = chat_of(socket, frame.chat_id), socket.asker.user_id
-    charge_frame(request, TooManyMessages, socket, chat_id)
+    charge_frame(request, TooManyMessages, socket, chat_id, frame.text)
     post = NewPost(chat_id, me, frame.id or uuid7(), frame.text, frame.reply_to)
 
     def acknowledge(outcome: Posted | Exception) -> None:

@@ -16,7 +16,7 @@
 -- which takes longer than all the rest of posting one message.
 
 -- What changed in a chat after one number and up to another, by rev, each message once. Two scans,
--- each in order: messages that were never changed, by the primary key, and those that were, by
+-- each in order: messages that were never changed, by messages_unchanged, and those that were, by
 -- messages_changed. The planner puts it into the statement that calls it.
 create or replace function changed_messages(
     chat bigint, after_rev bigint, upto_rev bigint, at_most int)

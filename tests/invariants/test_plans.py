@@ -35,7 +35,9 @@ ROWS_MAX = 2_500
 
 COMMON = 2_000  # messages that hold the same words: up to a stretch of them is looked through
 
-BIG, CROWD, EMPTY = 1, 41, CHATS  # chats: the large one; one of many people; one of nobody
+ERASED_MESSAGES = 5_000  # of the erased chat
+# Chats: the large one; one of which everything was deleted; one of many people; one of nobody.
+BIG, ERASED, CROWD, EMPTY = 1, 40, 41, CHATS
 READER, LEAVER, DELETED = 1, 2, 3  # users: one in many chats; one in few, who deleted the account
 JOINER = USERS  # in no chat
 CROWDED = USERS - 1  # in the crowd alone
@@ -97,7 +99,11 @@ from generate_series(1, {MESSAGES}) g;
 insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
 select c, g, g, md5(c || '.' || g)::uuid, c % {USERS} + 1, 'some words', now()
 from generate_series(2, {CHATS}) c, generate_series(2, {MESSAGES_EACH}) g;
+insert into messages (chat_id, seq, rev, id, sender_id, text, created_at, deleted_at)
+select {ERASED}, g, {ERASED_MESSAGES} + g, md5('erased' || g)::uuid, {USERS}, '', now(), now()
+from generate_series({MESSAGES_EACH} + 1, {ERASED_MESSAGES}) g;
 update chats set last_rev = {MESSAGES} + {MESSAGES} / 100, last_seq = {MESSAGES} where id = {BIG};
+update chats set last_rev = 2 * {ERASED_MESSAGES}, last_seq = {ERASED_MESSAGES} where id = {ERASED};
 insert into revisions (chat_id, rev, mark)
 select {BIG}, {MESSAGES} + g, 'mark' from generate_series(1, {MESSAGES} / 100) g;
 insert into reads (chat_id, user_id, from_seq, seq, read_at)
@@ -170,6 +176,7 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
             (READER, None, messenger.PLACE_MAX, NEWEST, PAGE),
             (READER, [BIG], messenger.PLACE_MAX, NEWEST, 1),
             (READER, [2, 3, 4], messenger.PLACE_MAX, NEWEST, 3),
+            (READER, [ERASED], messenger.PLACE_MAX, NEWEST, 1),
         ],
         "SELECT_PARTICIPANTS": [(BIG, READER, 0, PAGE), (CROWD, CROWDED, 0, PAGE)],
         "SELECT_MESSAGE": [(BIG, READER, stored)],
@@ -230,20 +237,21 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         ],
         "SELECT_MISSED": [
             (BIG, READER, FAR, NEWEST, PAGE), (BIG, READER, NEAR, NEAR + 10, PAGE),
-            (BIG, READER, MESSAGES + 10, NEWEST, PAGE),
+            (BIG, READER, MESSAGES + 10, NEWEST, PAGE), (ERASED, READER, 0, NEWEST, PAGE),
         ],
         "SELECT_READERS": [
             (BIG, [NEAR], [NEAR + PAGE]),
             (BIG, [*range(FAR, NEAR, NEAR // PAGE)], [*range(FAR, NEAR, NEAR // PAGE)]),
         ],
-        "SELECT_UNINDEXED": [(BIG, PAGE)],
+        "SELECT_UNINDEXED": [(BIG, PAGE), (ERASED, PAGE)],
         "INDEX_WORDS": [(BIG, NEAR, NEAR + 2, [NEAR + 1, NEAR + 2], ["some words", "more"])],
         "SWEEP_EMPTY_CHAT": [(PAGE,)],
         "SELECT_ACCOUNT": [("u77@example.com",)],
         "SELECT_ACCOUNTS": [(100, PAGE)],
         "DISABLE_USER": [(READER, True), (READER, False)],
         "RESET_PASSWORD": [(READER, "hash")],
-        "SELECT_ROOM": [(BIG, NEAR, 990, 10, PAGE), (BIG, FAR, 990, 10, PAGE)],
+        "SELECT_ROOM": [
+            (BIG, NEAR, 990, 10, PAGE), (BIG, FAR, 990, 10, PAGE), (ERASED, 0, 0, 10, PAGE)],
     }
 
 
@@ -414,6 +422,7 @@ async def test_every_plan_goes_through_an_index(full: asyncpg.Connection) -> Non
     ("change", "seen"),
     [
         ("drop index messages_changed", "SELECT_MISSED touches"),
+        ("drop index messages_unchanged", "SELECT_ROOM touches"),
         ("alter table messages drop constraint messages_id", "POST_MESSAGES touches"),
         ("drop index participants_of_user", "SELECT_CHATS reads all of participants"),
     ],

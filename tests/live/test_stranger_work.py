@@ -1113,7 +1113,7 @@ async def test_deliveries_of_an_address_are_bounded(
     chat, quiet = await alice.founds(bob, carol), await alice.founds(bob)
     lines = [await bob.listens_live(chat) for _ in range(4)]
     sent = await alice.says(chat, "first")
-    monkeypatch.setattr(messenger, "FEW_LIVE", 3)
+    monkeypatch.setattr(messenger, "FEW_DELIVERIES", 3)
     app[messenger.RATES][messenger.DELIVERIES] = Rate(8, 1)
     speaker = await alice.listens_live(chat)
     await alice.says(chat, "1")
@@ -1136,6 +1136,26 @@ async def test_deliveries_of_an_address_are_bounded(
     assert len(lines) == 4
 
 
+async def test_deliveries_of_long_texts_and_to_who_catches_up_count(
+    app: web.Application, alice: Person, bob: Person
+) -> None:
+    """A long text counts several times, and so does each socket that will be given it later."""
+    chat, rooms = await alice.founds(bob), app[messenger.ROOMS]
+    lines = [await bob.listens_live(chat) for _ in range(5)]
+    assert rooms.count_deliveries(chat, "a" * 999) == 5
+    assert rooms.count_deliveries(chat, "a" * 4096) == 5 * 5
+    socket, *_ = rooms.all_sockets()
+    socket.rooms[chat].live.discard(socket)
+    assert rooms.count_deliveries(chat) == 5
+    assert rooms.count_deliveries(chat + 1) == 0
+    app[messenger.RATES][messenger.DELIVERIES] = Rate(30, 0.01)
+    await alice.says(chat, "a" * 4096)
+    await alice.says(chat, "a" * 4096)  # which goes beyond it
+    await alice.says(chat, "a" * 4096, 429)
+    await lines[0].says("a" * 4096, ref="r")
+    assert (await lines[0].hears("ack", "error"))["data"]["status"] == 429
+
+
 async def test_stranger_does_not_learn_who_follows_a_chat(
     app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any
 ) -> None:
@@ -1143,7 +1163,7 @@ async def test_stranger_does_not_learn_who_follows_a_chat(
     answered as if there were no chat, however often."""
     chat = await alice.founds(bob)
     lines = [await bob.listens_live(chat) for _ in range(4)]
-    monkeypatch.setattr(messenger, "FEW_LIVE", 3)
+    monkeypatch.setattr(messenger, "FEW_DELIVERIES", 3)
     app[messenger.RATES][messenger.DELIVERIES] = Rate(8, 1)
     every = await follows(carol)
     for number in range(5):
