@@ -165,7 +165,14 @@ from plumbing.settings import Count, ServerSettings
 from plumbing.text import words_and_runs, words_wanted
 from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
-from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
+from plumbing.websocket import (
+    GOING_AWAY,
+    HEARTBEAT_SECONDS,
+    STALLED,
+    Connection,
+    Outbox,
+    text_frame,
+)
 
 VERSION = "0.2.0"
 HERE = Path(__file__).resolve().parent
@@ -1247,13 +1254,13 @@ class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
     __slots__ = (
-        "address", "answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_bytes",
+        "answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_bytes",
         "replays", "request_id", "rooms", "unanswered")
 
     def __init__(self, request: web.Request, chat_id: int | None) -> None:
-        super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX)
+        outbox = request.app[ROOMS].outbox
+        super().__init__(SUBPROTOCOL, FRAME_BYTES_MAX, outbox, address_of(request))
         self.asker = request[ASKER]
-        self.address = address_of(request)
         self.request_id = process.request_id(request)  # of its handshake
         self.chat_id = chat_id
         self.key = object()  # in RATES: the key may outlive the socket, and its id() be reused
@@ -1338,6 +1345,7 @@ class Rooms:
         self._sessions = app[SESSIONS]
         self._bus = app[BUS]
         self._tasks = app[TASKS]
+        self.outbox = Outbox()
         self.pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self.background = guard.FairTurns(BACKGROUND_READS, app[SETTINGS].bound(1))  # by address
@@ -2119,7 +2127,7 @@ class Watch:
         BEHIND.set(sum(bool(socket.replays) for socket in sockets))
         for number, socket in enumerate(sockets):
             is_expired = socket.asker.expires_at + TOKEN_LEEWAY_SECONDS < epoch
-            code = TOKEN_ENDED if is_expired else socket.check_liveness(now, unread, socket.address)
+            code = TOKEN_ENDED if is_expired else socket.check_liveness(now, unread)
             if code:  # the tokens of thousands may expire at once
                 self._rooms.close(code, socket)
             if code or number % 1000 == 999:

@@ -17,6 +17,7 @@ from aiohttp.http_websocket import WebSocketReader
 
 from plumbing.guard import STALLED_SECONDS, Tally
 from plumbing.process import drop_frames
+from plumbing.queues import Queues
 
 FRAGMENT = WSMessage(WSMsgType.CONTINUATION, b"", "")
 PING, PONG = 0x89, 0x8A  # first bytes of whole frames (RFC 6455, section 5.2)
@@ -32,7 +33,8 @@ READ_AHEAD_BYTES = 2048
 HEARTBEAT_SECONDS = 25  # of silence, then a ping
 PONG_SECONDS = 15  # for its answer
 MUCH_UNREAD = 64 * 1024  # bytes, of one connection ...
-UNREAD_MAX = 64 * 1024 * 1024  # ... and of all such connections of a party
+UNREAD_MAX = 64 * 1024 * 1024  # ... and of all such connections of an address
+FLUSH_SECONDS = 0.002  # of a round of the loop, in which what was written is handed on
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
 CLOSE_ALL_SECONDS = 1  # the same for all connections together
 
@@ -89,15 +91,50 @@ web_ws.WebSocketReader = FragmentReader  # type: ignore[attr-defined]
 web_ws.DEFAULT_CHUNK_SIZE = READ_AHEAD_BYTES  # type: ignore[attr-defined]
 
 
+class Outbox:
+    """Hands what is written to connections to the system: for a moment in each round of the event
+    loop, of one connection after the other; addresses take turns. To do so costs more than
+    anything else that is done for a frame; so what one connection is given meanwhile goes out
+    together.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: Queues[Connection] = Queues()  # by address
+        self._is_due = False  # whether the next round begins soon
+
+    def put(self, connection: "Connection") -> None:
+        """Let a connection be flushed soon."""
+        self._waiting.append(connection.address, connection)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._is_due = False
+        rest_at = time.monotonic() + FLUSH_SECONDS
+        while following := self._waiting.take():
+            _, connection = following
+            connection.flush()
+            if time.monotonic() > rest_at and self._waiting:
+                self._look_again()
+                break
+
+
 class Connection:
     """One websocket, from before its handshake to after its close; made in its handler's task."""
 
     # There are many, most of them idle.
     __slots__ = (
-        "_opened", "_pinged_at", "_taken", "_took_at", "_transport", "_waiting", "_waiting_bytes",
-        "_writer", "_written", "close_code", "heard_at", "task", "ws")
+        "_opened", "_outbox", "_pinged_at", "_taken", "_took_at", "_transport", "_waiting",
+        "_waiting_bytes", "_writer", "_written", "address", "close_code", "heard_at", "task", "ws")
 
-    def __init__(self, subprotocol: str, message_bytes_max: int) -> None:
+    def __init__(
+        self, subprotocol: str, message_bytes_max: int, outbox: Outbox, address: str
+    ) -> None:
+        self.address = address  # of its client
         self.task = typing.cast("asyncio.Task[Any]", asyncio.current_task())  # its handler's
         self.ws: web.WebSocketResponse = web.WebSocketResponse(
             protocols=(subprotocol,), autoping=False, compress=False,
@@ -107,8 +144,8 @@ class Connection:
         self._written = self._taken = 0  # bytes in all; taken: at the last check
         self._transport: asyncio.Transport | None = None
         self._writer: AbstractStreamWriter | None = None
-        # Frames that wait for the handshake to be answered, later for the next round of the loop.
-        self._waiting: list[bytes] = []
+        self._outbox = outbox
+        self._waiting: list[bytes] = []  # frames, for the handshake or the outbox
         self._waiting_bytes = 0
         self._opened: asyncio.Future[None] | None = None  # who else waits for the handshake
 
@@ -127,7 +164,7 @@ class Connection:
         self._writer = await self.ws.prepare(request)
         self._transport = request.transport
         self.heard_at = self._took_at = time.monotonic()
-        self._flush()
+        self.flush()
         if self._opened is not None:
             self._opened.set_result(None)
 
@@ -145,24 +182,21 @@ class Connection:
             await asyncio.wait([self.task, self._opened], return_when=asyncio.FIRST_COMPLETED)
         if self._writer is None:
             raise ConnectionError("the handshake was refused")
-        self._flush()
+        self.flush()
         await self._writer.drain()
 
     def write(self, frames: bytes) -> None:
-        """Write whole frames, without waiting; none after the close began.
-
-        What is written in a round of the event loop goes out together: to hand it to the system
-        costs more than anything else that is done for a frame.
-        """
+        """Write whole frames, without waiting; none after the close began."""
         if self.close_code is not None:
             return
         if self._transport is not None and not self._waiting:
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._outbox.put(self)
         self._waiting.append(frames)
         self._waiting_bytes += len(frames)
         self._written += len(frames)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Hand what was written to the system."""
         frames, self._waiting, self._waiting_bytes = b"".join(self._waiting), [], 0
         if frames and self._transport is not None and not self._transport.is_closing():
             self._transport.write(frames)
@@ -176,18 +210,18 @@ class Connection:
         sending = self._transport.get_write_buffer_size() if self._transport is not None else 0
         return self._waiting_bytes + sending
 
-    def check_liveness(self, now: float, unread: Tally, party: str) -> int | None:
+    def check_liveness(self, now: float, unread: Tally) -> int | None:
         """Ping a silent peer; answer the code to close with, if it stalls or is gone.
 
         To be called once a second. A slow peer that takes bytes lives, though it answers no ping.
-        What peers do not read is summed up by their party, where it is much of one; those beyond
+        What peers do not read is summed up by their address, where it is much of one; those beyond
         UNREAD_MAX are cut at once.
         """
         unsent = self.unsent()
         if unsent > MUCH_UNREAD:
-            unread[party] += unsent
-            if unread[party] > UNREAD_MAX:
-                unread[party] -= unsent
+            unread[self.address] += unsent
+            if unread[self.address] > UNREAD_MAX:
+                unread[self.address] -= unsent
                 self.cut()
         if unsent == 0 or self._written - unsent > self._taken:
             self._took_at = now
@@ -219,7 +253,7 @@ class Connection:
     def finish(self) -> None:
         """Answer the peer's close, if it began, and end the connection."""
         self.write(close_frame(OK))
-        self._flush()
+        self.flush()
         self.cut()
         # Else aiohttp closes it again, and what is raised then and it refer to each other; so do
         # what was wrong with a frame and its reader.

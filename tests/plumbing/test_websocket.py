@@ -361,6 +361,33 @@ async def test_frames_of_a_round_of_the_loop_go_out_together(
     assert len(noting.writes) == 1
 
 
+async def test_addresses_take_turns_to_be_sent_what_was_written(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many sockets there is something to be sent to, the loop goes on after a moment; a
+    socket of another address does not wait for all of them."""
+    chat, rooms = await alice.opens(bob), app[messenger.ROOMS]
+    lines = [await bob.listens_live(chat) for _ in range(20)]
+    other = rooms.all_sockets()[-1]
+    other.address = "192.0.2.1"
+    flushed, rounds, flush = [], [0], messenger.Socket.flush
+
+    def notes(socket: messenger.Socket) -> None:
+        flushed.append((socket, rounds[0]))
+        flush(socket)
+
+    monkeypatch.setattr(messenger.Socket, "flush", notes)
+    monkeypatch.setattr(websocket, "FLUSH_SECONDS", 0)
+    rooms.broadcast(messenger.FrameHint(chat, json.dumps({"type": "typing", "data": {}})))
+    while len(flushed) < 20:
+        rounds[0] += 1
+        await asyncio.sleep(0)
+    assert [number for _, number in flushed] == list(range(1, 21))
+    assert other in [socket for socket, _ in flushed[:2]]
+    for line in lines:
+        await line.hears("typing")
+
+
 async def test_who_does_not_read_answers_is_not_read(
     server: TestServer, raw: Any, alice: Person, bob: Person
 ) -> None:
