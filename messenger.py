@@ -165,14 +165,7 @@ from plumbing.settings import Count, ServerSettings
 from plumbing.text import words_and_runs, words_wanted
 from plumbing.uuids import uuid7
 from plumbing.validation import NO_NUL
-from plumbing.websocket import (
-    GOING_AWAY,
-    HEARTBEAT_SECONDS,
-    STALLED,
-    Connection,
-    Outbox,
-    text_frame,
-)
+from plumbing.websocket import GOING_AWAY, HEARTBEAT_SECONDS, STALLED, Connection, text_frame
 
 VERSION = "0.2.0"
 HERE = Path(__file__).resolve().parent
@@ -249,7 +242,7 @@ SOCKET_UNANSWERED_MAX = 256  # posts in flight on one socket, until it is read a
 BEHIND_BYTES = 256 * 1024  # unsent output that takes a socket out of the live set
 OUTPUT_BYTES_MAX = 1024 * 1024  # so does more than this at once
 FOLLOWED_PER_USER_MAX = 50_000  # chats, counted for each socket ...
-FOLLOWED_PER_ADDRESS_MAX = 200_000  # ... and of all users of an address
+FOLLOWED_PER_ADDRESS_MAX = 100_000  # ... and of all users of an address
 FOLLOWED_PAGE = 200  # chats that a new socket joins at once
 FREE_SOCKETS = 4  # of a user, which may follow more; the first may do so at any address
 DELIVERIES = "deliveries"  # in RATES: frames written to sockets, by the address of who sends ...
@@ -1243,7 +1236,7 @@ class Replay:
     since: int  # the number that it came with: what was posted up to it is told as an update
     at: int  # the number that it has reached ...
     mark: str  # ... and its mark
-    refs: list[Ref | None]  # of each `ready` that is due at the end
+    refs: tuple[Ref | None, ...]  # of each `ready` that is due at the end
 
     def owed_bytes(self) -> int:
         """Tell how much it has to remember for its end."""
@@ -1345,7 +1338,7 @@ class Rooms:
         self._sessions = app[SESSIONS]
         self._bus = app[BUS]
         self._tasks = app[TASKS]
-        self.outbox = Outbox()
+        self.outbox = websocket.Outbox()
         self.pieces = guard.Turns(1)  # of sockets that join rooms or begin replays, by address
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self.background = guard.FairTurns(BACKGROUND_READS, app[SETTINGS].bound(1))  # by address
@@ -1531,6 +1524,12 @@ class Rooms:
             log.exception("sockets could not join the rooms of chats %s", chat_ids)
             self.close(GOING_AWAY, *self._absent(user_id, chat_ids))
 
+    async def _join_later(self, socket: Socket, chat_ids: list[int]) -> None:
+        """Let a socket join the rooms of some chats once it has taken what was written."""
+        with contextlib.suppress(ConnectionError):
+            await socket.drain()
+            await self._try_join(socket.asker.user_id, chat_ids)
+
     async def _join_chats(self, sockets: list[Socket], chat_ids: Iterable[int]) -> None:
         """Show sockets of a user those of some chats that the user is in, but not where they joined
         already; then they are live. Each is shown a few in a turn of its own: there may be
@@ -1569,13 +1568,16 @@ class Rooms:
             is_over = chat.id in socket.rooms or socket not in self._sockets
             if is_over or self._knows_newer(chat.id, chat.version):
                 continue
-            if self._is_beyond(socket, 1) or socket.unsent() > BEHIND_BYTES:
+            if self._is_beyond(socket, 1):
                 self.close(GOING_AWAY, socket)  # it may come back where its user's others allow
+                return
+            if socket.unsent() > BEHIND_BYTES:
+                self._tasks.spawn(self._join_later(socket, [each.id for each, _ in shown]))
                 return
             socket.write(frame)
             rev, mark = chat.last_rev, mark_of(chat.position)
             self._join_room(socket, chat.id, rev, mark, chat.version)
-            self._put_replay(socket, chat.id, Replay(rev, rev, mark, [None]))
+            self._put_replay(socket, chat.id, Replay(rev, rev, mark, (None,)))
             self._go_on(socket, socket.rooms[chat.id])
 
     def leave(self, socket: Socket) -> None:
@@ -1662,7 +1664,7 @@ class Rooms:
                 continue
             if mark is None:  # a bare number beyond the last
                 number, mark = room.delivered, room.mark
-            replay = self._put_replay(socket, chat_id, Replay(number, number, mark, [ref]))
+            replay = self._put_replay(socket, chat_id, Replay(number, number, mark, (ref,)))
             start = ReplayStart(chat_id, position_of(replay.at, replay.mark))
             socket.send(ReplayOut(data=start, ref=ref))
             self._go_on(socket, room)
@@ -1692,8 +1694,8 @@ class Rooms:
         socket.owed_bytes += replay.owed_bytes()
         if before := socket.replays.get(chat_id):
             start = min(before, replay, key=attrgetter("at"))
-            before.refs += replay.refs
-            replay = Replay(min(before.since, replay.since), start.at, start.mark, before.refs)
+            refs = before.refs + replay.refs
+            replay = Replay(min(before.since, replay.since), start.at, start.mark, refs)
         socket.replays[chat_id] = replay
         return replay
 
@@ -1712,7 +1714,7 @@ class Rooms:
         """Let a socket be live: it has everything up to `delivered`. Nothing may await here."""
         replay = socket.end_replay(room.chat_id)
         room.live.add(socket)
-        for ref in replay.refs if replay else [None]:
+        for ref in replay.refs if replay else (None,):
             socket.send(room.ready(ref))
 
     def _fall_behind(self, socket: Socket, room: Room) -> None:
@@ -1721,7 +1723,7 @@ class Rooms:
         """
         at, replay = room.delivered, socket.replays.get(room.chat_id)
         if replay is None or None not in replay.refs:
-            self._put_replay(socket, room.chat_id, Replay(at, at, room.mark, [None]))
+            self._put_replay(socket, room.chat_id, Replay(at, at, room.mark, (None,)))
         self._catch_up(socket)
 
     # ---- What goes out
@@ -2474,13 +2476,19 @@ async def leave_chats(app: web.Application, user_id: int) -> None:
     """Take a deleted user out of their chats; what it cannot do now is done by keep_tidy.
 
     Those who leave do so one chat each in turn, so that many in very many chats delay nobody; nor
-    do the frames that tell of it.
+    do the frames that tell of it, which all of them may write as many of as one address.
     """
     rooms, rate = app[ROOMS], app[SETTINGS].deliveries_per_second
-    with contextlib.suppress(Unavailable):
-        while row := await app[TURNS].run("leaving", app[DATABASE].row, LEAVE_NEXT_CHAT, user_id):
+
+    async def leave_next() -> bool:
+        if row := await app[DATABASE].row(LEAVE_NEXT_CHAT, user_id):
             rooms.publish(ChatHint(*row))
             await asyncio.sleep(rooms.count_deliveries(row[0]) / rate)
+        return row is not None
+
+    with contextlib.suppress(Unavailable):
+        while await app[TURNS].run("leaving", leave_next):
+            pass
 
 
 async def keep_tidy(app: web.Application) -> None:
@@ -3361,7 +3369,7 @@ async def begin(rooms: Rooms, socket: Socket, chat_id: int, after: str | None) -
 async def take_frames(request: web.Request, socket: Socket) -> None:
     """Take the frames of a socket until it is closed."""
     taken, pause = 0, request.app[SETTINGS].bound(1) * FRAMES_PAUSE_SECONDS
-    while (incoming := await socket.ws.receive()).type not in ENDS:  # smaller than `async for`
+    while (incoming := await socket.receive()).type not in ENDS:  # smaller than `async for`
         socket.heard_at = time.monotonic()
         taken += smalls_in(incoming.data)
         if taken >= FRAMES_AT_ONCE:  # what came in one block is here without any wait

@@ -33,7 +33,7 @@ READ_AHEAD_BYTES = 2048
 HEARTBEAT_SECONDS = 25  # of silence, then a ping
 PONG_SECONDS = 15  # for its answer
 MUCH_UNREAD = 64 * 1024  # bytes, of one connection ...
-UNREAD_MAX = 64 * 1024 * 1024  # ... and of all such connections of an address
+UNREAD_MAX = 16 * 1024 * 1024  # ... and of all such connections of an address
 FLUSH_SECONDS = 0.002  # of a round of the loop, in which what was written is handed on
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
 CLOSE_ALL_SECONDS = 1  # the same for all connections together
@@ -184,6 +184,15 @@ class Connection:
             raise ConnectionError("the handshake was refused")
         self.flush()
         await self._writer.drain()
+
+    async def receive(self) -> WSMessage:
+        """Take the next frame. Where it breaks the protocol, aiohttp closes by itself: what was
+        written before goes out before.
+        """
+        reader = self.ws._reader
+        if reader is not None and reader.exception() is not None:
+            self.flush()
+        return await self.ws.receive()
 
     def write(self, frames: bytes) -> None:
         """Write whole frames, without waiting; none after the close began."""

@@ -303,8 +303,8 @@ async def test_new_chats_do_not_pile_up_for_a_stalled_reader(
     server: TestServer, app: web.Application, alice: Person, bob: Person,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A socket that does not read is closed, to come back, where its user comes into a chat while
-    it has much unsent; one that reads is shown the chat."""
+    """A socket that does not read is shown a chat that its user came into once it has read what
+    waits for it; one that reads is shown it at once."""
     monkeypatch.setattr(messenger, "BEHIND_BYTES", 20_000)
     chat, rooms = await alice.opens(bob), app[messenger.ROOMS]
     stalled = await RawLine().opens(server.port or 0, "/ws", bob.access, receive_bytes=4096)
@@ -314,13 +314,31 @@ async def test_new_chats_do_not_pile_up_for_a_stalled_reader(
     async with asyncio.timeout(HEAR_SECONDS):
         while socket.unsent() <= messenger.BEHIND_BYTES:
             await alice.says(chat, LONG)
+        unsent = socket.unsent()
         group = await alice.founds(bob)
         while (frame := await line.receive_json())["type"] != "chat":
             pass
-        while socket in rooms.all_sockets():
-            await asyncio.sleep(0.01)
-    assert (frame["data"]["id"], socket.close_code) == (group, 1001)
+    assert frame["data"]["id"] == group
+    assert (socket.unsent(), group in socket.rooms) == (unsent, False)
+    assert (await stalled.hears("chat"))["data"]["id"] == group
+    later = await alice.says(group, "later")
+    while (await stalled.hears("message"))["data"]["id"] != later["id"]:
+        pass
     stalled.socket.close()
+
+
+async def test_answers_come_before_the_close_of_who_breaks_the_protocol(
+    alice: Person, bob: Person, raw: Any
+) -> None:
+    """Frames before one that is none of RFC 6455 are answered, though all came in one block."""
+    chat = await alice.opens(bob)
+    line = await raw(alice, chat)
+    await line.hears("ready")
+    good = message(text="", ref="r").encode()
+    await line.gives(
+        bytes((TEXT, 0x80 + len(good), 0, 0, 0, 0, *good, 0xF9, 0x82, 0, 0, 0, 0)) + b"{}")
+    assert (await line.hears("error"))["ref"] == "r"
+    assert await line.takes() == (CLOSE, (1002).to_bytes(2, "big"))
 
 
 class Noting:
