@@ -1,4 +1,4 @@
-"""One connection of a websocket: whole frames out at once, and whether its peer is still there.
+"""One connection of a websocket: whole frames out, and whether its peer is still there.
 
 Frames are written to the transport as they are: aiohttp's own writer waits where a peer is slow,
 and nothing may wait in a loop over many connections. So every frame here is whole, and unmasked and
@@ -94,7 +94,7 @@ web_ws.DEFAULT_CHUNK_SIZE = READ_AHEAD_BYTES  # type: ignore[attr-defined]
 class Outbox:
     """Hands what is written to connections to the system: for a moment in each round of the event
     loop, of one connection after the other; addresses take turns. To do so costs more than
-    anything else that is done for a frame; so what one connection is given meanwhile goes out
+    anything else that is done for a frame; so what is written to one meanwhile goes out
     together.
     """
 
