@@ -1517,9 +1517,8 @@ class Rooms:
 
     async def _try_join(self, user_id: int, chat_ids: list[int]) -> None:
         try:
-            await self._join_chats(self._absent(user_id, chat_ids), chat_ids)
-        except Unavailable:
-            pass  # the poll finds them again
+            absent = self._absent(user_id, chat_ids)
+            await until_available(self._join_chats, absent, chat_ids)
         except Exception:
             log.exception("sockets could not join the rooms of chats %s", chat_ids)
             self.close(GOING_AWAY, *self._absent(user_id, chat_ids))

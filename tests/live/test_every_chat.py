@@ -12,9 +12,11 @@ import aiohttp
 import asyncpg
 import jwt
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 import messenger
+from plumbing.database import ABSENT, Unavailable
 from support.databases import fills
 from support.frames import about, chat_of, message, numbers, of_type, ready, runs, until, until_all
 from support.people import (
@@ -1034,3 +1036,31 @@ async def test_chat_that_one_comes_into_during_the_handshake_is_told_once(
         assert (await line.hears("chat"))["data"]["id"] == made[0]
     await bob.says(made[0], "hi")
     assert (await line.hears("message", "chat"))["type"] == "message"
+
+
+async def test_chat_is_shown_once_the_database_is_back(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chat that could not be read when its user came into it is shown later, also where the poll
+    looks no further back."""
+    rows, reads, tries = app[messenger.DATABASE].rows, messenger.read_chats, 0
+
+    async def polls_nothing(statement: str, *arguments: Any) -> Any:
+        return [] if statement == messenger.SELECT_JOINED else await rows(statement, *arguments)
+
+    async def fails_at_first(*arguments: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries <= 3:
+            raise Unavailable(ABSENT)
+        return await reads(*arguments)
+
+    line = await follows(bob)
+    await line.hears("chats")
+    monkeypatch.setattr(app[messenger.DATABASE], "rows", polls_nothing)
+    monkeypatch.setattr(messenger, "read_chats", fails_at_first)
+    body = {"is_group": True, "name": "late", "participant_ids": [bob.id]}
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(alice.asks("POST", "/chats", body))
+        assert (await line.hears("chat"))["data"]["name"] == "late"
+    assert tries > 3
