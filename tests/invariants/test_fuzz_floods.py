@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 import messenger
-from support.floods import BLOCKS, CALLS, HASTE, SILENCE, Flood, flood
+from support.floods import BLOCKS, CALLS, HASTE, LISTENING, SILENCE, Flood, flood
 from support.fuzzing import LONG
 from support.hostile import CLOSE, CONTINUATION, FIN, PING, PONG, TEXT, frame
 from support.people import HEAR_SECONDS, PASSWORD, Line, Person
@@ -23,15 +23,19 @@ from support.servers import SECRET_KEY, Server
 pytestmark = pytest.mark.usefixtures("nothing_left")
 
 STRANGER = "127.0.0.2"  # where the floods come from
+LISTENERS_AT = [f"127.0.0.{n}" for n in range(3, 7)]  # where the stranger listens to them
 FLOOD_SECONDS = 5.0 if LONG else 1.0
 P99_SECONDS = 0.1 if LONG else HEAR_SECONDS  # of an honest call; long: on a quiet machine
 PAUSE_SECONDS = 0.02  # between two honest calls
 CONNECTIONS = 200
+LISTENERS = 1_500 if LONG else 40  # sockets of the stranger, at a second address
+OPENING_SECONDS = 6.0 if LONG else 1.0  # until they are open
 MEMORY_MB_MAX = 250
 ACCOMPLICES = 49 if LONG else 4  # other accounts of the stranger
 BLOCK = 4_000  # control frames in one write
 ENDING = ("refresh", "logout", "delete_user", "delete_session")  # calls that end a session
-REFUSED = {"calls", "marks in a login", *ENDING}  # floods that may be answered 401
+REFUSED = {  # floods that may be answered 401
+    "calls", "marks in a login", "deletions that many watch", "renames while many sync", *ENDING}
 MARKS = "\u0344" * 16_000 + "\u0323" * 15_900
 
 # A hundred groups of a hundred, each with a long message: the dearest list of chats that there is.
@@ -47,6 +51,17 @@ where c.name = 'group';
 insert into messages (chat_id, seq, rev, id, sender_id, text, created_at)
 select id, 1, 1, gen_random_uuid(), {owner}, repeat('x', 4096), now() from chats
 where name = 'group';
+"""
+
+# $1 accomplices: each owns a group of all of them.
+WATCHED = """
+with made as (
+    insert into chats (is_group, name, participant_count)
+    select true, owner::text, cardinality($1::bigint[]) from unnest($1::bigint[]) owner
+    returning id, name)
+insert into participants (chat_id, user_id, role)
+select made.id, n, case when made.name = n::text then 'owner' else 'member' end
+from made, unnest($1::bigint[]) n
 """
 
 
@@ -146,6 +161,32 @@ class Stranger:
             Flood("handshakes that are cut off", HASTE, opened, 10),
         ]
 
+    def of_watched(self, accomplices: dict[Person, int]) -> list[tuple[Flood, Flood]]:
+        """Make floods of what many sockets are told, each after the flood of those sockets;
+        `accomplices` name the group that each owns. Half of them are deleted in the third.
+        """
+        def owned(method: str, path: str, body: Any) -> list[str]:
+            return [self.request(method, f"/api/v1/chats/{chat}{path}", body, each.access)
+                    for each, chat in accomplices.items()]
+
+        opened = [handshake(self.port, "/ws", each.access).decode("latin-1")
+                  for each in accomplices]
+        sync = json.dumps({"type": "sync", "chats": dict.fromkeys(accomplices.values(), 0)})
+        synced = (frame(FIN | TEXT, sync.encode()) * 2).decode("latin-1")
+        again = list(itertools.chain.from_iterable((each, synced) for each in opened))
+        listening = Flood("", LISTENING, opened, LISTENERS)
+        deleted = [self.request("DELETE", f"/api/v1/users/{each.id}", None, each.access)
+                   for each in list(accomplices)[::2]]
+        renamed = owned("PATCH", "", {"name": "y"})
+        return [
+            (listening, Flood("renames that many watch", CALLS, renamed)),
+            (listening, Flood("long messages that many watch", CALLS, owned(
+                "POST", "/messages", {"text": "x" * 4_096}))),
+            (listening, Flood("deletions that many watch", CALLS, deleted)),
+            (Flood("", BLOCKS, again, LISTENERS), Flood(
+                "renames while many sync", CALLS, renamed)),
+        ]
+
     def of_connections(self) -> list[Flood]:
         """Make floods of connections that are held, with nothing or with an unread answer."""
         return [
@@ -196,15 +237,42 @@ class Honest:
 
 
 @pytest.fixture
-async def flooded(database_url: str, tmp_path: Path) -> AsyncIterator[Server]:
-    """A server with its usual limits; afterwards it is still up, and has logged no error."""
+async def flooded(
+    request: pytest.FixtureRequest, database_url: str, tmp_path: Path
+) -> AsyncIterator[Server]:
+    """A server with its usual limits, but for how many connections an address may have; afterwards
+    it is still up, and has logged no error."""
     server = await Server(
         tmp_path, DATABASE_URL=database_url, SECRET_KEY=SECRET_KEY, RATE_LIMITS="on",
-        CONNECTIONS_PER_ADDRESS=CONNECTIONS, BCRYPT_COST=10).starts()
+        CONNECTIONS_PER_ADDRESS=getattr(request, "param", CONNECTIONS), BCRYPT_COST=10).starts()
     yield server
     assert server.process.returncode is None, server.complaints()
     assert await server.stops() == 0, server.complaints()
     assert "ERROR" not in server.complaints()
+
+
+class Watch:
+    """Watches an honest user beside floods of a server."""
+
+    def __init__(self, server: Server, honest: Person, chat: int, line: Line) -> None:
+        self.server, self.person, self.chat, self.line = server, honest, chat, line
+        self.slow: dict[str, float] = {}  # the floods beside which a call took too long
+
+    async def sees_served(self, name: str, flooding: "asyncio.Task[dict[str, int]]") -> None:
+        """See that the honest user is served until a flood ends, which must be one."""
+        honest = Honest(self.person, self.chat, self.line)
+        await honest.lives(flooding)
+        heard = await flooding
+        times = sorted(honest.seconds)
+        p99 = times[int(len(times) * 0.99)]
+        if LONG:
+            told = f"{len(times)} calls, p50 {times[len(times) // 2] * 1000:.0f} ms, "
+            print(f"\n{name}: {told}p99 {p99 * 1000:.0f} ms beside {heard}", end="")
+        if not set(name.split(", ")) & REFUSED:
+            assert "401" not in heard, f"nothing was flooded by {name}: signed out"
+        if p99 > P99_SECONDS:
+            self.slow[name] = p99
+        assert self.server.memory_mb() < MEMORY_MB_MAX, name
 
 
 @pytest.mark.timeout(3600 if LONG else 120)
@@ -227,29 +295,45 @@ async def test_honest_user_is_served_beside_floods(
     many = stranger.of_many({each: await each.founds(bob) for each in accomplices})
     others = stranger.of_texts() + stranger.of_frames(groups) + many
     floods = [[each] for each in calls + others + stranger.of_connections()]
-    asyncio.get_running_loop().set_debug(False)  # what the honest user takes is not the server's
     if not LONG:  # all calls in turn, then all else, then the connections
         sends = [sent for each in calls for sent in each.sends]
         texts, frames = stranger.of_texts(), stranger.of_frames(groups)
         floods = [[Flood("calls", CALLS, sends)], texts, frames, many, stranger.of_connections()]
     chat = await alice.opens(bob)
-    line = await alice.listens_live(chat)
-    slow = {}
-    for at_once in floods:
-        honest = Honest(alice, chat, line)
-        flooding = asyncio.create_task(flood(flooded.port, STRANGER, FLOOD_SECONDS, at_once))
-        await honest.lives(flooding)
-        heard = await flooding
-        times = sorted(honest.seconds)
-        p99 = times[int(len(times) * 0.99)]
-        names = ", ".join(each.name for each in at_once)
-        if LONG:
-            with capsys.disabled():
-                told = f"{len(times)} calls, p50 {times[len(times) // 2] * 1000:.0f} ms, "
-                print(f"\n{names}: {told}p99 {p99 * 1000:.0f} ms beside {heard}", end="")
-        if not {each.name for each in at_once} & REFUSED:
-            assert "401" not in heard, f"nothing was flooded by {names}: signed out"
-        if p99 > P99_SECONDS:
-            slow[names] = p99
-        assert flooded.memory_mb() < MEMORY_MB_MAX, names
-    assert slow == {}
+    watch = Watch(flooded, alice, chat, await alice.listens_live(chat))
+    asyncio.get_running_loop().set_debug(False)  # what the honest user takes is not the server's
+    with capsys.disabled():
+        for at_once in floods:
+            await watch.sees_served(
+                ", ".join(each.name for each in at_once),
+                asyncio.create_task(flood(flooded.port, STRANGER, FLOOD_SECONDS, at_once)))
+    assert watch.slow == {}
+
+
+@pytest.mark.timeout(3600 if LONG else 120)
+@pytest.mark.parametrize("flooded", [LISTENERS + 100], indirect=True)
+async def test_honest_user_is_served_beside_what_many_sockets_are_told(
+    flooded: Server, people_of: Any, sql: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a stranger has written to very many sockets of their own, an honest user is served
+    as usual."""
+    mallory, alice, bob = [
+        await people_of(flooded, name) for name in ("mallory", "alice", "bob")]
+    accomplices = [
+        await people_of(flooded, f"accomplice_{number}") for number in range(ACCOMPLICES)]
+    await sql.execute(WATCHED, [each.id for each in accomplices])
+    owned = {each: await sql.fetchval("select id from chats where name = $1", str(each.id))
+             for each in accomplices}
+    stranger = Stranger(flooded.port, mallory, 0, "")
+    chat = await alice.opens(bob)
+    watch = Watch(flooded, alice, chat, await alice.listens_live(chat))
+    asyncio.get_running_loop().set_debug(False)  # what the honest user takes is not the server's
+    with capsys.disabled():
+        for origin, (sockets, told) in zip(LISTENERS_AT, stranger.of_watched(owned), strict=True):
+            listening = asyncio.create_task(flood(
+                flooded.port, origin, OPENING_SECONDS + FLOOD_SECONDS + 1, [sockets]))
+            await asyncio.sleep(OPENING_SECONDS)
+            await watch.sees_served(told.name, asyncio.create_task(
+                flood(flooded.port, STRANGER, FLOOD_SECONDS, [told])))
+            assert (await listening)["101"] > LISTENERS / 3  # of fewer accounts at the end
+    assert watch.slow == {}

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-CALLS, BLOCKS, SILENCE, HASTE = "calls", "blocks", "silence", "haste"
+CALLS, BLOCKS, SILENCE, LISTENING, HASTE = "calls", "blocks", "silence", "listening", "haste"
 HASTE_SECONDS = 0.004  # until who is in haste hangs up
 SMALL_BYTES = 4096  # of the buffer of who does not read
 
@@ -29,11 +29,12 @@ class Flood:
     `calls`: each sends a request, reads the answer, and goes on with the next. `blocks`: each sends
     the first once, then the second again and again, and passes over what it hears; who is hung up
     on comes back. `silence`: each sends the first, which may be nothing, and reads nothing.
+    `listening`: each sends one, and reads whatever comes.
     `haste`: each sends one, hangs up before it can be answered, and comes back at once.
     """
 
     name: str
-    kind: Literal["calls", "blocks", "silence", "haste"]
+    kind: Literal["calls", "blocks", "silence", "listening", "haste"]
     sends: list[str]  # bytes, as Latin-1
     connections: int = 30
 
@@ -48,7 +49,7 @@ class Flooder:
     async def sends(self, flood: Flood) -> None:
         """Send a flood over one connection after the other."""
         work = {CALLS: self.calls, BLOCKS: self.blocks, SILENCE: self.is_silent,
-                HASTE: self.hangs_up}[flood.kind]
+                LISTENING: self.listens, HASTE: self.hangs_up}[flood.kind]
         sends = itertools.cycle(each.encode("latin-1") for each in flood.sends)
         connections = [self.comes_back(work, sends, flood) for _ in range(flood.connections)]
         await asyncio.gather(*connections)
@@ -117,6 +118,18 @@ class Flooder:
         writer.write(next(sends))
         writer.transport.pause_reading()  # type: ignore[attr-defined]
         await asyncio.sleep(3600)
+
+    async def listens(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
+        sends: "itertools.cycle[bytes]",
+    ) -> None:
+        """Send something, and read whatever comes."""
+        writer.write(next(sends))
+        head = await reader.readuntil(b"\r\n\r\n")
+        self.heard[head[9:12].decode()] += 1
+        while await reader.read(1 << 20):
+            pass
+        raise EOFError
 
     async def hangs_up(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
