@@ -1529,11 +1529,14 @@ class Rooms:
             await socket.drain()
             await self._try_join(socket.asker.user_id, chat_ids)
 
-    async def _join_chats(self, sockets: list[Socket], chat_ids: Iterable[int]) -> None:
+    async def _join_chats(
+        self, joining: Iterable[Socket], chat_ids: Iterable[int]
+    ) -> list[Socket]:
         """Show sockets of a user those of some chats that the user is in, but not where they joined
         already; then they are live. Each is shown a few in a turn of its own: there may be
-        thousands. Raises Unavailable.
+        thousands. Those that are slow to read join later; answers the others. Raises Unavailable.
         """
+        sockets = list(joining)
         for socket in sockets:
             if socket.joining is not None:  # `chats` comes first, and may tell of them
                 await socket.joining.wait()
@@ -1542,7 +1545,7 @@ class Rooms:
         def is_absent(chat_id: int) -> bool:
             return any(chat_id not in each.rooms and each in self._sockets for each in sockets)
 
-        while waiting:
+        while waiting and sockets:
             piece, waiting = waiting[:CHATS_PIECE], waiting[CHATS_PIECE:]
             absent = list(filter(is_absent, piece))
             if not absent:
@@ -1551,13 +1554,18 @@ class Rooms:
                 sockets[0].address, read_chats, self.database, absent, sockets[0].asker.user_id)
             # The least active comes first: of new ones, the oldest.
             shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in reversed(chats)]
-            for socket in sockets:
-                await self.pieces.call(socket.address, self._show_chats, socket, shown)
+            for socket in list(sockets):
+                if socket.unsent() > BEHIND_BYTES:
+                    sockets.remove(socket)
+                    self._tasks.spawn(self._join_later(socket, [*absent, *waiting]))
+                else:
+                    await self.pieces.call(socket.address, self._show_chats, socket, shown)
             # Their participants changed: out of these the user may be again.
             if changed := [chat.id for chat in chats if is_absent(chat.id)]:
                 deadline = deadline or time.monotonic() + VERSION_SECONDS
                 await self._wait_for_version(deadline)
                 waiting += changed
+        return sockets
 
     def _show_chats(self, socket: Socket, shown: list[tuple[Chat, bytes]]) -> None:
         """Show a socket chats, each by its frame, and let it join: not where it did so meanwhile or
@@ -1569,9 +1577,6 @@ class Rooms:
                 continue
             if self._is_beyond(socket, 1):
                 self.close(GOING_AWAY, socket)  # it may come back where its user's others allow
-                return
-            if socket.unsent() > BEHIND_BYTES:
-                self._tasks.spawn(self._join_later(socket, [each.id for each, _ in shown]))
                 return
             socket.write(frame)
             rev, mark = chat.last_rev, mark_of(chat.position)
@@ -1647,10 +1652,12 @@ class Rooms:
         """
         refused: dict[int, Exception] = {}
         try:
-            await self._join_chats([socket], after)  # its user may have come in a moment ago
+            joined = await self._join_chats([socket], after)  # its user may have come in just now
             marks = await self._marks_of(socket, after)
         except Unavailable as error:  # which is not kept: its frames hold this
             return dict.fromkeys(after, Unavailable(str(error)))
+        if not joined:
+            return dict.fromkeys(after, Unavailable("Read first what this socket was sent."))
         for place, (chat_id, (number, claimed)) in enumerate(after.items()):
             if place % CHATS_PIECE == 0:
                 await self.pieces.come(socket.address)
@@ -1767,7 +1774,7 @@ class Rooms:
     def broadcast(self, hint: FrameHint) -> None:
         """Write a frame without a number, which nobody repeats, to those here whom it concerns."""
         if room := self._rooms.get(hint.chat_id):
-            sockets = [socket for socket in room.live if socket.asker.user_id != hint.but
+            sockets = [socket for socket in room.sockets if socket.asker.user_id != hint.but
                        and (hint.only is None or socket.asker.user_id in hint.only)]
             self.deliver(room, sockets, text_frame(hint.frame.encode()), 1)
 

@@ -512,13 +512,15 @@ class Database:
         return found[0][0] if found else None
 
 
-async def until_available(work: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+async def until_available(work: Callable[..., Awaitable[object]], *arguments: Any) -> None:
     """Await `work`, again a little later for as long as it raises Unavailable."""
     while True:
         try:
-            return await work(*arguments)
+            await work(*arguments)
         except Unavailable:
             await asyncio.sleep(RETRY_SECONDS)
+        else:
+            return
 
 
 async def repeat(

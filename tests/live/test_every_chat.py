@@ -30,7 +30,7 @@ from support.people import (
     refusal,
     removes,
 )
-from support.raw import RawLine, transport_of
+from support.raw import LONG, RawLine, transport_of
 from support.resuming import number_of
 from support.servers import SECRET_KEY, Elsewhere, knows
 
@@ -906,14 +906,15 @@ async def test_chat_that_changes_while_others_are_joined_is_as_it_is_then(
 
 
 @pytest.mark.parametrize("replays", ["asked for", "of a new chat"])
-async def test_change_of_a_chat_is_told_while_a_socket_catches_up_there(
-    app: Any, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch, replays: str
+async def test_what_has_no_number_is_told_while_a_socket_catches_up(
+    app: Any, alice: Person, bob: Person, carol: Person, monkeypatch: pytest.MonkeyPatch,
+    replays: str,
 ) -> None:
-    """A chat that is renamed during the replay that a socket asked for, or between `chat` and
-    `ready`, is told to that socket."""
-    chat = await bob.founds(alice)
+    """That a chat is renamed, read or written in during the replay that a socket asked for, or
+    between `chat` and `ready`, is told to that socket."""
+    chat = await bob.founds(alice, carol)
     for _ in range(3):
-        await bob.says(chat, "missed")
+        said = await bob.says(chat, "missed")
     line = await follows(alice)
     await line.hears("chats")
     asked, goes_on = asyncio.Event(), asyncio.Event()
@@ -933,13 +934,43 @@ async def test_change_of_a_chat_is_told_while_a_socket_catches_up_there(
         monkeypatch.setattr(messenger.Rooms, "_go_on", lambda rooms, socket, room: (
             asked.set(), rooms._tasks.spawn(goes_on.wait()).add_done_callback(
                 lambda _: go_on(rooms, socket, room))))
-        chat = await bob.founds(alice)
+        chat = await bob.founds(alice, carol)
+        said = await bob.says(chat, "new")
     await asked.wait()
     await bob.expects(200, "PATCH", f"/chats/{chat}", {"name": "renamed"})
     update = await line.hears("chat_updated")
     assert (update["data"]["chat_id"], update["data"]["name"]) == (chat, "renamed")
+    await carol.reads(chat, said)
+    assert (await line.hears("read"))["data"]["seq"] == said["seq"]
+    await (await carol.listens_live(chat)).sends(type="typing")
+    assert (await line.hears("typing"))["data"]["user_id"] == carol.id
     goes_on.set()
     assert (await line.hears("ready"))["data"]["chat_id"] == chat
+
+
+async def test_slow_reader_is_shown_new_chats_later_and_holds_up_nobody(
+    app: Any, server: TestServer, alice: Person, bob: Person
+) -> None:
+    """While one socket of a user reads nothing, another is shown each chat that the user comes
+    into; the slow one is shown them all once it reads."""
+    chat = await alice.opens(bob)
+    slow = await RawLine().opens(server.port, "/ws", bob.access, receive_bytes=4096)
+    await slow.hears("chats")
+    transport_of(server, slow.socket)
+    [socket] = app[messenger.ROOMS]._of_users[bob.id]
+    while socket.unsent() <= messenger.BEHIND_BYTES:
+        await alice.says(chat, LONG)
+    fast = await follows(bob)
+    await fast.hears("chats")
+    groups = []
+    for _ in range(3):
+        groups.append(await alice.founds(bob))
+        assert (await fast.hears("chat"))["data"]["id"] == groups[-1]
+    heard = [(await slow.hears("chat"))["data"]["id"] for _ in groups]
+    assert sorted(heard) == groups
+    await alice.says(groups[-1], "live")
+    while (await slow.hears("message"))["data"]["text"] != "live":
+        pass
 
 
 async def test_chats_that_the_sockets_of_a_user_follow_are_bounded(
