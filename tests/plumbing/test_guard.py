@@ -1207,23 +1207,29 @@ async def test_turn_that_is_refused_and_cancelled_at_once_was_never_taken() -> N
     await asyncio.wait_for(other, HEAR_SECONDS)
 
 
-async def test_key_whose_turns_are_short_goes_before_those_with_long_ones() -> None:
+async def test_key_whose_turns_are_short_goes_before_those_with_long_ones(
+    clock: Callable[[float], None],
+) -> None:
     """Of keys that wait for turns which may take long, the one that used the least goes next: it
     waits for no more than is under way, however many others wait."""
-    turns, order = guard.FairTurns(2, of_each=1), []
+    turns, order = guard.FairTurns(1), []
 
     async def works(key: str, seconds: float) -> None:
-        await turns.run(key, asyncio.sleep, seconds)
+        await turns.take(key)
         order.append(key)
+        await asyncio.sleep(0)
+        clock(seconds)
+        turns.give_back(key)
 
-    flood = [asyncio.create_task(works(f"long {number % 8}", 0.05)) for number in range(32)]
+    flood = [asyncio.create_task(works(f"long {number % 8}", 0.05)) for number in range(80)]
+    while len(order) < 16:  # each of them has had a turn
+        await asyncio.sleep(0)
+    await works("short", 0.001)  # as who comes anew
+    before = len(order)
     for _ in range(5):
-        await asyncio.sleep(0.06)
         await works("short", 0.001)
+    assert len(order) - before <= 5 * 2, order  # itself, and the one that is under way
     await asyncio.gather(*flood)
-    places = [place for place, key in enumerate(order) if key == "short"]
-    # Between two of them 0.06 s of two long ones at a time, and what was under way.
-    assert max(later - before for before, later in itertools.pairwise(places)) <= 7
     assert not turns._began
     await asyncio.wait_for(turns.take("short"), HEAR_SECONDS)
 
