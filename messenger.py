@@ -217,7 +217,8 @@ PAGE_DEFAULT = 50
 PAGE_MAX = 100
 SYNC_CHATS_MAX = 1000  # in one frame ...
 CHATS_PIECE = 20  # of so many at once do replays begin; so many are shown to who came into them ...
-COMING_MAX = 1000  # ... while so many may wait
+COMING_MAX = 1000  # ... while so many may wait ...
+LATE_MAX = 100  # ... and so many for a socket that is too slow to read
 TEXT_CHARS_MAX = 4096
 UNREAD_MAX = 100  # counted, as the statements do
 USER_AGENT_CHARS_MAX = 200
@@ -928,7 +929,6 @@ class Asker:
 
 ASKER = web.RequestKey("asker", Asker)
 ME = web.RequestKey("me", int)  # the asker's id
-ADDRESS = web.RequestKey("address", str)  # where it comes from, once that was asked
 SUBPROTOCOL = "messenger.v1"
 
 
@@ -1026,9 +1026,7 @@ def refuse_foreign_page(request: web.Request) -> None:
 
 def address_of(request: web.Request) -> str:
     """Tell the address that a request comes from, as far as it can be believed."""
-    if ADDRESS not in request:
-        request[ADDRESS] = guard.client_address(request, request.app[PROXIES])
-    return request[ADDRESS]
+    return guard.address_of(request, request.app[PROXIES])
 
 
 def charge(
@@ -1345,6 +1343,9 @@ class Rooms:
         self._look_ups = GroupReader(self._followed_by, told_at_once=10)  # pieces take turns
         self._coming = Pieces(  # by user: chats they came into
             self._tasks, self._try_join, CHATS_PIECE, COMING_MAX, self._send_back)
+        self._late = Pieces(  # by socket that is too slow to read: the same
+            self._tasks, self._join_later, CHATS_PIECE, LATE_MAX,
+            lambda socket: self.close(GOING_AWAY, socket))
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs
@@ -1517,8 +1518,7 @@ class Rooms:
 
     async def _try_join(self, user_id: int, chat_ids: list[int]) -> None:
         try:
-            absent = self._absent(user_id, chat_ids)
-            await until_available(self._join_chats, absent, chat_ids)
+            await until_available(self._join_chats, self._absent(user_id, chat_ids), chat_ids)
         except Exception:
             log.exception("sockets could not join the rooms of chats %s", chat_ids)
             self.close(GOING_AWAY, *self._absent(user_id, chat_ids))
@@ -1529,14 +1529,12 @@ class Rooms:
             await socket.drain()
             await self._try_join(socket.asker.user_id, chat_ids)
 
-    async def _join_chats(
-        self, joining: Iterable[Socket], chat_ids: Iterable[int]
-    ) -> list[Socket]:
+    async def _join_chats(self, those: list[Socket], chat_ids: Iterable[int]) -> list[Socket]:
         """Show sockets of a user those of some chats that the user is in, but not where they joined
         already; then they are live. Each is shown a few in a turn of its own: there may be
         thousands. Those that are slow to read join later; answers the others. Raises Unavailable.
         """
-        sockets = list(joining)
+        sockets = list(those)
         for socket in sockets:
             if socket.joining is not None:  # `chats` comes first, and may tell of them
                 await socket.joining.wait()
@@ -1546,6 +1544,11 @@ class Rooms:
             return any(chat_id not in each.rooms and each in self._sockets for each in sockets)
 
         while waiting and sockets:
+            for socket in list(sockets):
+                if socket.unsent() > BEHIND_BYTES and (
+                        late := [each for each in waiting if each not in socket.rooms]):
+                    sockets.remove(socket)
+                    self._late.put(socket, *late)
             piece, waiting = waiting[:CHATS_PIECE], waiting[CHATS_PIECE:]
             absent = list(filter(is_absent, piece))
             if not absent:
@@ -1554,12 +1557,8 @@ class Rooms:
                 sockets[0].address, read_chats, self.database, absent, sockets[0].asker.user_id)
             # The least active comes first: of new ones, the oldest.
             shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in reversed(chats)]
-            for socket in list(sockets):
-                if socket.unsent() > BEHIND_BYTES:
-                    sockets.remove(socket)
-                    self._tasks.spawn(self._join_later(socket, [*absent, *waiting]))
-                else:
-                    await self.pieces.call(socket.address, self._show_chats, socket, shown)
+            for socket in sockets:
+                await self.pieces.call(socket.address, self._show_chats, socket, shown)
             # Their participants changed: out of these the user may be again.
             if changed := [chat.id for chat in chats if is_absent(chat.id)]:
                 deadline = deadline or time.monotonic() + VERSION_SECONDS
@@ -2709,9 +2708,10 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     """Renew a session's tokens, with its refresh token as Bearer or in the body.
 
     A refresh token can be used once. If you lost the answer, send the old one again, and you get
-    the same two new tokens. For 30 s this works as long as the new refresh token was not used;
-    after that, only if neither new token was used. Any other use of an old refresh token ends the
-    session. An access token from before the refresh stays valid until it expires.
+    the same new refresh token, with another access token. For 30 s this works as long as the new
+    refresh token was not used; after that, only if no new token was used. Any other use of an old
+    refresh token ends the session. An access token from before the refresh stays valid until it
+    expires.
     Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
@@ -2804,8 +2804,8 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
     active = None if body.is_active is UNSET else body.is_active
     ended = await app[DATABASE].value(
         CHANGE_USER, user_id, me.session_id, verified, *email, *username, hashed, active)
-    if ended is None:
-        raise WrongPassword
+    if ended is None:  # another password is right by now, or the account is gone
+        raise WrongPassword if verified else Unauthorized
     for session_id in ended:
         app[ROOMS].publish(SessionHint(session_id, user_id))
     return await get_user(request, user_id)

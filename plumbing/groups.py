@@ -143,16 +143,17 @@ class Pieces(Generic[Key, Thing]):
         self._waiting: dict[Key, dict[Thing, None]] = {}  # in the order in which they came
         self._left_out: set[Key] = set()
 
-    def put(self, key: Key, thing: Thing) -> None:
-        """Ask for a thing to be done."""
+    def put(self, key: Key, *wanted: Thing) -> None:
+        """Ask for things to be done."""
         if key not in self._waiting:
             self._waiting[key] = {}
             self._tasks.spawn(self._run(key))
         things = self._waiting[key]
-        if thing in things or (key not in self._left_out and len(things) < self._at_most):
-            things[thing] = None
-        else:
-            self._left_out.add(key)
+        for thing in wanted:
+            if thing in things or (key not in self._left_out and len(things) < self._at_most):
+                things[thing] = None
+            else:
+                self._left_out.add(key)
 
     async def _run(self, key: Key) -> None:
         things = self._waiting[key]

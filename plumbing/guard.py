@@ -90,6 +90,7 @@ Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 Thing = TypeVar("Thing", bound=Hashable)
 # What a request calls once its answer was taken: it holds a slot until then.
+ADDRESS = web.RequestKey("address", str)  # that it comes from, once it was asked for
 GIVE_BACK: web.RequestKey[Callable[[], None]] = web.RequestKey("give_back")
 log = logging.getLogger("messenger.guard")
 
@@ -158,6 +159,13 @@ def nearest_stranger(peer: Address, way: Iterable[str], trusted: list[Network]) 
             break
         peer = told
     return peer
+
+
+def address_of(request: web.Request, trusted: list[Network]) -> str:
+    """Answer `client_address`, which is found out once for each request."""
+    if ADDRESS not in request:
+        request[ADDRESS] = client_address(request, trusted)
+    return request[ADDRESS]
 
 
 def client_address(request: web.Request, trusted: list[Network]) -> str:

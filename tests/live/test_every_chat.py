@@ -30,7 +30,7 @@ from support.people import (
     refusal,
     removes,
 )
-from support.raw import LONG, RawLine, transport_of
+from support.raw import CLOSE, LONG, RawLine, transport_of
 from support.resuming import number_of
 from support.servers import SECRET_KEY, Elsewhere, knows
 
@@ -970,6 +970,28 @@ async def test_slow_reader_is_shown_new_chats_later_and_holds_up_nobody(
     assert sorted(heard) == groups
     await alice.says(groups[-1], "live")
     while (await slow.hears("message"))["data"]["text"] != "live":
+        pass
+
+
+async def test_slow_reader_for_whom_too_many_new_chats_wait_comes_back_once_it_has_read(
+    app: Any, server: TestServer, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a socket that reads nothing few new chats wait; where there were more, it is closed after
+    it has read what was written to it."""
+    monkeypatch.setattr(app[messenger.ROOMS]._late, "_at_most", 2)
+    chat = await alice.opens(bob)
+    slow = await RawLine().opens(server.port, "/ws", bob.access, receive_bytes=4096)
+    await slow.hears("chats")
+    transport_of(server, slow.socket)
+    [socket] = app[messenger.ROOMS]._of_users[bob.id]
+    while socket.unsent() <= messenger.BEHIND_BYTES:
+        await alice.says(chat, LONG)
+    fast = await follows(bob)
+    for _ in range(5):
+        group = await alice.founds(bob)
+        assert (await fast.hears("chat"))["data"]["id"] == group
+    await slow.hears("chat")
+    while (await slow.takes())[0] != CLOSE:
         pass
 
 

@@ -68,6 +68,21 @@ async def is_gone(person: Person) -> None:
 # ---- Changing
 
 
+async def test_change_of_an_account_that_is_deleted_meanwhile_is_refused_as_signed_out(
+    alice: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new name that comes when the account is gone is no wrong password."""
+    value = messenger.Database.value
+
+    async def delete_first(self: messenger.Database, query: str, *arguments: Any) -> Any:
+        if query == messenger.CHANGE_USER:
+            await value(self, messenger.DELETE_USER, alice.id)
+        return await value(self, query, *arguments)
+
+    monkeypatch.setattr(messenger.Database, "value", delete_first)
+    assert await changes(alice, 401, username="late") == "unauthorized"
+
+
 async def test_name_and_email_are_changed(alice: Person, bob: Person, people: Any) -> None:
     """Everybody sees the new name and the new email logs in; the old ones are free for others."""
     chat = await alice.founds(bob)
