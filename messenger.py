@@ -1772,7 +1772,10 @@ class Rooms:
 
     def broadcast(self, hint: FrameHint) -> None:
         """Write a frame without a number, which nobody repeats, to those here whom it concerns."""
-        if room := self._rooms.get(hint.chat_id):
+        room = self._rooms.get(hint.chat_id)
+        if room and room.filling and room.latest[1] > room.version:  # who left would hear it
+            room.filling.add_done_callback(lambda _: self.broadcast(hint))
+        elif room:
             sockets = [socket for socket in room.sockets if socket.asker.user_id != hint.but
                        and (hint.only is None or socket.asker.user_id in hint.only)]
             self.deliver(room, sockets, text_frame(hint.frame.encode()), 1)
@@ -3407,11 +3410,10 @@ def take_control(request: web.Request, socket: Socket, incoming: WSMessage) -> N
     """
     try:
         charge(request.app, TooManyFrames, socket.key)
+        if incoming.type is WSMsgType.PING:
+            socket.pong(incoming.data)
     except TooManyFrames:
         close_if_flooding(request, socket)
-        return
-    if incoming.type is WSMsgType.PING:
-        socket.pong(incoming.data)
 
 
 def close_if_flooding(request: web.Request, socket: Socket) -> None:
@@ -3450,8 +3452,7 @@ def problem_of(socket: Socket, error: Exception) -> Problem:
 
 def refuse_text(socket: Socket, text: str | bytes, problem: Problem) -> None:
     """Refuse a frame as it came, with its `ref` and `chat_id` as far as they can be read."""
-    told = peek(text, ref=(str, int, float), chat_id=(int,))
-    refuse_frame(socket, problem, **told)
+    refuse_frame(socket, problem, **peek(text, ref=(str, int, float), chat_id=(int,)))
 
 
 def refuse_frame(

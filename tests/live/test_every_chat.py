@@ -905,6 +905,32 @@ async def test_chat_that_changes_while_others_are_joined_is_as_it_is_then(
     assert (await line.hears("message", "chat_removed"))["data"]["text"] == "for alice"
 
 
+@pytest.mark.parametrize("told", ["typing", "read"])
+async def test_who_was_removed_hears_nothing_that_came_after(
+    alice: Person, bob: Person, carol: Person, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """That somebody reads or writes is told to nobody who was taken out of the chat before, also
+    while the server has yet to find out who that was."""
+    chat = await alice.founds(bob, carol)
+    said = await alice.says(chat, "hi")
+    line, removed = await alice.listens_live(chat), await follows(bob)
+    writing = await carol.listens_live(chat)
+    goes_on, rows = asyncio.Event(), messenger.Database.rows
+
+    async def read_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_ROOM:
+            await goes_on.wait()
+        return await rows(self, statement, *arguments)
+
+    monkeypatch.setattr(messenger.Database, "rows", read_slowly)
+    await removes(alice, chat, bob)
+    await writing.sends(type=told, ref=1, **({"message_id": said["id"]} if told == "read" else {}))
+    await writing.hears("ack")
+    goes_on.set()
+    assert [(await line.hears())["type"] for _ in range(2)] == ["chat_updated", told]
+    assert (await removed.hears("chat_removed", told))["type"] == "chat_removed"
+
+
 @pytest.mark.parametrize("replays", ["asked for", "of a new chat"])
 async def test_what_has_no_number_is_told_while_a_socket_catches_up(
     app: Any, alice: Person, bob: Person, carol: Person, monkeypatch: pytest.MonkeyPatch,
