@@ -3249,12 +3249,11 @@ async def search_messages(
     """
     me, database, index = request[ME], request.app[DATABASE], request.app[INDEX]
     words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
-    wanted = words_wanted(words, runs)
-    asked = sorted(wanted, key=len)[-WORDS_ASKED_MAX:]
+    wanted = sorted(words_wanted(words, runs), key=len)
+    asked = wanted[-WORDS_ASKED_MAX:]
+    is_whole = True
     if wanted and await database.row(SELECT_MEMBERSHIP, chat_id, me):
         is_whole = await index.index_for_search(chat_id, address_of(request))
-    else:
-        is_whole = True
     until = time.monotonic() + SEARCH_SECONDS
     found: list[Message] = []
     goes_on = True
@@ -3264,9 +3263,11 @@ async def search_messages(
         if not rows:
             raise ChatNotFound
         named = await messages_of(database, chat_id, rows[:limit])
+        # Of a message that was edited the index may know the text before.
+        is_sure = is_whole and asked == wanted and not any(each.edited_at for each in named)
         places, seen = await index.texts.find(
             address_of(request), [each.text for each in named], runs, limit - len(found),
-            unsure_of=() if is_whole and len(asked) == len(wanted) else wanted)
+            unsure_of=() if is_sure else wanted)
         found += [named[place] for place in places]
         before = named[seen - 1].seq if seen else before
         goes_on = len(rows) > limit or seen < len(named)

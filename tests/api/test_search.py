@@ -307,6 +307,26 @@ async def test_long_words_do_no_harm(alice: Person, bob: Person) -> None:
     assert await finds(bob, chat, "\ufdfa" * 200) == [wide]
 
 
+@of_the_index
+async def test_message_that_is_edited_during_a_search_is_not_found_by_its_old_words(
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a search answers holds its words as it is answered, also where it was edited after
+    the search had begun."""
+    chat = await alice.opens(bob)
+    first = await alice.says(chat, "apple pie")
+    await alice.says(chat, "apple tart")
+    index_for_search = search.SearchIndex.index_for_search
+
+    async def edit_then(index: Any, *arguments: Any) -> bool:
+        is_whole = await index_for_search(index, *arguments)
+        await edits(alice, first, "banana split")
+        return is_whole
+
+    monkeypatch.setattr(search.SearchIndex, "index_for_search", edit_then)
+    assert await finds(bob, chat, "apple") == ["apple tart"]
+
+
 # ---- What changes
 
 
