@@ -178,7 +178,7 @@ class Connection:
         Raises ConnectionError.
         """
         if self._writer is None:
-            self._opened = asyncio.get_running_loop().create_future()
+            self._opened = self._opened or asyncio.get_running_loop().create_future()
             await asyncio.wait([self.task, self._opened], return_when=asyncio.FIRST_COMPLETED)
         if self._writer is None:
             raise ConnectionError("the handshake was refused")

@@ -241,10 +241,10 @@ async def test_reads_do_not_pile_up_for_a_stalled_reader(
 
 
 async def test_little_waits_for_a_handshake_that_is_slow(
-    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+    app: web.Application, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is posted while a handshake is not answered yet does not pile up in memory; the socket
-    hears all of it, in order, once it is."""
+    hears all of it, in order, once it is, and of a group that its user came into."""
     chat = await alice.opens(bob)
     answered, opening = asyncio.Event(), []
     open_now = messenger.Socket.open
@@ -261,14 +261,20 @@ async def test_little_waits_for_a_handshake_that_is_slow(
             await asyncio.sleep(0.01)
     posted = [(await alice.says(chat, LONG))["seq"] for _ in range(200)]
     assert messenger.BEHIND_BYTES < opening[0].unsent() < messenger.BEHIND_BYTES + 20_000
-    answered.set()
-    line, numbers = await coming, []
+    group = await alice.founds(bob)
     async with asyncio.timeout(HEAR_SECONDS):
-        while len(numbers) < len(posted):
+        while opening[0] not in app[messenger.ROOMS]._late._waiting:
+            await asyncio.sleep(0.01)
+    answered.set()
+    line, numbers, shown = await coming, [], []
+    async with asyncio.timeout(HEAR_SECONDS):
+        while len(numbers) < len(posted) or not shown:
             frame = await line.receive_json()
             if frame["type"] == "message":
                 numbers.append(frame["data"]["seq"])
-    assert numbers == posted
+            elif frame["type"] == "chat":
+                shown.append(frame["data"]["id"])
+    assert (numbers, shown) == (posted, [group])
 
 
 async def test_catch_up_ends_with_a_handshake_that_is_refused(
