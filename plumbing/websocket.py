@@ -34,7 +34,7 @@ HEARTBEAT_SECONDS = 25  # of silence, then a ping
 PONG_SECONDS = 15  # for its answer
 MUCH_UNREAD = 64 * 1024  # bytes, of one connection ...
 UNREAD_MAX = 16 * 1024 * 1024  # ... and of all such connections of an address
-FLUSH_SECONDS = 0.002  # of a round of the loop, in which what was written is handed on
+FLUSH_SECONDS = 0.0005  # of a round of the loop, in which what was written is handed on
 CLOSE_SECONDS = 5  # for the peer's answer to a close; then the connection is cut
 CLOSE_ALL_SECONDS = 1  # the same for all connections together
 
