@@ -184,6 +184,8 @@ class Connection:
             raise ConnectionError("the handshake was refused")
         self.flush()
         await self._writer.drain()
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionError("the connection is lost")
 
     async def receive(self) -> WSMessage:
         """Take the next frame. Where it breaks the protocol, aiohttp closes by itself: what was

@@ -201,6 +201,25 @@ async def test_reader_that_takes_nothing_is_dropped(
         pass
 
 
+async def test_who_waits_for_a_slow_reader_learns_that_it_is_gone(
+    server: TestServer, app: web.Application, raw: Any, alice: Person, bob: Person
+) -> None:
+    """Waiting until a peer has taken what was written ends by an error once its connection is lost:
+    else whoever goes on would write to nobody, and wait again for nothing."""
+    chat = await alice.opens(bob)
+    _stalled, transport = await stalls(server, raw, bob, chat)
+    [socket] = app[messenger.ROOMS]._of_users[bob.id]
+    while socket.unsent() <= messenger.BEHIND_BYTES:
+        await alice.says(chat, LONG)
+    waiting = asyncio.create_task(socket.drain())
+    await asyncio.sleep(0)
+    transport.abort()
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            await asyncio.wait_for(waiting, HEAR_SECONDS)
+        waiting = asyncio.create_task(socket.drain())
+
+
 async def test_what_an_address_does_not_read_is_bounded(
     server: TestServer, raw: Any, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
