@@ -219,6 +219,7 @@ SYNC_CHATS_MAX = 1000  # in one frame ...
 CHATS_PIECE = 20  # of so many at once do replays begin; so many are shown to who came into them ...
 COMING_MAX = 1000  # ... while so many may wait ...
 LATE_MAX = 100  # ... and so many for a socket that is too slow to read
+READ_FIRST = "This socket has yet to read what it was sent."
 TEXT_CHARS_MAX = 4096
 UNREAD_MAX = 100  # counted, as the statements do
 USER_AGENT_CHARS_MAX = 200
@@ -1518,7 +1519,10 @@ class Rooms:
 
     async def _try_join(self, user_id: int, chat_ids: list[int]) -> None:
         try:
-            await until_available(self._join_chats, self._absent(user_id, chat_ids), chat_ids)
+            absent = self._absent(user_id, chat_ids)
+            joined = await until_available(self._join_chats, absent, chat_ids)
+            for socket in set(absent).difference(joined):
+                self._late.put(socket, *chat_ids)
         except Exception:
             log.exception("sockets could not join the rooms of chats %s", chat_ids)
             self.close(GOING_AWAY, *self._absent(user_id, chat_ids))
@@ -1529,12 +1533,11 @@ class Rooms:
             await socket.drain()
             await self._try_join(socket.asker.user_id, chat_ids)
 
-    async def _join_chats(self, those: list[Socket], chat_ids: Iterable[int]) -> list[Socket]:
+    async def _join_chats(self, sockets: list[Socket], chat_ids: Iterable[int]) -> list[Socket]:
         """Show sockets of a user those of some chats that the user is in, but not where they joined
         already; then they are live. Each is shown a few in a turn of its own: there may be
-        thousands. Those that are slow to read join later; answers the others. Raises Unavailable.
+        thousands. Those that are slow to read do not join; answers the others. Raises Unavailable.
         """
-        sockets = list(those)
         for socket in sockets:
             if socket.joining is not None:  # `chats` comes first, and may tell of them
                 await socket.joining.wait()
@@ -1544,11 +1547,8 @@ class Rooms:
             return any(chat_id not in each.rooms and each in self._sockets for each in sockets)
 
         while waiting and sockets:
-            for socket in list(sockets):
-                if socket.unsent() > BEHIND_BYTES and (
-                        late := [each for each in waiting if each not in socket.rooms]):
-                    sockets.remove(socket)
-                    self._late.put(socket, *late)
+            sockets = [socket for socket in sockets if socket.unsent() <= BEHIND_BYTES
+                       or socket.rooms.keys() >= set(waiting)]
             piece, waiting = waiting[:CHATS_PIECE], waiting[CHATS_PIECE:]
             absent = list(filter(is_absent, piece))
             if not absent:
@@ -1655,13 +1655,11 @@ class Rooms:
             marks = await self._marks_of(socket, after)
         except Unavailable as error:  # which is not kept: its frames hold this
             return dict.fromkeys(after, Unavailable(str(error)))
-        if not joined:
-            return dict.fromkeys(after, Unavailable("Read first what this socket was sent."))
         for place, (chat_id, (number, claimed)) in enumerate(after.items()):
             if place % CHATS_PIECE == 0:
                 await self.pieces.come(socket.address)
             if chat_id not in socket.rooms or chat_id not in marks:
-                refused[chat_id] = ChatNotFound()
+                refused[chat_id] = ChatNotFound() if joined else Unavailable(READ_FIRST)
                 continue
             room, mark = socket.rooms[chat_id], marks[chat_id]
             if claimed is not None and claimed != mark:

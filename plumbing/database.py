@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 
@@ -62,6 +62,7 @@ SESSION = {
     **PLANS,
 }
 
+Result = TypeVar("Result")
 log = logging.getLogger("messenger.database")
 
 
@@ -512,15 +513,13 @@ class Database:
         return found[0][0] if found else None
 
 
-async def until_available(work: Callable[..., Awaitable[object]], *arguments: Any) -> None:
+async def until_available(work: Callable[..., Awaitable[Result]], *arguments: Any) -> Result:
     """Await `work`, again a little later for as long as it raises Unavailable."""
     while True:
         try:
-            await work(*arguments)
+            return await work(*arguments)
         except Unavailable:
             await asyncio.sleep(RETRY_SECONDS)
-        else:
-            return
 
 
 async def repeat(

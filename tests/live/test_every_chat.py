@@ -999,6 +999,35 @@ async def test_slow_reader_is_shown_new_chats_later_and_holds_up_nobody(
         pass
 
 
+async def test_sync_of_a_slow_reader_is_refused_only_for_chats_that_it_was_not_shown(
+    app: Any, server: TestServer, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a socket that reads too slowly asks for chats, those that it follows are replayed; the
+    others are refused for the moment, and it is not closed for them."""
+    monkeypatch.setattr(app[messenger.ROOMS]._late, "_at_most", 2)
+    chat = await alice.opens(bob)
+    said = await alice.says(chat, "hi")
+    slow = await RawLine().opens(server.port, "/ws", bob.access, receive_bytes=4096)
+    await slow.hears("chats")
+    transport_of(server, slow.socket)
+    [socket] = app[messenger.ROOMS]._of_users[bob.id]
+    while socket.unsent() <= messenger.BEHIND_BYTES:
+        await alice.says(chat, LONG)
+    others = [10**9 + number for number in range(5)]
+    refused = await app[messenger.ROOMS].sync(
+        socket, dict.fromkeys((chat, *others), (0, None)), "mine")
+    assert {each: type(error) for each, error in refused.items()} == dict.fromkeys(
+        others, Unavailable)
+    while (await slow.hears("replay")).get("ref") != "mine":
+        pass
+    assert (await slow.hears("message"))["data"]["id"] == said["id"]
+    while (await slow.hears("ready")).get("ref") != "mine":
+        pass
+    await alice.says(chat, "live")
+    while (await slow.hears("message"))["data"]["text"] != "live":
+        pass
+
+
 async def test_slow_reader_for_whom_too_many_new_chats_wait_comes_back_once_it_has_read(
     app: Any, server: TestServer, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
