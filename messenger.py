@@ -1772,7 +1772,8 @@ class Rooms:
         """Write a frame without a number, which nobody repeats, to those here whom it concerns."""
         room = self._rooms.get(hint.chat_id)
         if room and room.filling and room.latest[1] > room.version:  # who left would hear it
-            room.filling.add_done_callback(lambda _: self.broadcast(hint))
+            if not hint.but:  # else somebody was writing: that is over by then
+                room.filling.add_done_callback(lambda _: self.broadcast(hint))
         elif room:
             sockets = [socket for socket in room.sockets if socket.asker.user_id != hint.but
                        and (hint.only is None or socket.asker.user_id in hint.only)]

@@ -61,7 +61,8 @@ STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be s
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 LONG_SECONDS = 0.05  # of a turn; who had one leaves one to others ...
-LONG_KEPT_SECONDS = 10  # ... for so long
+LONG_FACTOR = 5  # ... for so many times as long ...
+LONG_KEPT_SECONDS = 10  # ... but no longer than so
 CHUNKS_AHEAD_MAX = 64  # of a body, that were parsed and are not read yet
 REST_SECONDS = 0.1  # for which a call keeps its slot after ...
 RESTING = (401, 426, 429)  # ... these refusals, which cost who floods nothing
@@ -889,7 +890,8 @@ class FairTurns(Turns):
     others for long (fair queueing: A. Demers, S. Keshav, S. Shenker, 1989; by start times as of
     P. Goyal, H. Vin, H. Cheng, 1996).
 
-    Keys that had a long turn lately leave one for the others.
+    Keys that had a long turn leave one for the others for some time, which is short where the turn
+    was hardly long: on a busy machine anybody's may be.
     """
 
     def __init__(self, at_once: int, of_each: int | None = None) -> None:
@@ -928,7 +930,8 @@ class FairTurns(Turns):
         self._least_used += (now - began) / len(self._waiting.keys() | {key, *self._began})
         self._working_long -= was_long
         if now - began > LONG_SECONDS:
-            self._long_until.put(key, now + LONG_KEPT_SECONDS, now)
+            until = self._long_until.of(key, now) + LONG_FACTOR * (now - began)
+            self._long_until.put(key, min(until, now + LONG_KEPT_SECONDS), now)
         self._used.put(key, self._used.of(key, used) + now - began, self._least_used)
         super().give_back(key)
 

@@ -1303,13 +1303,14 @@ async def test_turns_forget_whose_they_were(clock: Callable[[float], None]) -> N
     assert len(turns._began) == 1
 
 
-async def test_keys_with_long_turns_leave_one_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_keys_with_long_turns_leave_one_to_others(clock: Callable[[float], None]) -> None:
     """Whoever had a long turn lately does not take the last one, though it is free: who comes with
     a short one finds it so."""
-    monkeypatch.setattr(guard, "LONG_SECONDS", 0.01)
     turns = guard.FairTurns(2)
     for key in ("long", "longer"):
-        await turns.run(key, asyncio.sleep, 0.02)
+        await turns.take(key)
+        clock(1)
+        turns.give_back(key)
     assert turns.take_now("long")
     assert not turns.take_now("longer")
     waiting = asyncio.create_task(turns.take("longer"))
@@ -1321,9 +1322,24 @@ async def test_keys_with_long_turns_leave_one_to_others(monkeypatch: pytest.Monk
     turns.give_back("long")
     await asyncio.wait_for(waiting, HEAR_SECONDS)
     turns.give_back("longer")
-    turns._long_until = guard.Marks()  # as it is forgotten in a while
+    clock(5)  # it is forgotten
     assert turns.take_now("long")
     assert turns.take_now("longer")
+
+
+async def test_turn_that_was_hardly_long_is_soon_forgotten(clock: Callable[[float], None]) -> None:
+    """Whoever had a turn that took a little too long, as on a busy machine, may soon have the last
+    one."""
+    turns = guard.FairTurns(2)
+    for key, seconds in (("very long", 60), ("hardly long", 0.06)):
+        await turns.take(key)
+        clock(seconds)
+        turns.give_back(key)
+    assert turns.take_now("very long")
+    assert not turns.take_now("hardly long")
+    clock(0.4)
+    assert turns.take_now("hardly long")
+    turns.give_back("hardly long")
 
 
 # ---- What is believed
