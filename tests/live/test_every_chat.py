@@ -977,18 +977,27 @@ async def test_what_has_no_number_is_told_while_a_socket_catches_up(
     assert (await line.hears("ready"))["data"]["chat_id"] == chat
 
 
+async def falls_silent(
+    app: Any, server: TestServer, sender: Person, reader: Person, chat: int
+) -> tuple[RawLine, messenger.Socket]:
+    """Open a person's first socket, which reads nothing until it is behind; and the server's end of
+    it."""
+    line = await RawLine().opens(server.port, "/ws", reader.access, receive_bytes=4096)
+    await line.hears("chats")
+    transport_of(server, line.socket)
+    [socket] = app[messenger.ROOMS]._of_users[reader.id]
+    while socket.unsent() <= messenger.BEHIND_BYTES:
+        await sender.says(chat, LONG)
+    return line, socket
+
+
 async def test_slow_reader_is_shown_new_chats_later_and_holds_up_nobody(
     app: Any, server: TestServer, alice: Person, bob: Person
 ) -> None:
     """While one socket of a user reads nothing, another is shown each chat that the user comes
     into; the slow one is shown them all once it reads."""
     chat = await alice.opens(bob)
-    slow = await RawLine().opens(server.port, "/ws", bob.access, receive_bytes=4096)
-    await slow.hears("chats")
-    transport_of(server, slow.socket)
-    [socket] = app[messenger.ROOMS]._of_users[bob.id]
-    while socket.unsent() <= messenger.BEHIND_BYTES:
-        await alice.says(chat, LONG)
+    slow, _ = await falls_silent(app, server, alice, bob, chat)
     fast = await follows(bob)
     await fast.hears("chats")
     groups = []
@@ -1010,12 +1019,7 @@ async def test_sync_of_a_slow_reader_is_refused_only_for_chats_that_it_was_not_s
     monkeypatch.setattr(app[messenger.ROOMS]._late, "_at_most", 2)
     chat = await alice.opens(bob)
     said = await alice.says(chat, "hi")
-    slow = await RawLine().opens(server.port, "/ws", bob.access, receive_bytes=4096)
-    await slow.hears("chats")
-    transport_of(server, slow.socket)
-    [socket] = app[messenger.ROOMS]._of_users[bob.id]
-    while socket.unsent() <= messenger.BEHIND_BYTES:
-        await alice.says(chat, LONG)
+    slow, socket = await falls_silent(app, server, alice, bob, chat)
     others = [10**9 + number for number in range(5)]
     refused = await app[messenger.ROOMS].sync(
         socket, dict.fromkeys((chat, *others), (0, None)), "mine")
@@ -1038,12 +1042,7 @@ async def test_slow_reader_for_whom_too_many_new_chats_wait_comes_back_once_it_h
     it has read what was written to it."""
     monkeypatch.setattr(app[messenger.ROOMS]._late, "_at_most", 2)
     chat = await alice.opens(bob)
-    slow = await RawLine().opens(server.port, "/ws", bob.access, receive_bytes=4096)
-    await slow.hears("chats")
-    transport_of(server, slow.socket)
-    [socket] = app[messenger.ROOMS]._of_users[bob.id]
-    while socket.unsent() <= messenger.BEHIND_BYTES:
-        await alice.says(chat, LONG)
+    slow, _ = await falls_silent(app, server, alice, bob, chat)
     fast = await follows(bob)
     for _ in range(5):
         group = await alice.founds(bob)
