@@ -1358,13 +1358,9 @@ class Rooms:
         self.close(GOING_AWAY, *sockets)
         await websocket.await_ends(sockets)
 
-    def all_sockets(self) -> list[Socket]:
-        """List every open socket."""
-        return list(self._sockets)
-
-    def count_sockets(self, user_id: int) -> int:
-        """Tell how many sockets of a user are open here."""
-        return len(self._of_users.get(user_id, ()))
+    def sockets_of(self, user_id: int | None) -> list[Socket]:
+        """List the open sockets of a user, or (None) of everybody."""
+        return list(self._sockets if user_id is None else self._of_users.get(user_id, ()))
 
     def count_deliveries(self, chat_id: int, text: str = "") -> int:
         """Tell to how many sockets here a frame of a chat would be written, now or once they have
@@ -1514,7 +1510,7 @@ class Rooms:
 
     def _absent(self, user_id: int, chat_ids: Collection[int]) -> list[Socket]:
         """List the sockets of a user that follow all chats, but one of these not yet."""
-        return [socket for socket in self._of_users.get(user_id, ())
+        return [socket for socket in self.sockets_of(user_id)
                 if socket.chat_id is None and not socket.rooms.keys() >= set(chat_ids)]
 
     async def _try_join(self, user_id: int, chat_ids: list[int]) -> None:
@@ -1631,7 +1627,7 @@ class Rooms:
         their sockets are closed.
         """
         self._sessions.end(session_ids)
-        sockets = self._sockets if user_id is None else self._of_users.get(user_id, ())
+        sockets = self.sockets_of(user_id)
         self.close(TOKEN_ENDED, *[each for each in sockets if each.asker.session_id in session_ids])
 
     # ---- Who is live, and who catches up first
@@ -2118,7 +2114,7 @@ class Watch:
                 self._rooms.advance(chat_id, rev, version)
             for chat_id in known:  # a restored database does not have it
                 self._rooms.close_room(chat_id)
-        if self._rooms.all_sockets():
+        if self._rooms.sockets_of(None):
             since = asked_at - self._rooms.polled_at + POLL_BACK_SECONDS
             ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
             self._rooms.end_sessions({row["id"] for row in ended})
@@ -2131,7 +2127,7 @@ class Watch:
 
     async def check_sockets(self) -> None:
         """Close each socket whose token has expired, or whose peer stalls or is gone."""
-        now, epoch, sockets = time.monotonic(), time.time(), self._rooms.all_sockets()
+        now, epoch, sockets = time.monotonic(), time.time(), self._rooms.sockets_of(None)
         unread = guard.Tally()  # by address
         BEHIND.set(sum(bool(socket.replays) for socket in sockets))
         for number, socket in enumerate(sockets):
@@ -2916,8 +2912,11 @@ async def charge_call(
     many there are. Raises the problem beyond either limit, Unavailable.
     """
     charge(request.app, problem, key)
-    count, database = request.app[ROOMS].count_deliveries(chat_id, text), request.app[DATABASE]
-    if count > FEW_DELIVERIES and await database.row(SELECT_MEMBERSHIP, chat_id, request[ME]):
+    rooms, me = request.app[ROOMS], request[ME]
+    count = rooms.count_deliveries(chat_id, text)
+    if count > FEW_DELIVERIES and (
+            any(chat_id in socket.rooms for socket in rooms.sockets_of(me))
+            or await request.app[DATABASE].row(SELECT_MEMBERSHIP, chat_id, me)):
         charge(request.app, problem, address_of(request), count, DELIVERIES)
 
 
@@ -3342,7 +3341,7 @@ CLOSED_EARLY = {TOKEN_ENDED: Unauthorized, NOT_IN_CHAT: ChatNotFound}
 async def follow(request: web.Request, socket: Socket, after: str | None) -> web.WebSocketResponse:
     """Serve a socket until it is closed."""
     rooms, settings = request.app[ROOMS], request.app[SETTINGS]
-    if 0 < settings.bound(settings.sockets_per_user) <= rooms.count_sockets(request[ME]):
+    if 0 < settings.bound(settings.sockets_per_user) <= len(rooms.sockets_of(request[ME])):
         raise TooManySockets
     is_handshake = socket.can_open(request)
     try:

@@ -47,6 +47,7 @@ from plumbing.text import COMPOSED_FROM_MAX, composed
 from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
+STARTS_AT_ONCE = 3  # calls that begin in one round of the loop
 BODY_SECONDS = 15
 HEAVY_OF_ADDRESS_MAX = 32  # `heavy` calls at once, whose answers may be megabytes
 UNREAD_OF_ADDRESS_MAX = 16 * 1024 * 1024  # bytes of their answers, with which no more are begun
@@ -450,7 +451,7 @@ class CallSlots:
         reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))
         writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         lingering = Turns(sys.maxsize, of_each=settings.bound(LINGERING_OF_ADDRESS_MAX))
-        starts = Turns(1) if settings.rate_limits == "on" else None
+        starts = Turns(STARTS_AT_ONCE) if settings.rate_limits == "on" else None
         return cls(
             light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading,
             slow_reading, writing, slow_writing, lingering, address_of, Tally())

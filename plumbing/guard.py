@@ -60,6 +60,7 @@ BUFFER_BYTES = 65_536  # of a body in memory, twice; in a turn it parses a 16th 
 STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be sent
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
+MOMENT_SECONDS = 0.001  # for which work may keep the loop without a rest
 LONG_SECONDS = 0.05  # of a turn; who had one leaves one to others ...
 LONG_FACTOR = 5  # ... for so many times as long ...
 LONG_KEPT_SECONDS = 10  # ... but no longer than so
@@ -608,7 +609,12 @@ class Marks:
 
     def of(self, key: Hashable, floor: float) -> float:
         """Tell how far a key has come, at least to the floor."""
-        return max(floor, self._of.get(key, floor))
+        return max(floor, self.last_of(key, floor))
+
+    def last_of(self, key: Hashable, otherwise: float) -> float:
+        """Tell how far a key has come, though the floor may have passed it; or that is forgotten.
+        """
+        return self._of.get(key, otherwise)
 
     def put(self, key: Hashable, mark: float, floor: float) -> None:
         """Take note of how far a key has come."""
@@ -868,17 +874,27 @@ class Turns:
         """Do some work in a turn, and in a round of the loop of its own: others come in between,
         even where nothing of it awaits anything.
         """
-        await self.take(key)
+        is_free = self.take_now(key)
+        if not is_free:
+            await self.take(key)  # which goes on in another round
         try:
-            await asyncio.sleep(0)
+            if is_free:
+                await asyncio.sleep(0)
             return await work(*args)
         finally:
             self.give_back(key)
 
     async def call(self, key: Hashable, work: Callable[..., Result], *args: Any) -> Result:
-        """Do what `run` does, with work that awaits nothing."""
+        """Do what `run` does, with work that awaits nothing; where it took more than a moment the
+        loop is left to others for as long before the turn ends.
+        """
         async def answer() -> Result:
-            return work(*args)
+            began = time.monotonic()
+            result = work(*args)
+            rest = time.monotonic() - began - MOMENT_SECONDS
+            if rest > 0:
+                await asyncio.sleep(rest)
+            return result
 
         return await self.run(key, answer)
 
@@ -888,7 +904,8 @@ class FairTurns(Turns):
     together, so a key with short ones waits for few long ones. Each counts as having used at least
     what a key has that always wants a turn, so who comes anew, or was away, does not go before the
     others for long (fair queueing: A. Demers, S. Keshav, S. Shenker, 1989; by start times as of
-    P. Goyal, H. Vin, H. Cheng, 1996).
+    P. Goyal, H. Vin, H. Cheng, 1996). Of those that used no more than that, the one whose turn was
+    longest ago goes first: who comes now and then waits only for what is under way.
 
     Keys that had a long turn leave one for the others for some time, which is short where the turn
     was hardly long: on a busy machine anybody's may be.
@@ -914,7 +931,7 @@ class FairTurns(Turns):
 
     def _begin(self, key: Hashable) -> None:
         super()._begin(key)
-        self._least_used = self._used_by(key)
+        self._least_used = self._used.of(key, self._least_used)
         is_long = self._is_long(key)
         self._working_long += is_long
         self._began.setdefault(key, deque()).append(
@@ -936,10 +953,10 @@ class FairTurns(Turns):
         super().give_back(key)
 
     def _next(self) -> tuple[Hashable, asyncio.Future[None]] | None:
-        return self._waiting.take(self._may_begin, self._used_by)
+        def used_last(key: Hashable) -> float:
+            return self._used.last_of(key, self._least_used)
 
-    def _used_by(self, key: Hashable) -> float:
-        return self._used.of(key, self._least_used)
+        return self._waiting.take(self._may_begin, used_last)
 
 
 class Slots:

@@ -11,10 +11,9 @@ from operator import itemgetter
 from typing import Any, ClassVar, TypeVar
 
 from plumbing.database import Database, Unavailable
-from plumbing.guard import FairTurns, Marks
+from plumbing.guard import MOMENT_SECONDS, FairTurns, Marks
 from plumbing.text import holds_runs, words_of
 
-LOOK_SECONDS = 0.001  # for which short texts are looked through in one turn
 INDEX_PAGE = 500  # texts that are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
 INDEX_SECONDS = 0.5  # how long a search waits for its texts to be indexed
@@ -84,8 +83,8 @@ class Texts:
 
 
 def for_a_moment(things: Iterable[Thing]) -> Iterator[Thing]:
-    """Pass on as many things as LOOK_SECONDS allow, and the first in any case."""
-    rest_at = time.monotonic() + LOOK_SECONDS
+    """Pass on as many things as MOMENT_SECONDS allow, and the first in any case."""
+    rest_at = time.monotonic() + MOMENT_SECONDS
     for thing in things:
         yield thing
         if time.monotonic() > rest_at:

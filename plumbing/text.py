@@ -9,12 +9,15 @@ import hashlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 MARKS_MAX = 30  # in a row (Unicode UAX #15, Stream-Safe Text)
 COMPOSED_FROM_MAX = 4  # characters that NFC may make one of (UAX #15, of which NFD tells the most)
 WORD_CHARS_MAX = 64  # in an index of words
-DECOMPOSED_CHARS_MAX = 12_288  # of 4,096 syllables of Hangul; but U+FDFA alone becomes 18
+PARTS_MAX = 3  # of a character, but for few: U+FDFA alone becomes 18
+DECOMPOSED_CHARS_MAX = 12_288  # of 4,096 syllables of Hangul
+END_OF_BMP = 0x10000  # whose characters a regular expression tells apart quickly
+END_OF_LETTERS = 0x20000  # and their marks: Han goes on beyond, and what shows nothing
 
 # DerivedCoreProperties.txt, Default_Ignorable_Code_Point; but for U+200B, where a line may break.
 _SHOWS_NOTHING = (
@@ -30,9 +33,37 @@ _UNSPACED = (
     "\u2e80-\u2fdf\u3005-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U0001aff0-\U0001b16f\U00020000-\U0003ffff")
 
+
+def _class_of(is_meant: Callable[[str], bool], end: int = END_OF_LETTERS) -> str:
+    """List the ranges of characters that are meant, as a class of a regular expression has them."""
+    ranges: list[list[str]] = []
+    for c in filter(is_meant, map(chr, range(end))):
+        if ranges and ord(ranges[-1][-1]) == ord(c) - 1:
+            ranges[-1][-1] = c
+        else:
+            ranges.append([c, c])
+    return "".join(map("-".join, ranges))
+
+
+def _is_mark(c: str) -> bool:
+    return unicodedata.category(c)[0] == "M"
+
+
+def _is_combining(c: str) -> bool:
+    return unicodedata.combining(unicodedata.normalize("NFKD", c)[0]) > 0
+
+
+def _is_long(c: str) -> bool:
+    return len(unicodedata.normalize("NFKD", c)) > PARTS_MAX
+
+
 SHOWS_NOTHING = re.compile(f"[\u200b{_SHOWS_NOTHING}]")
 RUN = re.compile(f"[{_UNSPACED}]+")
 ASCII_WORD = re.compile("[a-z0-9]+")
+WORD = re.compile(rf"\w[\w{_class_of(_is_mark)}]*")  # \w: a letter or digit of any script, or `_`
+MAYBE_LONG = re.compile(
+    f"[{_class_of(_is_combining, END_OF_BMP)}]{{{MARKS_MAX + 1}}}"
+    f"|[{_class_of(_is_long, END_OF_BMP)}\U00010000-\U0010ffff]")
 # Within a run also U+200B shows nothing; elsewhere it parts two words.
 UNSEEN = re.compile(f"[{_SHOWS_NOTHING}]+|(?<=[{_UNSPACED}])\u200b+(?=[{_UNSPACED}])")
 
@@ -55,8 +86,8 @@ def stream_safe(text: str) -> str:
     """Drop the marks beyond 30 in a row: no language has them, and to sort a run of marks, as every
     normalisation does, takes quadratic time. Drop the end of a text that would become very long.
     """
-    if text.isascii():
-        return text
+    if len(text) * PARTS_MAX <= DECOMPOSED_CHARS_MAX and not MAYBE_LONG.search(text):
+        return text  # most are; what follows finds the same
     kept, run, size = [], 0, 0
     for c in text:
         parts = unicodedata.normalize("NFKD", c)
@@ -75,12 +106,8 @@ def words_and_runs(text: str) -> tuple[list[str], list[str]]:
     """
     if text.isascii():  # most are; what follows finds the same
         return ASCII_WORD.findall(text.lower()), []
-    kept, last = [], " "
-    for c in folded(stream_safe(UNSEEN.sub("", text))):
-        kind = unicodedata.category(c)[0]
-        last = c if kind in "LN" or (kind == "M" and last != " ") else " "
-        kept.append(last)
-    letters = "".join(kept)
+    whole = folded(stream_safe(UNSEEN.sub("", text)))
+    letters = " ".join(WORD.findall(whole.replace("_", " ")))
     return RUN.sub(" ", letters).split(), RUN.findall(letters)
 
 

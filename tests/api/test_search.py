@@ -160,7 +160,7 @@ async def test_run_whose_pairs_stand_apart_is_not_found(
     """A message that holds each pair of a run, but not the run, is not found, however many of them
     there are between those that are: pages are filled from what comes after, and lead on."""
     monkeypatch.setattr(messenger, "SEARCH_SECONDS", 0)  # a message a page, found or not
-    monkeypatch.setattr(search, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(search, "MOMENT_SECONDS", 0)
     app[messenger.INDEX].texts = Texts(0)
     chat = await alice.opens(bob)
     for number in range(20):
@@ -202,7 +202,7 @@ async def test_messages_of_many_words_are_indexed_in_pieces(
 ) -> None:
     """A piece of the index takes in no more words than its limit, but for the last text."""
     monkeypatch.setattr(search, "INDEX_WORDS_MAX", 5000)
-    monkeypatch.setattr(search, "LOOK_SECONDS", 60)  # all texts are taken apart in a moment
+    monkeypatch.setattr(search, "MOMENT_SECONDS", 60)  # all texts are taken apart in a moment
     dice, pieces = random.Random(7), []
     database = app[messenger.DATABASE]
     rows = database.rows

@@ -1207,6 +1207,25 @@ async def test_turn_that_is_refused_and_cancelled_at_once_was_never_taken() -> N
     await asyncio.wait_for(other, HEAR_SECONDS)
 
 
+async def test_long_work_leaves_the_loop_to_others_for_as_long() -> None:
+    """Work that keeps the loop for long is not followed at once by more of its kind, and who gets
+    a turn without waiting begins in another round."""
+    turns, times = guard.Turns(1), list[float]()
+
+    def works() -> None:
+        times.append(time.monotonic())
+        time.sleep(0.05)
+        times.append(time.monotonic())
+
+    first = asyncio.create_task(turns.call("a", works))
+    await asyncio.sleep(0)
+    assert not times
+    await asyncio.gather(first, turns.call("b", works), turns.call("a", works))
+    rests = [later - before for before, later in itertools.pairwise(times)][1::2]
+    assert len(rests) == 2
+    assert min(rests) > 0.04
+
+
 async def test_key_whose_turns_are_short_goes_before_those_with_long_ones(
     clock: Callable[[float], None],
 ) -> None:
@@ -1232,6 +1251,34 @@ async def test_key_whose_turns_are_short_goes_before_those_with_long_ones(
     await asyncio.gather(*flood)
     assert not turns._began
     await asyncio.wait_for(turns.take("short"), HEAR_SECONDS)
+
+
+async def test_key_that_comes_now_and_then_waits_only_for_what_is_under_way(
+    clock: Callable[[float], None],
+) -> None:
+    """Of keys that used no more than those that always want a turn, the one whose turn was longest
+    ago goes next."""
+    turns, order = guard.FairTurns(1), []
+
+    async def works(key: str, seconds: float) -> None:
+        await turns.take(key)
+        order.append(key)
+        await asyncio.sleep(0)
+        clock(seconds)
+        turns.give_back(key)
+
+    flood = [asyncio.create_task(works(f"flood {number % 5}", 0.04 + 0.001 * (number % 7)))
+             for number in range(200)]
+    await asyncio.sleep(0)
+    await works("rare", 0.02)
+    for _ in range(8):
+        began = len(order)
+        while len(order) < began + 5:
+            await asyncio.sleep(0)
+        before = len(order)
+        await works("rare", 0.02)
+        assert order.index("rare", before) - before <= 1, order
+    await asyncio.gather(*flood)
 
 
 async def test_key_that_comes_anew_does_not_go_before_others_for_long(

@@ -1,12 +1,16 @@
 """Text: folded so that it compares, and without what no language has."""
 
+import re
 import unicodedata
 
 import pytest
 
 from plumbing.text import (
+    DECOMPOSED_CHARS_MAX,
     MARKS_MAX,
+    RUN,
     SHOWS_NOTHING,
+    UNSEEN,
     composed,
     folded,
     holds_runs,
@@ -106,3 +110,26 @@ def test_ascii_is_taken_apart_like_any_text() -> None:
     text = " ".join(f"a{chr(c)}B" for c in range(128))
     words, runs = words_and_runs(f"{text} é")
     assert ([*words_and_runs(text)[0], "é"], []) == (words, runs)
+
+
+def test_words_are_letters_and_digits_with_their_marks() -> None:
+    """Of each character that does not stand for others a word has what Unicode calls a letter, a
+    number or, behind one of those, a mark; all else parts words."""
+    for c in map(chr, [*range(0x80, 0xD800), *range(0xE000, 0x20000)]):
+        if folded(c) == c and not UNSEEN.fullmatch(c) and not RUN.fullmatch(c):
+            is_within = unicodedata.category(c)[0] in "LNM"
+            assert words_and_runs(f"é{c} {c}")[0][1:] == (
+                [c] if is_within and unicodedata.category(c)[0] != "M" else []), hex(ord(c))
+            assert (len(words_and_runs(f"é{c}x")[0]) == 1) == is_within, hex(ord(c))
+
+
+@pytest.mark.parametrize("text", [
+    "\U00010a0d" * 31, "a" + "\u0f73" * 31, "\ufdfa" * 700, "x" * 4097 + "\u0300" * 31,
+    "\U0001f600" * 4096, "한" * 4096])
+def test_texts_that_are_not_safe_are_seen(text: str) -> None:
+    """Whatever looks at a whole text quickly finds what looking at each character does."""
+    parts = [unicodedata.normalize("NFKD", c) for c in text]
+    longest = max(map(len, re.findall("m*", "".join(
+        "m" if unicodedata.combining(part[0]) else "-" for part in parts))))
+    is_safe = longest <= MARKS_MAX and sum(map(len, parts)) <= DECOMPOSED_CHARS_MAX
+    assert (stream_safe(text) == text) == is_safe

@@ -321,7 +321,7 @@ async def test_catch_up_ends_with_a_handshake_that_is_refused(
             await coming
         while opening[0].catching_up is not None:
             await asyncio.sleep(0.01)
-    assert app[messenger.ROOMS].all_sockets() == []
+    assert app[messenger.ROOMS].sockets_of(None) == []
 
 
 async def test_new_chats_do_not_pile_up_for_a_stalled_reader(
@@ -334,7 +334,7 @@ async def test_new_chats_do_not_pile_up_for_a_stalled_reader(
     chat, rooms = await alice.opens(bob), app[messenger.ROOMS]
     stalled = await RawLine().opens(server.port or 0, "/ws", bob.access, receive_bytes=4096)
     await stalled.hears("chats")
-    [socket] = rooms.all_sockets()
+    [socket] = rooms.sockets_of(None)
     line = await bob.client.ws_connect("/ws", headers=bob.headers)
     async with asyncio.timeout(HEAR_SECONDS):
         while socket.unsent() <= messenger.BEHIND_BYTES:
@@ -392,7 +392,7 @@ async def test_frames_of_a_round_of_the_loop_go_out_together(
     while (await line.receive_json(timeout=HEAR_SECONDS))["type"] != "chats":
         pass
     rooms = app[messenger.ROOMS]
-    [socket] = rooms.all_sockets()
+    [socket] = rooms.sockets_of(None)
     socket._transport = noting = Noting(socket._transport)
     for chat in chats:
         rooms.broadcast(messenger.FrameHint(chat, json.dumps({"type": "typing", "data": chat})))
@@ -411,7 +411,7 @@ async def test_addresses_take_turns_to_be_sent_what_was_written(
     socket of another address does not wait for all of them."""
     chat, rooms = await alice.opens(bob), app[messenger.ROOMS]
     lines = [await bob.listens_live(chat) for _ in range(20)]
-    other = rooms.all_sockets()[-1]
+    other = rooms.sockets_of(None)[-1]
     other.address = "192.0.2.1"
     flushed, rounds, flush = [], [0], messenger.Socket.flush
 
