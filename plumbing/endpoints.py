@@ -47,7 +47,7 @@ from plumbing.text import COMPOSED_FROM_MAX, composed
 from plumbing.validation import describe
 
 INT8_MAX = 2**63 - 1
-STARTS_AT_ONCE = 3  # calls that begin in one round of the loop
+STARTS_AT_ONCE = 3  # calls that begin in one round of the loop, each of another address
 BODY_SECONDS = 15
 HEAVY_OF_ADDRESS_MAX = 32  # `heavy` calls at once, whose answers may be megabytes
 UNREAD_OF_ADDRESS_MAX = 16 * 1024 * 1024  # bytes of their answers, with which no more are begun
@@ -451,14 +451,14 @@ class CallSlots:
         reading = Turns(connections, of_each=settings.bound(max(1, connections // 2)))
         writing = Turns(2 * at_once, of_each=settings.bound(2 * at_once // 3))
         lingering = Turns(sys.maxsize, of_each=settings.bound(LINGERING_OF_ADDRESS_MAX))
-        starts = Turns(STARTS_AT_ONCE) if settings.rate_limits == "on" else None
+        starts = Turns(STARTS_AT_ONCE, of_each=1) if settings.rate_limits == "on" else None
         return cls(
             light, heavy, of_address, heavy_of_address, starts, reading, heavy_reading,
             slow_reading, writing, slow_writing, lingering, address_of, Tally())
 
     async def let_begin(self, request: web.Request) -> None:
-        """Let a call begin in a round of the loop of its own: whatever came at the same time, each
-        address gets one into each.
+        """Let a call begin in a round of the loop in which few others do, none of its address:
+        whatever came at the same time, addresses take turns.
         """
         if self.starts is not None:
             await unless_gone(request, self.starts.come, self.address_of(request))

@@ -830,8 +830,8 @@ async def test_what_is_written_belongs_to_the_address_that_it_came_from(
 
 
 async def test_calls_of_an_address_begin_in_turns_with_others(house: House) -> None:
-    """Of all calls that come at the same time few begin in each round of the loop, and addresses
-    take turns: many of one address hold up no other's, whatever they ask for."""
+    """Of all calls that come at the same time few begin in each round of the loop, one of each
+    address, and addresses take turns: many of one hold up no other's, whatever they ask for."""
     here = await house.opens()
     starts = slots_of(app_of(here)).starts
     assert starts is not None
@@ -841,14 +841,14 @@ async def test_calls_of_an_address_begin_in_turns_with_others(house: House) -> N
         await starts.come(address)
         began.append(address)
 
-    for _ in range(endpoints.STARTS_AT_ONCE):
-        await starts.take("held")
+    for held in range(endpoints.STARTS_AT_ONCE):
+        await starts.take(held)
     calls = [asyncio.create_task(comes("192.0.2.1")) for _ in range(50)]
     asked = asyncio.create_task(
         cast("Any", here.get("/nothing", headers=ANOTHER)).__aenter__())
     await until(lambda: waiting_for(starts) == 51)
-    for _ in range(endpoints.STARTS_AT_ONCE):
-        starts.give_back("held")
+    for held in range(endpoints.STARTS_AT_ONCE):
+        starts.give_back(held)
     assert (await asked).status == 404
     assert len(began) < 25, "the call began when its turn came"
     await asyncio.gather(*calls)
