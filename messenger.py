@@ -155,7 +155,7 @@ from plumbing.endpoints import (
     read_cursor,
 )
 from plumbing.groups import GroupReader, GroupWriter, Outcome, Pieces, by_place, columns_of
-from plumbing.guard import Passwords, Rate
+from plumbing.guard import Passwords, Rate, address_of
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
 from plumbing.process import Tasks
 from plumbing.schema import is_outgrown
@@ -271,7 +271,7 @@ LEFT_SECONDS = 2 * 86_400  # for which a departure is kept; a socket lives for a
 LEAVING_SECONDS = 1.0  # how long the deletion of an account waits until its chats are left
 WATCH_SECONDS = 1.0
 POLL_SECONDS = 1.0
-POLL_CHATS_MAX = 1000  # in one question
+POLL_MAX = 1000  # chats or sockets in one question
 POLL_BACK_SECONDS = 10  # further back than the last poll: so what was committed late is seen
 VERSION_SECONDS = 1.0  # within which a query must see the version that a room knows
 VERSION_PAUSE_SECONDS = 0.05
@@ -925,6 +925,7 @@ class Asker:
 
     user_id: int
     session_id: int
+    secret: str  # of the session
     expires_at: float  # seconds since the epoch
 
 
@@ -941,7 +942,7 @@ class Sessions:
             secret_key, settings.secret_key_old, settings.access_token_expire_minutes * 60,
             settings.refresh_token_expire_days * 86_400)
         self._database = database
-        self._look_ups = GroupReader(self._sessions_of)
+        self._look_ups = GroupReader(self.of_askers)
         # By session: its secret and generation, while it is believed alive.
         self._trusted = guard.Trusted(SESSION_TRUST_SECONDS)
 
@@ -962,28 +963,26 @@ class Sessions:
         claims = self.read(token, "access")
         if claims is None:
             raise Unauthorized
-        asker = Asker(int(claims["sub"]), claims["sid"], claims["exp"])
-        secret, generation = claims.get("key", ""), claims.get("gen", 0)
-        if self._trusted.holds(asker.session_id, (secret, generation)):
+        asker = Asker(int(claims["sub"]), claims["sid"], claims.get("key", ""), claims["exp"])
+        generation, asked_at = claims.get("gen", 0), time.monotonic()
+        if self._trusted.holds(asker.session_id, (asker.secret, generation)):
             return asker
-        asked_at, named = time.monotonic(), (asker.session_id, asker.user_id, secret)
-        session = await guard.unless_gone(request, self._look_ups.get, named)
+        session = await guard.unless_gone(request, self._look_ups.get, asker)
         if session is None:
             raise Unauthorized
         newest, is_used = session
         if generation >= newest and not is_used:
             await self._database.rows(USE_SESSION, asker.session_id, generation)
-        if not self._trusted.put(asker.session_id, (secret, generation), asked_at):
+        if not self._trusted.put(asker.session_id, (asker.secret, generation), asked_at):
             raise Unauthorized
         return asker
 
-    async def _sessions_of(
-        self, asked: list[tuple[int, int, str]]
-    ) -> list[tuple[int, bool] | None]:
-        """Tell of each session, by its id, user and secret, the newest generation and whether that
-        was used; None of one that is not alive. Raises Unavailable.
+    async def of_askers(self, asked: Sequence[Asker]) -> list[tuple[int, bool] | None]:
+        """Tell of the session of each asker the newest generation and whether that was used; None
+        of one that is not alive. Raises Unavailable.
         """
-        rows = await self._database.rows(SELECT_SESSIONS_ALIVE, *columns_of(asked))
+        named = [(asker.session_id, asker.user_id, asker.secret) for asker in asked]
+        rows = await self._database.rows(SELECT_SESSIONS_ALIVE, *columns_of(named))
         return [found[0] if found else None for found in by_place(rows, len(asked))]
 
     def forget(self) -> None:
@@ -1003,7 +1002,6 @@ BUS = web.AppKey("bus", Bus)
 TASKS = web.AppKey("tasks", Tasks)
 PASSWORDS = web.AppKey("passwords", Passwords)
 SESSIONS = web.AppKey("sessions", Sessions)
-PROXIES = web.AppKey("proxies", list[guard.Network])
 ORIGINS = web.AppKey("origins", frozenset[str])
 # The limits of this process, by what a client gets beyond each, a problem or a close code; one has
 # a name of its own.
@@ -1023,11 +1021,6 @@ def refuse_foreign_page(request: web.Request) -> None:
     may_do = request.method not in ("GET", "HEAD", "OPTIONS") or is_of_socket(request)
     if may_do and guard.is_foreign(request, request.app[ORIGINS]):
         raise ForeignOrigin
-
-
-def address_of(request: web.Request) -> str:
-    """Tell the address that a request comes from, as far as it can be believed."""
-    return guard.address_of(request, request.app[PROXIES])
 
 
 def charge(
@@ -1369,10 +1362,13 @@ class Rooms:
         room = self._rooms.get(chat_id)
         return len(room.sockets) * (1 + len(text) // DELIVERY_CHARS) if room else 0
 
-    def stands(self, chat_ids: Iterable[int] | None = None) -> dict[int, tuple[int, str, int]]:
-        """Tell rev, mark and version of every room, or of those given that still exist."""
-        wanted = self._rooms if chat_ids is None else chat_ids
-        rooms = [self._rooms[chat_id] for chat_id in wanted if chat_id in self._rooms]
+    def chat_ids(self) -> list[int]:
+        """List the chats of all rooms: there may be very many."""
+        return list(self._rooms)
+
+    def stands(self, chat_ids: Iterable[int]) -> dict[int, tuple[int, str, int]]:
+        """Tell rev, mark and version of those rooms that still exist."""
+        rooms = [self._rooms[chat_id] for chat_id in chat_ids if chat_id in self._rooms]
         return {room.chat_id: (room.delivered, room.mark, room.version) for room in rooms}
 
     # ---- Who follows what
@@ -1478,7 +1474,7 @@ class Rooms:
         log.error("chat %d: its history was rewritten; closing all sockets", chat_id)
         self._sessions.forget()
         self._rooms = dict(but.rooms) if but is not None else {}
-        self.close(GOING_AWAY, *[each for each in self._sockets if each.rooms and each is not but])
+        self.close(GOING_AWAY, *self._sockets - {but})
 
     def _join_room(self, socket: Socket, chat_id: int, rev: int, mark: str, version: int) -> None:
         if chat_id in socket.rooms:
@@ -1630,6 +1626,18 @@ class Rooms:
         sockets = self.sockets_of(user_id)
         self.close(TOKEN_ENDED, *[each for each in sockets if each.asker.session_id in session_ids])
 
+    async def check_sessions(self) -> None:
+        """Close the sockets whose session is not alive: it ended, or the database went back in time
+        and does not know it any more, and may call others by its user's id. Raises Unavailable.
+        """
+        sockets = self.sockets_of(None)
+        for start in range(0, len(sockets), POLL_MAX):
+            asked = {socket: socket.asker for socket in sockets[start : start + POLL_MAX]}
+            sessions = await self._sessions.of_askers(list(asked.values()))
+            ended = [socket for socket, session in zip(asked, sessions, strict=True)
+                     if session is None and socket.asker is asked[socket]]
+            self.close(TOKEN_ENDED, *ended)
+
     # ---- Who is live, and who catches up first
 
     async def begin(self, socket: Socket, chat_id: int, after: str) -> dict[int, Exception]:
@@ -1718,10 +1726,11 @@ class Rooms:
 
     def _fall_behind(self, socket: Socket, room: Room) -> None:
         """Take a socket that reads too slowly out of a live set, to catch up at its own pace. One
-        that catches up already owes a `ready` that was not asked for.
+        that catches up may be owed one `ready` without a `ref` for its `chat`; the next one tells
+        that it was slow.
         """
         at, replay = room.delivered, socket.replays.get(room.chat_id)
-        if replay is None or None not in replay.refs:
+        if replay is None or replay.refs.count(None) < 2:
             self._put_replay(socket, room.chat_id, Replay(at, at, room.mark, (None,)))
         self._catch_up(socket)
 
@@ -2069,10 +2078,6 @@ SELECT_JOINED = """  -- joined_seconds
     where p.joined_at > now() - make_interval(secs => $1)
     order by p.joined_at desc limit 20000"""
 
-SELECT_SESSIONS_ENDED = """  -- ended_seconds
-    -- sessions_ended
-    select id from sessions where ended_at > now() - make_interval(secs => $1)"""
-
 
 class Watch:
     """Asks PostgreSQL what hints would have told, and checks every socket."""
@@ -2099,11 +2104,12 @@ class Watch:
             await self._rooms.close_all()
             return
         asked_at = time.monotonic()
-        chat_ids = list(self._rooms.stands())
-        for start in range(0, len(chat_ids), POLL_CHATS_MAX):
+        await self._rooms.check_sessions()
+        chat_ids = self._rooms.chat_ids()
+        for start in range(0, len(chat_ids), POLL_MAX):
             if start:
-                await asyncio.sleep(POLL_SECONDS * POLL_CHATS_MAX / len(chat_ids))
-            known = self._rooms.stands(chat_ids[start : start + POLL_CHATS_MAX])
+                await asyncio.sleep(POLL_SECONDS * POLL_MAX / len(chat_ids))
+            known = self._rooms.stands(chat_ids[start : start + POLL_MAX])
             rows = await self._database.rows(SELECT_POSITIONS, list(known))
             for chat_id, rev, mark, version in rows:
                 known_rev, known_mark, known_version = known.pop(chat_id)
@@ -2116,10 +2122,8 @@ class Watch:
                 self._rooms.close_room(chat_id)
         if self._rooms.sockets_of(None):
             since = asked_at - self._rooms.polled_at + POLL_BACK_SECONDS
-            ended = await self._database.rows(SELECT_SESSIONS_ENDED, since)
-            self._rooms.end_sessions({row["id"] for row in ended})
-            joined = await self._database.rows(SELECT_JOINED, since)
-            for number, (chat_id, user_id) in enumerate(joined):
+            joined = enumerate(await self._database.rows(SELECT_JOINED, since))
+            for number, (chat_id, user_id) in joined:
                 if number % 100 == 99:
                     await asyncio.sleep(0)
                 self._rooms.join_users(chat_id, [user_id])
@@ -2454,13 +2458,13 @@ class ReadWriter(ChatWriter[NewRead, Read]):
     ) -> list[Read | Exception]:
         """Tell everybody which readers of a group moved."""
         outcomes: list[Read | Exception] = []
-        for read, row in zip(reads, rows, strict=True):
+        for read, row, is_repeated in zip(reads, rows, again, strict=True):
             if problem := refused(row["outcome"]):
                 outcomes.append(problem)
                 continue
             stand = Read(read.chat_id, row["message_id"], row["seq"], read.user_id, row["read_at"])
             outcomes.append(stand)
-            if row["moved"]:
+            if row["moved"] or is_repeated:  # the first time it moved, perhaps, and nobody heard
                 large = row["participant_count"] > NAMED_IN_CHAT_MAX
                 only = [read.user_id, row["sender_id"]] if large else None
                 frame = ENCODER.encode(ReadOut(data=stand)).decode()
@@ -3248,13 +3252,11 @@ async def search_messages(
     me, database, index = request[ME], request.app[DATABASE], request.app[INDEX]
     words, runs = words_and_runs(composed_text("$.q", q, 0, QUERY_CHARS_MAX))
     wanted = sorted(words_wanted(words, runs), key=len)
-    asked = wanted[-WORDS_ASKED_MAX:]
-    is_whole = True
+    asked, is_whole = wanted[-WORDS_ASKED_MAX:], True
     if wanted and await database.row(SELECT_MEMBERSHIP, chat_id, me):
         is_whole = await index.index_for_search(chat_id, address_of(request))
     until = time.monotonic() + SEARCH_SECONDS
-    found: list[Message] = []
-    goes_on = True
+    found, goes_on = list[Message](), True
     while goes_on:
         rows = await database.rows(
             SELECT_MESSAGES_FOUND, chat_id, me, before, asked, limit + 1, is_whole)
@@ -3695,7 +3697,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     """Make the aiohttp application on a database whose schema is up to date."""
     app = web.Application(client_max_size=BODY_BYTES_MAX)
     app[SETTINGS] = settings
-    app[PROXIES] = guard.read_networks(settings.trusted_proxies)
+    app[guard.PROXIES] = guard.read_networks(settings.trusted_proxies)
     app[ORIGINS] = guard.read_origins(settings.cors_origins)
     app[RATES] = make_rates(settings)
     app[TASKS] = Tasks()
@@ -3757,8 +3759,7 @@ def main() -> int:
     process.be_init()
     if sys.argv[1:]:
         os.execv(sys.executable, [sys.executable, str(TOOLS), *sys.argv[1:]])  # noqa: S606
-    program = Path(__file__)
-    return Program(Settings, SQL, program, make_app, close_sockets, tell_start).run()
+    return Program(Settings, SQL, Path(__file__), make_app, close_sockets, tell_start).run()
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ STALLED_SECONDS = 30  # in which a client takes not a byte of what waits to be s
 FORWARDED_CHARS_MAX = 2000  # the last of what proxies say: that is where ours stand
 KEYS_MIN = 10_000  # that a limit remembers before it looks for those which it can forget
 MOMENT_SECONDS = 0.001  # for which work may keep the loop without a rest
-LONG_SECONDS = 0.05  # of a turn; who had one leaves one to others ...
-LONG_FACTOR = 5  # ... for so many times as long ...
+LONG_SECONDS = 0.2  # of a turn; who had one leaves one to others ...
+LONG_FACTOR = 20  # ... for so many times as long ...
 LONG_KEPT_SECONDS = 10  # ... but no longer than so
 CHUNKS_AHEAD_MAX = 64  # of a body, that were parsed and are not read yet
 REST_SECONDS = 0.1  # for which a call keeps its slot after ...
@@ -91,8 +91,9 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 Thing = TypeVar("Thing", bound=Hashable)
-# What a request calls once its answer was taken: it holds a slot until then.
+PROXIES = web.AppKey("proxies", list[Network])
 ADDRESS = web.RequestKey("address", str)  # that it comes from, once it was asked for
+# What a request calls once its answer was taken: it holds a slot until then.
 GIVE_BACK: web.RequestKey[Callable[[], None]] = web.RequestKey("give_back")
 log = logging.getLogger("messenger.guard")
 
@@ -163,10 +164,12 @@ def nearest_stranger(peer: Address, way: Iterable[str], trusted: list[Network]) 
     return peer
 
 
-def address_of(request: web.Request, trusted: list[Network]) -> str:
-    """Answer `client_address`, which is found out once for each request."""
+def address_of(request: web.Request) -> str:
+    """Tell whose request it is to the proxies that its application trusts (client_address); this is
+    found out once for each request.
+    """
     if ADDRESS not in request:
-        request[ADDRESS] = client_address(request, trusted)
+        request[ADDRESS] = client_address(request, request.app[PROXIES])
     return request[ADDRESS]
 
 

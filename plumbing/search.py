@@ -16,7 +16,7 @@ from plumbing.text import holds_runs, words_of
 
 INDEX_PAGE = 500  # texts that are indexed at once
 INDEX_WORDS_MAX = 10_000  # of them together, but for the last
-INDEX_SECONDS = 0.5  # how long a search waits for its texts to be indexed
+INDEX_SECONDS = 0.1  # how long a search waits for its texts to be indexed
 INDEX_REST = 9  # times as long as the indexing of a chat took, or that in the background
 
 Thing = TypeVar("Thing")

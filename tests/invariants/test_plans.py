@@ -171,7 +171,6 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "USE_SESSION": [(77, 0)],
         "SELECT_SESSIONS": [(READER, 604_800, 0, PAGE)],
         "END_SESSION": [(77, 78, None), (77, 78, "")],
-        "SELECT_SESSIONS_ENDED": [(10,)],
         "SELECT_CHATS": [
             (READER, None, messenger.PLACE_MAX, NEWEST, PAGE),
             (READER, [BIG], messenger.PLACE_MAX, NEWEST, 1),

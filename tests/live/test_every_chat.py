@@ -1174,3 +1174,22 @@ async def test_chat_is_shown_once_the_database_is_back(
         tasks.create_task(alice.asks("POST", "/chats", body))
         assert (await line.hears("chat"))["data"]["name"] == "late"
     assert tries > 3
+
+
+async def test_slow_reader_hears_a_ready_of_its_own_beside_that_of_the_chat(
+    app: web.Application, alice: Person, bob: Person
+) -> None:
+    """A socket that is shown a chat, and is too slow before the chat's `ready`, gets another one:
+    by that it knows that something without a number may have been left out."""
+    chat, rooms = await alice.founds(bob), app[messenger.ROOMS]
+    line = await bob.listens_live(chat)
+    [socket] = rooms.sockets_of(bob.id)
+    room = socket.rooms[chat]
+    replay = messenger.Replay(room.delivered, room.delivered, room.mark, (None,))
+    rooms._put_replay(socket, chat, replay)  # as `chat` does, and `after`
+    for _ in range(3):
+        rooms._fall_behind(socket, room)
+    for _ in range(2):
+        assert "ref" not in await line.hears("ready")
+    await line.sends(type="ping", ref=1)
+    assert (await line.hears("ready", "pong"))["type"] == "pong"

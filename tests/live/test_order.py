@@ -385,3 +385,18 @@ async def test_reads_of_many_in_one_group_are_each_answered(
     assert [getattr(each, "seq", each) for each in stood] == [4, 2, 4, 4, 2]
     assert isinstance(unknown, messenger.MessageNotFound)
     assert isinstance(nowhere, messenger.ChatNotFound)
+
+
+async def test_read_is_told_though_its_answer_was_lost(
+    app: web.Application, sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """Where the database was lost between a read's commit and its answer, the second try moves
+    nothing, and yet is told."""
+    chat = await alice.opens(bob)
+    line, sent = await alice.listens_live(chat), await alice.says(chat, "x")
+    for is_repeated in (False, True):
+        rows = await sql.fetch(messenger.READ_MESSAGES, [chat], [bob.id], [UUID(sent["id"])])
+        assert rows[0]["moved"] != is_repeated
+    read = messenger.NewRead(chat, bob.id, UUID(sent["id"]))
+    app[messenger.READS].publish([read], rows, [True])
+    assert (await line.hears("read"))["data"]["message_id"] == sent["id"]

@@ -243,6 +243,31 @@ async def test_token_of_a_lost_account_is_nobody_elses(
     assert row["ended_at"] is None  # it is somebody else's, and goes on
 
 
+async def test_socket_of_a_lost_session_is_closed(
+    sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """After a restore that nobody noticed a socket does not go on as another user's, or where its
+    user cannot end it: its session is not there, or is somebody else's. A renewed one stays."""
+    lines = [Line(await each.client.ws_connect("/ws", headers=each.headers))
+             for each in (alice, bob, bob)]
+    for line in lines:
+        await line.hears("chats")
+    lost, other, kept = lines
+    await bob.logs_in()
+    await kept.sends(type="auth", token=bob.access, ref=1)
+    await kept.hears("auth")
+    await sql.execute("delete from sessions where user_id = $1", alice.id)
+    await sql.execute(
+        "update sessions set secret = 'another' where id = ("
+        " select min(id) from sessions where user_id = $1)", bob.id)
+    for line in (lost, other):
+        with pytest.raises(AssertionError, match="closed with 4401"):
+            await line.hears("chat")
+    await kept.sends(type="ping", ref=2)
+    await kept.hears("pong")
+    await kept.close()
+
+
 async def test_lost_refresh_may_be_repeated_until_its_answer_is_used(
     sql: asyncpg.Connection, alice: Person
 ) -> None:

@@ -515,7 +515,7 @@ async def test_sockets_leave_very_many_chats_in_turn_with_others(
     rooms = app[messenger.ROOMS]
     line = await bob.client.ws_connect("/ws", headers=bob.headers)
     async with asyncio.timeout(HEAR_SECONDS):
-        while len(rooms.stands()) < len(chats):
+        while len(rooms.chat_ids()) < len(chats):
             await asyncio.sleep(0.01)
     turns, leave_room = Turns(len(chats)), messenger.Rooms._leave_room
 
@@ -530,7 +530,7 @@ async def test_sockets_leave_very_many_chats_in_turn_with_others(
     assert rooms.sockets_of(bob.id) == []
     assert await turns.most() <= 10
     other = await bob.listens_live(chats[-1])
-    assert list(rooms.stands()) == [chats[-1]]
+    assert rooms.chat_ids() == [chats[-1]]
     await alice.says(chats[-1], "still here")
     await other.hears_text("still here")
     await line.close()
@@ -546,7 +546,7 @@ async def test_room_of_sockets_that_still_leave_serves_nobody_else(
     rooms = app[messenger.ROOMS]
     await bob.client.ws_connect("/ws", headers=bob.headers)
     async with asyncio.timeout(HEAR_SECONDS):
-        while len(rooms.stands()) < len(chats):
+        while len(rooms.chat_ids()) < len(chats):
             await asyncio.sleep(0.01)
     room = rooms._rooms[chats[0]]
     with monkeypatch.context() as patch:
@@ -627,7 +627,7 @@ async def test_socket_opens_while_its_user_comes_into_one_chat_after_the_other(
         line = await bob.client.ws_connect("/ws", headers=bob.headers)
     chats = {chat["id"] for chat in await bob.gets("/chats")}
     async with asyncio.timeout(HEAR_SECONDS):
-        while set(rooms.stands()) != chats:
+        while set(rooms.chat_ids()) != chats:
             await asyncio.sleep(0.01)
     await line.close()
 

@@ -1369,7 +1369,7 @@ async def test_keys_with_long_turns_leave_one_to_others(clock: Callable[[float],
     turns.give_back("long")
     await asyncio.wait_for(waiting, HEAR_SECONDS)
     turns.give_back("longer")
-    clock(5)  # it is forgotten
+    clock(guard.LONG_KEPT_SECONDS)  # it is forgotten
     assert turns.take_now("long")
     assert turns.take_now("longer")
 
@@ -1378,13 +1378,13 @@ async def test_turn_that_was_hardly_long_is_soon_forgotten(clock: Callable[[floa
     """Whoever had a turn that took a little too long, as on a busy machine, may soon have the last
     one."""
     turns = guard.FairTurns(2)
-    for key, seconds in (("very long", 60), ("hardly long", 0.06)):
+    for key, seconds in (("very long", 60), ("hardly long", 0.21)):
         await turns.take(key)
         clock(seconds)
         turns.give_back(key)
     assert turns.take_now("very long")
     assert not turns.take_now("hardly long")
-    clock(0.4)
+    clock(4.5)
     assert turns.take_now("hardly long")
     turns.give_back("hardly long")
 
