@@ -274,7 +274,7 @@ POLL_SECONDS = 1.0
 POLL_MAX = 1000  # chats or sockets in one question
 POLL_BACK_SECONDS = 10  # further back than the last poll: so what was committed late is seen
 VERSION_SECONDS = 1.0  # within which a query must see the version that a room knows
-VERSION_PAUSE_SECONDS = 0.05
+VERSION_PAUSE_SECONDS = 0.01
 
 
 # ==== Shapes ======================================================================================
@@ -1238,9 +1238,8 @@ class Replay:
 class Socket(Connection):
     """One websocket of one user, on one chat or (chat_id None) on all of the user's."""
 
-    __slots__ = (
-        "answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_bytes",
-        "replays", "request_id", "rooms", "unanswered")
+    __slots__ = ("answered", "asker", "catching_up", "chat_id", "joining", "key", "owed_bytes",
+                 "replays", "request_id", "rooms", "unanswered")
 
     def __init__(self, request: web.Request, chat_id: int | None) -> None:
         outbox = request.app[ROOMS].outbox
@@ -1618,7 +1617,7 @@ class Rooms:
             self.leave(socket)
             socket.begin_close(code)
 
-    def end_sessions(self, session_ids: Collection[int], user_id: int | None = None) -> None:
+    def end_sessions(self, session_ids: Collection[int], user_id: int | None) -> None:
         """End sessions in this process, of one user or (None) of any: their tokens count no longer,
         their sockets are closed.
         """
@@ -1636,6 +1635,7 @@ class Rooms:
             sessions = await self._sessions.of_askers(list(asked.values()))
             ended = [socket for socket, session in zip(asked, sessions, strict=True)
                      if session is None and socket.asker is asked[socket]]
+            self._sessions.end(socket.asker.session_id for socket in ended)
             self.close(TOKEN_ENDED, *ended)
 
     # ---- Who is live, and who catches up first
@@ -2113,10 +2113,9 @@ class Watch:
             rows = await self._database.rows(SELECT_POSITIONS, list(known))
             for chat_id, rev, mark, version in rows:
                 known_rev, known_mark, known_version = known.pop(chat_id)
-                if rev < known_rev or (rev == known_rev and mark != known_mark):
+                is_other = rev == known_rev and mark != known_mark
+                if rev < known_rev or is_other or version < known_version:
                     self._rooms.start_over(chat_id)
-                elif version < known_version:
-                    self._rooms.close_room(chat_id)
                 self._rooms.advance(chat_id, rev, version)
             for chat_id in known:  # a restored database does not have it
                 self._rooms.close_room(chat_id)

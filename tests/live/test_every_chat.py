@@ -520,12 +520,16 @@ async def stalled(server: TestServer, bob: Person) -> AsyncIterator[RawLine]:
 
 
 async def test_stalled_reader_catches_up_in_every_chat(
-    alice: Person, bob: Person, carol: Person, stalled: RawLine
+    app: web.Application, alice: Person, bob: Person, carol: Person, stalled: RawLine
 ) -> None:
     """A socket that was not read for a while catches up in every chat, with a `ready` at the end of
     each."""
     chats = [await alice.opens(bob), await alice.founds(bob, carol)]
     gone = await alice.founds(bob, carol)
+    [socket] = app[messenger.ROOMS].sockets_of(bob.id)
+    async with asyncio.timeout(SOON_SECONDS):
+        while not socket.rooms.keys() >= {*chats, gone}:
+            await asyncio.sleep(0.01)
     for _ in range(40):
         await asyncio.gather(*[alice.says(chat, "x" * 4000) for chat in (*chats, gone)])
     await removes(alice, gone, bob)

@@ -268,6 +268,19 @@ async def test_socket_of_a_lost_session_is_closed(
     await kept.close()
 
 
+async def test_restore_that_only_undid_changes_of_members_closes_all_sockets(
+    sql: asyncpg.Connection, alice: Person, bob: Person
+) -> None:
+    """Where the restored database has all messages of a chat, but members as they were before, all
+    sockets are closed: who is a member again would hear nothing."""
+    chats = [await alice.founds(bob) for _ in range(2)]
+    line, other = await alice.listens_live(chats[0]), await bob.listens_live(chats[1])
+    await sql.execute("update chats set version = version - 1 where id = $1", chats[0])
+    for each in (line, other):
+        with pytest.raises(AssertionError, match="closed with 1001"):
+            await each.hears("message")
+
+
 async def test_lost_refresh_may_be_repeated_until_its_answer_is_used(
     sql: asyncpg.Connection, alice: Person
 ) -> None:
