@@ -124,7 +124,7 @@ MUTATIONS = (
         ("plumbing/database.py", '"synchronous_commit": "on"', '"synchronous_commit": "local"'),),
         8.0),
     Mutation("a room that goes on after a restore", ("fooled",), RESTORE, (
-        ("messenger.py", "rev < known_rev or (rev == known_rev and mark != known_mark)", "False"),
+        ("messenger.py", "rev < known_rev or is_other or version < known_version", "False"),
         ("messenger.py", " and before == room.mark", ""),
         ("messenger.py", 'if rows[0]["known_mark"] != room.mark:', "if False:"),
         ("messenger.py", 'if rows[0]["mark"] != replay.mark:', "if False:")), 12.0),
