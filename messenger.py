@@ -1469,11 +1469,13 @@ class Rooms:
     def start_over(self, chat_id: int, but: Socket | None = None) -> None:
         """Close every socket, for a chat has another history than a room was told: the database was
         restored, or a standby promoted. Whoever comes back is told which of theirs are rewritten.
+        A handshake that was told of no chat yet goes on.
         """
         log.error("chat %d: its history was rewritten; closing all sockets", chat_id)
         self._sessions.forget()
         self._rooms = dict(but.rooms) if but is not None else {}
-        self.close(GOING_AWAY, *self._sockets - {but})
+        told = [each for each in self._sockets if each.rooms or each.is_open()]
+        self.close(GOING_AWAY, *[each for each in told if each is not but])
 
     def _join_room(self, socket: Socket, chat_id: int, rev: int, mark: str, version: int) -> None:
         if chat_id in socket.rooms:

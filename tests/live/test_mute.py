@@ -59,16 +59,23 @@ async def test_handshake_ends_where_the_version_went_back(
 async def test_joining_ends_where_the_version_went_back(
     app: web.Application, alice: Person, bob: Person, carol: Person
 ) -> None:
-    """Who comes into such a chat by another's doing is shown it all the same."""
+    """Who comes into such a chat by another's doing is sent back, too, and then follows it."""
     everything = await carol.client.ws_connect("/ws", headers=carol.headers)
     chat = await alice.founds(bob)
     before = await bob.listens_live(chat)
     app[messenger.ROOMS]._rooms[chat].version = 1_000
     await alice.posts(f"/chats/{chat}/participants", {"user_id": carol.id})
     assert await before.is_closed() == 1001
-    while (await everything.receive_json(timeout=SOON_SECONDS))["type"] != "chat":
+    while not everything.closed:
+        await everything.receive(timeout=SOON_SECONDS)
+    assert everything.close_code == 1001
+    again = await carol.client.ws_connect("/ws", headers=carol.headers)
+    while (await again.receive_json(timeout=SOON_SECONDS))["type"] != "chats":
         pass
-    await everything.close()
+    await bob.says(chat, "news")
+    while (await again.receive_json(timeout=SOON_SECONDS))["type"] != "message":
+        pass
+    await again.close()
 
 
 async def test_poll_sees_that_the_version_went_back(
