@@ -826,10 +826,12 @@ class Turns:
             self._begin(key)
         return is_free
 
-    async def take(self, key: Hashable) -> None:
-        """Wait for a turn; `give_back` ends it."""
+    async def take(self, key: Hashable) -> bool:
+        """Wait for a turn, which `give_back` ends; tell whether there was a wait: then the caller
+        goes on in another round of the loop.
+        """
         if self.take_now(key):
-            return
+            return False
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append(key, turn)
         try:
@@ -838,6 +840,7 @@ class Turns:
             if not turn.cancelled() and turn.exception() is None:  # it was given a moment ago
                 self.give_back(key)
             raise
+        return True
 
     def _may_begin(self, key: Hashable) -> bool:
         return self._working[key] < self._of_each
@@ -877,11 +880,9 @@ class Turns:
         """Do some work in a turn, and in a round of the loop of its own: others come in between,
         even where nothing of it awaits anything.
         """
-        is_free = self.take_now(key)
-        if not is_free:
-            await self.take(key)  # which goes on in another round
+        has_waited = await self.take(key)
         try:
-            if is_free:
+            if not has_waited:
                 await asyncio.sleep(0)
             return await work(*args)
         finally:
@@ -956,10 +957,10 @@ class FairTurns(Turns):
         super().give_back(key)
 
     def _next(self) -> tuple[Hashable, asyncio.Future[None]] | None:
-        def used_last(key: Hashable) -> float:
-            return self._used.last_of(key, self._least_used)
+        return self._waiting.take(self._may_begin, self._used_last)
 
-        return self._waiting.take(self._may_begin, used_last)
+    def _used_last(self, key: Hashable) -> float:
+        return self._used.last_of(key, self._least_used)
 
 
 class Slots:

@@ -1,6 +1,7 @@
 """The guard by itself: rates, addresses behind proxies, origins; what browsers may do."""
 
 import asyncio
+import functools
 import ipaddress
 import itertools
 import json
@@ -1226,20 +1227,25 @@ async def test_long_work_leaves_the_loop_to_others_for_as_long() -> None:
     assert min(rests) > 0.04
 
 
+async def work_in_turn(
+    turns: guard.FairTurns, order: list[str], clock: Callable[[float], None], key: str,
+    seconds: float,
+) -> None:
+    """Wait for a key's turn, note whose it is, and work for so long by the clock."""
+    await turns.take(key)
+    order.append(key)
+    await asyncio.sleep(0)
+    clock(seconds)
+    turns.give_back(key)
+
+
 async def test_key_whose_turns_are_short_goes_before_those_with_long_ones(
     clock: Callable[[float], None],
 ) -> None:
     """Of keys that wait for turns which may take long, the one that used the least goes next: it
     waits for no more than is under way, however many others wait."""
-    turns, order = guard.FairTurns(1), []
-
-    async def works(key: str, seconds: float) -> None:
-        await turns.take(key)
-        order.append(key)
-        await asyncio.sleep(0)
-        clock(seconds)
-        turns.give_back(key)
-
+    turns, order = guard.FairTurns(1), list[str]()
+    works = functools.partial(work_in_turn, turns, order, clock)
     flood = [asyncio.create_task(works(f"long {number % 8}", 0.05)) for number in range(80)]
     while len(order) < 16:  # each of them has had a turn
         await asyncio.sleep(0)
@@ -1258,15 +1264,8 @@ async def test_key_that_comes_now_and_then_waits_only_for_what_is_under_way(
 ) -> None:
     """Of keys that used no more than those that always want a turn, the one whose turn was longest
     ago goes next."""
-    turns, order = guard.FairTurns(1), []
-
-    async def works(key: str, seconds: float) -> None:
-        await turns.take(key)
-        order.append(key)
-        await asyncio.sleep(0)
-        clock(seconds)
-        turns.give_back(key)
-
+    turns, order = guard.FairTurns(1), list[str]()
+    works = functools.partial(work_in_turn, turns, order, clock)
     flood = [asyncio.create_task(works(f"flood {number % 5}", 0.04 + 0.001 * (number % 7)))
              for number in range(200)]
     await asyncio.sleep(0)
