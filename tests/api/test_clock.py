@@ -173,6 +173,8 @@ async def test_sessions_and_joinings_of_the_future_count_as_of_now(
         ahead = f"select count(*) from {table} where {column} > now()"
         assert await sql.fetchval(ahead) == 0, column
     assert await sql.fetchval("select count(*) from sessions where ended_at is null") == before
+    ended = "select count(*) from sessions where ended_at > now() - interval '10 seconds'"
+    assert await sql.fetchval(ended) == 1
     await alice.gets("/users/me")
     line = await follows(alice)
     await alice.says((await alice.gets("/chats"))[0]["id"], "still here")
