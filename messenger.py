@@ -1692,6 +1692,8 @@ class Rooms:
             marks |= dict(await self.background.run(
                 socket.address, self.database.rows, SELECT_MARKS, asked, socket.asker.user_id,
                 [after[each][0] for each in asked]))
+            for chat_id in socket.rooms.keys() & set(asked) - marks.keys():
+                self.leave_chat(socket, chat_id)  # its user is not in it
         return marks
 
     def _put_replay(self, socket: Socket, chat_id: int, replay: Replay) -> Replay:
@@ -2179,11 +2181,11 @@ SELECT_FREE_PARTICIPANTS = """  -- chat_ids, user_ids
     join participants p on p.chat_id = w.chat_id and p.user_id = w.user_id
     order by p.chat_id, p.user_id for no key update of p skip locked"""
 
-CHANGE_MESSAGES = """  -- chat_ids, user_ids, message_ids, texts, mark
+CHANGE_MESSAGES = """  -- chat_ids, user_ids, message_ids, texts, untils, mark
     -- chats_pkey, participants_pkey, messages_id; locks the chats
     -- A text of null deletes the message.
     select * from change_messages_2(
-        chat_ids => $1, user_ids => $2, ids => $3, texts => $4, mark => $5)"""
+        chat_ids => $1, user_ids => $2, ids => $3, texts => $4, untils => $5, mark => $6)"""
 
 READ_MESSAGES = """  -- chat_ids, user_ids, message_ids
     -- participants_pkey, messages_id; locks the participants
@@ -2321,10 +2323,11 @@ class Posted(Struct):
 
 
 class NewChange(ChatItem):
-    """An edit on its way to the writer, or (text None) a deletion."""
+    """An edit on its way to the writer, or (text None) a deletion; until when it counts."""
     user_id: int
     id: UUID
     text: str | None
+    until: datetime
 
 
 class NewRead(ChatItem):
@@ -2338,11 +2341,10 @@ ItemT = TypeVar("ItemT", bound=ChatItem)
 
 class ChatWriter(GroupWriter[ItemT, Outcome]):
     """Commits what changes chats: each field of the items goes to one statement as an array, and
-    behind them, where what is written takes numbers, the mark of this call.
+    behind them what else it takes.
     """
 
     STATEMENT: ClassVar[str]
-    TAKES_NUMBERS: ClassVar[bool] = True
 
     def __init__(self, app: web.Application) -> None:
         super().__init__()
@@ -2352,11 +2354,10 @@ class ChatWriter(GroupWriter[ItemT, Outcome]):
         """Have an item of a request written, in turns with those of other addresses."""
         return await self.submit(item, address_of(request))
 
-    async def commit(self, items: list[ItemT]) -> list[Any]:
+    async def commit(self, items: list[ItemT], *others: Any) -> list[Any]:
         """Commit a group; answer a row for each item."""
         columns = columns_of(map(msgspec.structs.astuple, items))
-        mark = [new_mark()] if self.TAKES_NUMBERS else []
-        return await self._app[DATABASE].rows(self.STATEMENT, *columns, *mark)
+        return await self._app[DATABASE].rows(self.STATEMENT, *columns, *others)
 
     def lock_of(self, item: ItemT) -> Hashable:
         """Tell which row an item changes: its chat's."""
@@ -2376,10 +2377,10 @@ class PostWriter(ChatWriter[NewPost, Posted]):
         """Tell how much of a group a message is."""
         return smalls_in(post.text)
 
-    async def commit(self, items: list[NewPost]) -> list[Any]:
+    async def commit(self, items: list[NewPost], *_: Any) -> list[Any]:
         """Commit a group; a lone message costs half without arrays."""
         if len(items) > 1:
-            return await super().commit(items)
+            return await super().commit(items, new_mark())
         fields = msgspec.structs.astuple(items[0])
         return await self._app[DATABASE].rows(POST_MESSAGE, *fields, new_mark())
 
@@ -2424,6 +2425,11 @@ class ChangeWriter(ChatWriter[NewChange, None]):
         """Tell how much of a group an edit is."""
         return smalls_in(change.text or "")
 
+    async def commit(self, items: list[NewChange], *_: Any) -> list[Any]:
+        """Commit a group; one that may still be committed after a failure is not tried again."""
+        until = max(item.until for item in items)
+        return await self._app[DATABASE].known_by(until, super().commit(items, new_mark()))
+
     def publish(
         self, changes: list[NewChange], rows: Sequence[Any], again: list[bool]
     ) -> list[Exception | None]:
@@ -2443,7 +2449,6 @@ class ReadWriter(ChatWriter[NewRead, Read]):
     """Moves watermarks forward."""
 
     STATEMENT = READ_MESSAGES
-    TAKES_NUMBERS = False
 
     def lock_of(self, item: NewRead) -> Hashable:
         """Tell which row an item changes: its reader's."""
@@ -2502,16 +2507,14 @@ async def leave_chats(app: web.Application, user_id: int) -> None:
 async def keep_tidy(app: web.Application) -> None:
     """Finish what deleted accounts left, and sweep away what nobody asks for any more."""
     database, life = app[DATABASE], app[SETTINGS].refresh_token_expire_days * 86_400
+    ages = (ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, LEFT_SECONDS)
     for row in await database.rows(SELECT_LEAVING):
         await leave_chats(app, row["id"])
     swept = 1
     while swept:
-        swept = (
-            await database.value(SETTLE_CLOCK, UPKEEP_ROWS)
-            + await database.value(
-                PURGE_OLD, ENDED_SECONDS, life, ATTEMPT_SECONDS, READ_SECONDS, LEFT_SECONDS,
-                UPKEEP_ROWS)
-            + await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS))
+        swept = await database.value(SETTLE_CLOCK, UPKEEP_ROWS)
+        swept += await database.value(PURGE_OLD, *ages, UPKEEP_ROWS)
+        swept += await database.value(SWEEP_EMPTY_CHAT, UPKEEP_ROWS)
         await asyncio.sleep(0.05)  # others come first
 
 
@@ -2550,23 +2553,24 @@ SELECT_HASH = """  -- user_id
     select password_hash from users where id = $1 and deleted_at is null"""
 
 CHANGE_USER = """
-    -- user_id, session_id, verified_hash, email, email_key, username, username_key, hash, active
+    -- user_id, session_id, verified_hash, email, email_key, username, username_key, hash, active,
     -- users_pkey, sessions_of_user; locks the user
-    -- What is null stays as it is.
-    select change_user(
+    -- What is null stays as it is. The last parameter: until.
+    select ended from change_user(
         me => $1, my_session => $2, verified_hash => $3, new_email => $4, new_email_key => $5,
-        new_username => $6, new_username_key => $7, new_hash => $8, active => $9)"""
+        new_username => $6, new_username_key => $7, new_hash => $8, active => $9) ended
+    where in_time(until => $10)"""
 
-DELETE_USER = """  -- user_id
+DELETE_USER = """  -- user_id, until
     -- users_pkey, sessions_of_user; locks the user
-    select delete_user(me => $1)"""
+    select ended from delete_user(me => $1) ended where in_time(until => $2)"""
 
 COUNT_ATTEMPT = """  -- key, window_seconds, allowed
     -- attempts_by_key; locks the key
     select count_attempt(attempt => $1, window_seconds => $2, allowed => $3)"""
 
 START_SESSION = """
-    -- user_id, verified_hash, new_hash, user_agent, account_key, address_key, secret
+    -- user_id, verified_hash, new_hash, user_agent, account_key, address_key, secret, until
     -- users_pkey, attempts_by_key
     -- No row where the verified password is no longer the account's. A login forgives all attempts
     -- at the account, but only one of its address: two logins at once never forgive the same one.
@@ -2583,7 +2587,7 @@ START_SESSION = """
             order by a.at desc limit 1 for update skip locked)
     )
     insert into sessions as s (user_id, user_agent, secret)
-    select woken.id, $4::text, $7::text from woken
+    select woken.id, $4::text, $7::text from woken where in_time(until => $8)
     returning s.id, s.generation, s.rotated_at, s.secret"""
 
 REFRESH_SESSION = """  -- session_id, user_id, secret, known_generation, grace_seconds
@@ -2690,7 +2694,7 @@ async def login(request: web.Request, body: Login) -> Tokens:
         if form is None or not user:
             raise InvalidCredentials
         anew = await passwords.renewed(form, hashed, address)
-        session = await database.row(
+        session = await database.change(
             START_SESSION, user["id"], hashed, anew, agent[:USER_AGENT_CHARS_MAX], account_key,
             address_key, secrets.token_urlsafe(SESSION_SECRET_BYTES))
         if session:
@@ -2805,11 +2809,11 @@ async def change_user(request: web.Request, user_id: UserId, body: ChangedUser) 
     if password:
         hashed = await app[PASSWORDS].hash(password, address_of(request))
     active = None if body.is_active is UNSET else body.is_active
-    ended = await app[DATABASE].value(
+    row = await app[DATABASE].change(
         CHANGE_USER, user_id, me.session_id, verified, *email, *username, hashed, active)
-    if ended is None:  # another password is right by now, or the account is gone
+    if row["ended"] is None:  # another password is right by now, or the account is gone
         raise WrongPassword if verified else Unauthorized
-    for session_id in ended:
+    for session_id in row["ended"]:
         app[ROOMS].publish(SessionHint(session_id, user_id))
     return await get_user(request, user_id)
 
@@ -2846,7 +2850,7 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
     Raises UserNotFound, NotAllowed.
     """
     await check_self(request, user_id)
-    for session_id in await request.app[DATABASE].value(DELETE_USER, user_id):
+    for session_id in (await request.app[DATABASE].change(DELETE_USER, user_id))["ended"]:
         request.app[ROOMS].publish(SessionHint(session_id, user_id))
     # A user in very many chats is answered before leaving them all; keep_tidy finishes what is
     # left over.
@@ -2870,17 +2874,18 @@ async def list_users(
 
 # ==== Handlers: chats =============================================================================
 
-CREATE_GROUP = """  -- asker_id, name, user_ids
+CREATE_GROUP = """  -- asker_id, name, user_ids, until
     -- users_pkey; locks the users
-    select * from create_group(owner => $1, name => $2, member_ids => $3)"""
+    select * from create_group(owner => $1, name => $2, member_ids => $3)
+    where in_time(until => $4)"""
 
 OPEN_PERSONAL_CHAT = """  -- asker_id, user_id
     -- chats_pair, users_pkey; locks the users
     select * from open_personal_chat(me => $1, other => $2)"""
 
-RENAME_CHAT = """  -- chat_id, asker_id, name
+RENAME_CHAT = """  -- chat_id, asker_id, name, until
     -- chats_pkey, participants_pkey; locks the chat
-    select * from rename_chat(chat => $1, me => $2, new_name => $3)"""
+    select * from rename_chat(chat => $1, me => $2, new_name => $3) where in_time(until => $4)"""
 
 SELECT_MEMBERSHIP = """  -- chat_id, asker_id
     -- participants_pkey
@@ -2894,14 +2899,16 @@ SELECT_PARTICIPANTS = """  -- chat_id, asker_id, after, limit
     where me.chat_id = $1 and me.user_id = $2 and v.user_id > $3
     order by v.user_id limit $4"""
 
-PUT_PARTICIPANT = """  -- chat_id, asker_id, user_id, role, participants_max
+PUT_PARTICIPANT = """  -- chat_id, asker_id, user_id, role, participants_max, until
     -- chats_pkey, participants_pkey; locks the chat
     select * from put_participant(
-        chat => $1, me => $2, target => $3, new_role => $4, at_most => $5)"""
+        chat => $1, me => $2, target => $3, new_role => $4, at_most => $5)
+    where in_time(until => $6)"""
 
-REMOVE_PARTICIPANT = """  -- chat_id, asker_id, user_id
+REMOVE_PARTICIPANT = """  -- chat_id, asker_id, user_id, until
     -- chats_pkey, participants_pkey; locks the chat
-    select * from remove_participant(chat => $1, me => $2, target => $3)"""
+    select * from remove_participant(chat => $1, me => $2, target => $3)
+    where in_time(until => $4)"""
 
 
 # Of each chat one change at a time.
@@ -2950,7 +2957,7 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
             raise invalid("$.name", "must be given for a group")
         if not 1 <= len(others) < GROUP_PARTICIPANTS_MAX:
             raise invalid("$.participant_ids", "must make 2 to 1,000 participants with the creator")
-        row = await request.app[DATABASE].row(CREATE_GROUP, me, body.name, others)
+        row = await request.app[DATABASE].change(CREATE_GROUP, me, body.name, others)
     else:
         if body.name is not None:
             raise invalid("$.name", "must not be given for a personal chat")
@@ -3063,7 +3070,7 @@ async def alter_chat(
     """
     await charge_call(request, TooManyChanges, (request[ME], statement), chat_id)
     row = await request.app[TURNS].run(
-        chat_id, request.app[DATABASE].row, statement, chat_id, request[ME], *arguments)
+        chat_id, request.app[DATABASE].change, statement, chat_id, request[ME], *arguments)
     if problem := refused(row["outcome"]):
         raise problem
     request.app[ROOMS].publish(ChatHint(chat_id, row["last_rev"], row["version"], list(joined)))
@@ -3176,7 +3183,8 @@ async def change_message(
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     await charge_call(request, TooManyMessages, request[ME], chat_id, body.text)
-    change = NewChange(chat_id, request[ME], message_id, body.text)
+    until = request.app[DATABASE].until()
+    change = NewChange(chat_id, request[ME], message_id, body.text, until)
     await request.app[CHANGES].write(request, change)
     return await get_message(request, chat_id, message_id)
 
@@ -3189,7 +3197,9 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     await charge_call(request, TooManyMessages, (request[ME], "deleted"), chat_id)
-    await request.app[CHANGES].write(request, NewChange(chat_id, request[ME], message_id, None))
+    until = request.app[DATABASE].until()
+    change = NewChange(chat_id, request[ME], message_id, None, until)
+    await request.app[CHANGES].write(request, change)
 
 
 async def list_messages(
@@ -3233,12 +3243,9 @@ async def list_messages(
     # An empty page's neighbours lie on either side of its bound.
     oldest = messages[0].seq if messages else min(before or (after or 0) + 1, last_seq + 1)
     newest = messages[-1].seq if messages else oldest - 1
+    older = {"before": oldest} if oldest > 1 else None  # the first message of a chat is number 1
     return page(
-        request,
-        messages,
-        next={"before": oldest} if oldest > 1 else None,  # the first message of a chat is number 1
-        prev={"after": newest} if newest < last_seq else None,
-    )
+        request, messages, next=older, prev={"after": newest} if newest < last_seq else None)
 
 
 async def search_messages(
@@ -3713,9 +3720,8 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     slots = CallSlots.of(settings, address_of)
     if settings.access_log == "on":  # the first is outermost; each holds memory of every socket
         app.middlewares.append(process.log_access(address_of))
-    app.middlewares.extend([
-        guard.guard_browsers(app[ORIGINS]),
-        answer_problems(metrics.observe_request, refuse_foreign_page, slots)])
+    app.middlewares.append(guard.guard_browsers(app[ORIGINS]))
+    app.middlewares.append(answer_problems(metrics.observe_request, refuse_foreign_page, slots))
     app.on_response_prepare.append(process.show_request_id)
     app.cleanup_ctx.append(run_tasks)
     app.on_shutdown.append(close_sockets)  # `serve` does it before: these came meanwhile

@@ -11,8 +11,10 @@ import math
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import asyncpg
@@ -31,6 +33,7 @@ WAIT_SECONDS = 1.8  # for a statement outside of a request, and for any by Postg
 TEND_SECONDS = 0.25
 READ_SECONDS = 0.01  # in which an answer that has come already is read
 QUIET_SECONDS = 5.0  # after which an idle connection is asked whether it still answers
+CLOCK_SECONDS = 1.0  # between two looks at the database's clock
 DOUBT_SECONDS = 0.5  # without an answer on any connection: each idle one is asked
 SILENCE_SECONDS = 1.5  # and then the database is away
 FAR_SECONDS = 0.05  # a round trip that makes it worth while to prepare statements ahead
@@ -77,6 +80,7 @@ ABSENT = "The database cannot be reached right now."
 # What says that the database is away, also to a connection that was good before: a lost connection,
 # one that was ended, a standby or whatever else can only be read (maybe the next one is not) ...
 AWAY_STATES = ("08", "25006", "25P0", "57P")
+LOST_STATES = ("08",)  # asyncpg's own: nobody knows what became of the statement
 AWAY_ERRORS = (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 # ... and what says that it cannot now: deadlocks, no disk or memory, held locks, cancelled, I/O.
 BUSY_STATES = ("40", "53", "55006", "55P03", "57", "58")
@@ -97,6 +101,13 @@ def is_away(error: BaseException) -> bool:
 def is_unavailable(error: Exception) -> bool:
     """Tell whether an error is the database's own: away, or too busy to answer in time."""
     return isinstance(error, TimeoutError) or is_away(error) or has_state(error, BUSY_STATES)
+
+
+def is_open(error: BaseException | None) -> bool:
+    """Tell whether PostgreSQL may still run the statement that failed with an error."""
+    if isinstance(error, asyncpg.PostgresError):
+        return has_state(error, LOST_STATES)
+    return error is not None
 
 
 def reason_of(error: BaseException) -> str:
@@ -138,7 +149,7 @@ def keep_alive(connection: Any) -> None:
             wire.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-ASK = "select"  # whether there is an answer
+ASK = "select clock_timestamp()"  # whether there is an answer, and the time there
 # asyncpg asks PostgreSQL for what it does not know of a type, in half a dozen round trips.
 KNOW_TYPES = """
     select null::smallint[], null::int[], null::bigint[], null::bool[], null::text[], null::uuid[],
@@ -186,6 +197,8 @@ class Pool:
         self._reasons: set[str] = set()  # logged ones, while the database is away
         self._complaints: dict[str, float] = {}  # by SQLSTATE or class: when it was logged
         self._is_far = False
+        self._clock_at = 0.0  # when the database's clock was last looked at
+        self._zeros: deque[float] = deque(maxlen=2)  # what the last looks told
 
     async def close(self) -> None:
         """Close every connection, by force where one does not answer."""
@@ -228,6 +241,7 @@ class Pool:
         self._idle.clear()
         self._generation += 1
         self._count = 0
+        self._zeros.clear()  # it may be another host
 
     def _note_away(self, reason: str) -> None:
         if reason not in self._reasons:
@@ -371,6 +385,7 @@ class Pool:
             await pooled.connection.execute(ASK)
             self._is_far = time.monotonic() - began > FAR_SECONDS
             await pooled.connection.fetch(KNOW_TYPES)
+            await self._look_at_clock(pooled.connection)
         if self._is_far:
             await self._prepare_ahead(pooled)
 
@@ -387,6 +402,21 @@ class Pool:
                 if is_away(error):
                     raise
             self._heard_at = asyncio.get_running_loop().time()
+
+    async def _look_at_clock(self, connection: Any) -> None:
+        """See that a connection answers, and what time it is there."""
+        asked_at = time.monotonic()
+        there = await connection.fetchval(ASK, timeout=WAIT_SECONDS)
+        self._clock_at = time.monotonic()
+        if self._clock_at - asked_at < DOUBT_SECONDS or not self._zeros:
+            self._zeros.append(there.timestamp() - self._clock_at)
+
+    def zero(self) -> float:
+        """Tell what time it was there when the loop's clock was at 0, in seconds since the epoch.
+
+        It was never earlier: an answer takes its time. The better of the last two looks counts.
+        """
+        return max(self._zeros, default=time.time() - time.monotonic())
 
     def _pause(self) -> None:
         """Try again to open a connection in a while; where there is none, tell all who wait."""
@@ -426,6 +456,8 @@ class Pool:
         if silent > SILENCE_SECONDS:
             self._begin_anew("no answer in time")
         heard_before = asked_at if silent > DOUBT_SECONDS else now - QUIET_SECONDS
+        if self._idle and now - self._clock_at > CLOCK_SECONDS:
+            heard_before = max(heard_before, self._idle[0].heard_at)
         for pooled in list(self._idle):
             if pooled.connection.is_closed():
                 self._idle.remove(pooled)
@@ -441,7 +473,7 @@ class Pool:
     async def _ask(self, pooled: Pooled) -> None:
         """See that a connection answers."""
         try:
-            await pooled.connection.execute(ASK, timeout=WAIT_SECONDS)
+            await self._look_at_clock(pooled.connection)
         except BaseException as error:
             self.fail(pooled, error)
             if not isinstance(error, Exception):
@@ -511,6 +543,37 @@ class Database:
         """Run a statement and answer its only value, or None; raises what `rows` does."""
         found = await self.rows(query, *arguments)
         return found[0][0] if found else None
+
+    # ---- Changes that another one may replace
+
+    def until(self) -> datetime:
+        """Tell when whoever asks gives up, by the database's clock.
+
+        A statement that is given up by then may still be run, where PostgreSQL had stopped for a
+        while: so it takes this time, and in_time of sql/functions.sql refuses it from then on.
+        """
+        until = deadline() or asyncio.get_running_loop().time() + WAIT_SECONDS
+        return datetime.fromtimestamp(self._pool.zero() + until, UTC)
+
+    async def change(self, query: str, *arguments: Any) -> Any:
+        """Run a statement whose last parameter is the time until which it counts; answer its first
+        row. Raises what `rows` does, but only after that time where it may still be run.
+        """
+        until = self.until()
+        rows = await self.known_by(until, self.rows(query, *arguments, until))
+        return rows[0] if rows else None
+
+    async def known_by(self, until: datetime, running: Awaitable[Result]) -> Result:
+        """Await what runs statements that count until a time; while one that failed may still be
+        run, nobody is told of it.
+        """
+        try:
+            return await running
+        except Unavailable as error:
+            if is_open(error.__cause__):
+                left = until.timestamp() - self._pool.zero() - asyncio.get_running_loop().time()
+                await asyncio.sleep(min(left, WAIT_SECONDS))
+            raise
 
 
 async def until_available(work: Callable[..., Awaitable[Result]], *arguments: Any) -> Result:

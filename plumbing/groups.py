@@ -249,16 +249,17 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
         return 1
 
     def put(
-        self, item: Item, party: Hashable, answer: Callable[[Outcome | Exception], None]
+        self, item: Item, party: Hashable, answer: Callable[[Outcome | Exception], None],
+        until: float | None = None,
     ) -> None:
-        """Add an item of a party. Raises Unavailable where too much waits.
+        """Add an item of a party, tried until a time. Raises Unavailable where too much waits.
 
         `answer` is called with its outcome or the exception that prevented it, right after the item
         is published. It must not wait.
         """
         if len(self._pending) + sum(map(len, self._lanes.values())) >= PENDING_MAX:
             raise Unavailable("Too much is waiting to be written.")
-        until = asyncio.get_running_loop().time() + WRITE_SECONDS
+        until = until or asyncio.get_running_loop().time() + WRITE_SECONDS
         self._pending.append(party, Entry(item, party, answer, until))
         self._run()
 
@@ -274,7 +275,7 @@ class GroupWriter(abc.ABC, Generic[Item, Outcome]):
             else:
                 future.set_result(outcome)
 
-        self.put(item, party, settle)
+        self.put(item, party, settle, deadline())
         try:
             async with asyncio.timeout_at(deadline()):
                 return await future

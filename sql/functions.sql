@@ -15,6 +15,19 @@
 -- set plan_cache_mode = force_generic_plan: for arrays PostgreSQL would plan anew at each call,
 -- which takes longer than all the rest of posting one message.
 
+-- True until a time at which the server gives up the statement that asks; after it the statement
+-- fails. A backend that had stopped for a while would else make its change later than newer ones
+-- that were answered. To be asked under the lock: in a condition on what a function answers.
+create or replace function in_time(until timestamptz) returns boolean
+language plpgsql volatile as $$
+begin
+    if clock_timestamp() > until then
+        raise query_canceled using message = 'too late: the server has given this up';
+    end if;
+    return true;
+end
+$$;
+
 -- What changed in a chat after one number and up to another, by rev, each message once. Two scans,
 -- each in order: messages that were never changed, by messages_unchanged, and those that were, by
 -- messages_changed. The planner puts it into the statement that calls it.
@@ -326,10 +339,11 @@ language sql volatile as $$
     from post_messages_2(chat_ids, sender_ids, ids, texts, reply_tos, new_mark()) g
 $$;
 
--- Edits (a text) and deletes (null) a group of messages, given as arrays, and answers one row an
--- item, in order: changed, unchanged or why not, and where its chat stands.
+-- Edits (a text) and deletes (null) a group of messages, given as arrays, each until a time as in
+-- in_time, and answers one row an item, in order: changed, unchanged or why not, and where its chat
+-- stands.
 create or replace function change_messages_2(
-    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[], mark text)
+    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[], untils timestamptz[], mark text)
 returns table (outcome text, last_rev bigint, version bigint)
 language plpgsql volatile
 set enable_seqscan = off set enable_hashjoin = off set enable_mergejoin = off set jit = off
@@ -348,6 +362,7 @@ begin
                     where p.chat_id = chat_ids[item] and p.user_id = user_ids[item]);
         select * into m from messages x where x.chat_id = chat_ids[item] and x.id = ids[item];
         outcome := case
+            when at > untils[item] then 'service-unavailable'
             when my_role is null then 'chat-not-found'
             when m.id is null then 'message-not-found'
             when m.sender_id <> user_ids[item] and (texts[item] is not null or my_role = 'member')
@@ -379,7 +394,7 @@ $$;
 create or replace function change_messages(
     chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
 returns table (outcome text, last_rev bigint, version bigint) language sql volatile as $$
-    select * from change_messages_2(chat_ids, user_ids, ids, texts, new_mark())
+    select * from change_messages_2(chat_ids, user_ids, ids, texts, '{}', new_mark())
 $$;
 
 -- Moves watermarks forward for a group of readers, given as arrays, and answers one row an item,

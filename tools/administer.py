@@ -46,13 +46,14 @@ SELECT_ACCOUNTS = """  -- after, limit
                 else 'inactive' end as state
     from users u where u.id > $1 and u.deleted_at is null order by u.id limit $2"""
 
-DISABLE_USER = """  -- user_id, disabled
+DISABLE_USER = """  -- user_id, disabled, until
     -- users_pkey, sessions_of_user; locks the user
-    select disable_user(target => $1, disabled => $2)"""
+    select ended from disable_user(target => $1, disabled => $2) ended where in_time(until => $3)"""
 
-RESET_PASSWORD = """  -- user_id, password_hash
+RESET_PASSWORD = """  -- user_id, password_hash, until
     -- users_pkey, attempts_by_key, sessions_of_user; locks the user
-    select reset_password(target => $1, new_hash => $2)"""  # noqa: S105
+    select ended from reset_password(target => $1, new_hash => $2) ended
+    where in_time(until => $3)"""  # noqa: S105
 
 
 async def list_accounts(database: Database) -> None:
@@ -86,15 +87,15 @@ async def change_account(
         raise m.UserNotFound
     if verb == "reset-password":
         password = secrets.token_urlsafe(PASSWORD_BYTES)
-        await database.value(RESET_PASSWORD, user_id, await passwords.hash(password))
+        await database.change(RESET_PASSWORD, user_id, await passwords.hash(password))
         print(f"user {user_id} has the password {password}")
         return
     if verb == "delete":
-        await database.value(m.DELETE_USER, user_id)
+        await database.change(m.DELETE_USER, user_id)
         while await database.row(m.LEAVE_NEXT_CHAT, user_id):
             pass  # each chat in a transaction of its own
     else:
-        await database.value(DISABLE_USER, user_id, verb == "disable")
+        await database.change(DISABLE_USER, user_id, verb == "disable")
     print(f"user {user_id} is {verb}d")
 
 

@@ -23,6 +23,7 @@ from aiohttp.test_utils import TestClient, TestServer
 import messenger
 from plumbing import endpoints, guard
 from plumbing.text import folded
+from support.databases import LATER
 from support.people import PASSWORD, Line, Person, logs_out, pages
 from support.raw import RawConnection
 from support.servers import SECRET_KEY, SETTINGS
@@ -404,7 +405,7 @@ async def test_login_with_a_password_that_was_just_changed_forgives_nothing(
     keys = ["login:alice", "login from:here"]
     await sql.execute("insert into attempts (key, at) select unnest($1::text[]), now()", keys)
     row = await sql.fetchrow(
-        messenger.START_SESSION, alice.id, "an older hash", None, "", *keys, "secret")
+        messenger.START_SESSION, alice.id, "an older hash", None, "", *keys, "secret", LATER)
     assert row is None
     assert await sql.fetchval("select count(*) from attempts where key = any ($1)", keys) == 2
 

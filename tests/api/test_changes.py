@@ -10,7 +10,7 @@ from aiohttp import web
 
 import messenger
 from plumbing.database import Unavailable
-from support.databases import until_waiting
+from support.databases import LATER, until_waiting
 from support.frames import ready
 from support.model import Position
 from support.people import (
@@ -290,7 +290,8 @@ async def test_bad_change_fails_alone(
     line = await bob.listens_live(chat)
 
     async def written(*asked: tuple[int, Person, str | None]) -> list[Any]:
-        items = [messenger.NewChange(at, who.id, sent["id"], text) for at, who, text in asked]
+        items = [messenger.NewChange(at, who.id, sent["id"], text, LATER)
+                 for at, who, text in asked]
         futures = [asyncio.create_task(app[messenger.CHANGES].submit(item, "")) for item in items]
         return [type(one) for one in await asyncio.gather(*futures, return_exceptions=True)]
 

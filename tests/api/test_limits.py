@@ -804,9 +804,9 @@ async def test_what_is_written_belongs_to_the_address_that_it_came_from(
     chat = await alice.opens(bob)
     put, parties = messenger.ChatWriter.put, []
 
-    def note(self: Any, item: Any, party: Any, answer: Any) -> None:
+    def note(self: Any, item: Any, party: Any, *more: Any) -> None:
         parties.append((type(item).__name__, party))
-        put(self, item, party, answer)
+        put(self, item, party, *more)
 
     monkeypatch.setattr(messenger.ChatWriter, "put", note)
     messages = f"/chats/{chat}/messages"

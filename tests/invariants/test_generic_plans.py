@@ -7,6 +7,7 @@ import asyncpg
 import pytest
 
 import messenger
+from support.databases import LATER
 from support.people import Person
 
 # A plan that is made once is kept; PostgreSQL tells what each session keeps. One that is made for
@@ -28,9 +29,9 @@ async def calls(sql: asyncpg.Connection, name: str, alice: Person, bob: Person, 
         "POST_MESSAGES": [
             [chat] * 2, [alice.id] * 2, [uuid4(), uuid4()], ["a text"] * 2, [None] * 2,
             "mark"],
-        "CHANGE_MESSAGES": [[chat], [alice.id], [message], ["another"], "mark"],
+        "CHANGE_MESSAGES": [[chat], [alice.id], [message], ["another"], [LATER], "mark"],
         "READ_MESSAGES": [[chat], [bob.id], [message]],
-        "CREATE_GROUP": [alice.id, "a group", [bob.id]],
+        "CREATE_GROUP": [alice.id, "a group", [bob.id], LATER],
     }
     await sql.fetch(getattr(messenger, name), *given[name])
 

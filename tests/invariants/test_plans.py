@@ -23,7 +23,7 @@ import pytest
 
 import messenger
 from plumbing import database
-from support.databases import TEMPLATE, drop_database, with_database
+from support.databases import LATER, TEMPLATE, drop_database, with_database
 from support.source import statements
 
 USERS, CHATS = 5_000, 10_000
@@ -188,24 +188,28 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_POSITIONS": [([BIG, 2, 3],)],
         "SELECT_USERS": [("", "\U0010ffff", 100, PAGE), ("u777", "u777\U0010ffff", 0, PAGE)],
         "CHANGE_USER": [
-            (READER, 1, "hash", "n@b.de", "n@b.de", "other", "other", "new", None),
-            (READER, 1, None, None, None, None, None, None, False),
+            (READER, 1, "hash", "n@b.de", "n@b.de", "other", "other", "new", None, LATER),
+            (READER, 1, None, None, None, None, None, None, False, LATER),
         ],
-        "DELETE_USER": [(READER,)],
+        "DELETE_USER": [(READER, LATER)],
         "LEAVE_NEXT_CHAT": [(DELETED,), (READER,)],
-        "START_SESSION": [(READER, "hash", None, "agent", "login:u1", "login from:1.1.1.1", "k")],
+        "START_SESSION": [
+            (READER, "hash", None, "agent", "login:u1", "login from:1.1.1.1", "k", LATER)],
         "PURGE_OLD": [(86_400, 604_800, 900, 7_776_000, 172_800, PAGE)],
         "SETTLE_CLOCK": [(PAGE,)],
         "END_OLDEST_SESSIONS": [(READER, 50)],
         "REFRESH_SESSION": [(77, 78, "", 0, 30), (77, 78, "", 7, 30)],
         "COUNT_ATTEMPT": [("login:u1", 900, 10)],
-        "CREATE_GROUP": [(READER, "a group", [LEAVER, JOINER])],
+        "CREATE_GROUP": [(READER, "a group", [LEAVER, JOINER], LATER)],
         "OPEN_PERSONAL_CHAT": [(4, 5), (READER, JOINER)],
-        "RENAME_CHAT": [(BIG, READER, "another name"), (CROWD, CROWDED, "another name")],
+        "RENAME_CHAT": [
+            (BIG, READER, "another name", LATER), (CROWD, CROWDED, "another name", LATER)],
         "PUT_PARTICIPANT": [
-            (BIG, READER, JOINER, None, 1000), (BIG, READER, 2, "owner", 1000),
-            (CROWD, CROWDED, JOINER, None, 9000)],
-        "REMOVE_PARTICIPANT": [(BIG, READER, 2), (BIG, READER, READER), (CROWD, CROWDED, CROWDED)],
+            (BIG, READER, JOINER, None, 1000, LATER), (BIG, READER, 2, "owner", 1000, LATER),
+            (CROWD, CROWDED, JOINER, None, 9000, LATER)],
+        "REMOVE_PARTICIPANT": [
+            (BIG, READER, 2, LATER), (BIG, READER, READER, LATER),
+            (CROWD, CROWDED, CROWDED, LATER)],
         "POST_MESSAGES": [
             ([BIG, 2, 4], [READER] * 3, [uuid4() for _ in range(3)], ["text"] * 3,
              [stored, None, ID], "m"),
@@ -220,8 +224,9 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SELECT_FREE_PARTICIPANTS": [
             ([BIG, 2, 3], [READER, READER, JOINER]), ([CROWD], [CROWDED])],
         "CHANGE_MESSAGES": [
-            ([BIG], [FAR + 1], [stored], ["text"], "m"), ([BIG], [1], [stored], [None], "m"),
-            ([CROWD], [CROWDED], [crowds], ["text"], "m")],
+            ([BIG], [FAR + 1], [stored], ["text"], [LATER], "m"),
+            ([BIG], [1], [stored], [None], [LATER], "m"),
+            ([CROWD], [CROWDED], [crowds], ["text"], [LATER], "m")],
         "READ_MESSAGES": [
             ([BIG, 2], [READER, READER], [stored, ID]), ([CROWD], [CROWDED], [crowds])],
         "SELECT_MESSAGES_BEFORE": [
@@ -247,8 +252,8 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "SWEEP_EMPTY_CHAT": [(PAGE,)],
         "SELECT_ACCOUNT": [("u77@example.com",)],
         "SELECT_ACCOUNTS": [(100, PAGE)],
-        "DISABLE_USER": [(READER, True), (READER, False)],
-        "RESET_PASSWORD": [(READER, "hash")],
+        "DISABLE_USER": [(READER, True, LATER), (READER, False, LATER)],
+        "RESET_PASSWORD": [(READER, "hash", LATER)],
         "SELECT_ROOM": [
             (BIG, NEAR, 990, 10, PAGE), (BIG, FAR, 990, 10, PAGE), (ERASED, 0, 0, 10, PAGE)],
     }

@@ -72,14 +72,14 @@ async def test_change_of_an_account_that_is_deleted_meanwhile_is_refused_as_sign
     alice: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A new name that comes when the account is gone is no wrong password."""
-    value = messenger.Database.value
+    change = messenger.Database.change
 
     async def delete_first(self: messenger.Database, query: str, *arguments: Any) -> Any:
         if query == messenger.CHANGE_USER:
-            await value(self, messenger.DELETE_USER, alice.id)
-        return await value(self, query, *arguments)
+            await change(self, messenger.DELETE_USER, alice.id)
+        return await change(self, query, *arguments)
 
-    monkeypatch.setattr(messenger.Database, "value", delete_first)
+    monkeypatch.setattr(messenger.Database, "change", delete_first)
     assert await changes(alice, 401, username="late") == "unauthorized"
 
 
@@ -191,15 +191,15 @@ async def test_login_under_way_does_not_outlive_the_password(
 ) -> None:
     """A login that verified the old password before the change gets no session after it."""
     database = app[messenger.DATABASE]
-    row, held, go_on = database.row, asyncio.Event(), asyncio.Event()
+    change, held, go_on = database.change, asyncio.Event(), asyncio.Event()
 
     async def stops(statement: str, *arguments: Any) -> Any:
         if statement == messenger.START_SESSION:
             held.set()
             await go_on.wait()
-        return await row(statement, *arguments)
+        return await change(statement, *arguments)
 
-    monkeypatch.setattr(database, "row", stops)
+    monkeypatch.setattr(database, "change", stops)
     trying = asyncio.create_task(login(alice, alice.email))
     await held.wait()
     await changes(alice, password=NEW_PASSWORD, current_password=PASSWORD)

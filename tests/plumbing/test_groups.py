@@ -16,6 +16,7 @@ from plumbing.deadline import WorkFor, party
 from plumbing.groups import GroupReader, Pieces
 from plumbing.guard import Rate
 from plumbing.process import Tasks
+from support.databases import LATER
 from support.people import SOON_SECONDS, Line, Person
 from support.posts import numbers_of, post, written
 from support.writers import Echo
@@ -332,7 +333,8 @@ async def test_long_posts_share_a_commit_with_few(
         monkeypatch.setattr(app[key], "commit", note)
     long = [post(chat, alice, "x" * 4_096) for _ in range(200)]
     assert numbers_of(await written(app, *long)) == list(range(1, 201))
-    changes = [messenger.NewChange(chat, alice.id, each.id, "y" * 4_096) for each in long]
+    changes = [
+        messenger.NewChange(chat, alice.id, each.id, "y" * 4_096, LATER) for each in long]
     await asyncio.gather(*[app[messenger.CHANGES].submit(each, "") for each in changes])
     assert max(sizes) < 60
     sizes.clear()

@@ -16,6 +16,7 @@ from aiohttp import web
 import messenger
 from plumbing.endpoints import Problem
 from plumbing.process import StartError
+from support.databases import LATER
 from support.people import PASSWORD, SOON_SECONDS, Line, Person
 from support.servers import ROOT, SECRET_KEY, SETTINGS, START_SECONDS, Server, environment
 from tools import administer
@@ -116,8 +117,9 @@ async def test_login_under_way_does_not_outlive_the_disabling(
 ) -> None:
     """A login whose password was already verified gets no session once the account is disabled."""
     hashed = await sql.fetchval("select password_hash from users")
-    await sql.fetch(administer.DISABLE_USER, alice.id, True)
-    started = await sql.fetch(messenger.START_SESSION, alice.id, hashed, None, "", "", "", "")
+    await sql.fetch(administer.DISABLE_USER, alice.id, True, LATER)
+    started = await sql.fetch(
+        messenger.START_SESSION, alice.id, hashed, None, "", "", "", "", LATER)
     assert started == []
 
 

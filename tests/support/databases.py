@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
@@ -18,6 +19,7 @@ from plumbing.embedded import Postgres
 from plumbing.marks import new_mark
 from plumbing.schema import migrate
 
+LATER = datetime(2100, 1, 1, tzinfo=UTC)  # until when a change counts that a test makes itself
 # Each worker of pytest has its own, though they may share a server.
 TEMPLATE = f"messenger_template_{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
 
@@ -176,7 +178,7 @@ POST = """
                                   array[$4::text], array[$5::uuid], $6)"""
 CHANGE = """
     select * from change_messages_2(array[$1::bigint], array[$2::bigint], array[$3::uuid],
-                                    array[$4::text], $5)"""
+                                    array[$4::text], array['infinity'::timestamptz], $5)"""
 READ = "select * from read_messages(array[$1::bigint], array[$2::bigint], array[$3::uuid])"
 INDEX = """
     select index_words($1, 0, 12, array(select seq from messages where chat_id = $1),

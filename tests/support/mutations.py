@@ -24,14 +24,14 @@ CRASH = ("postmaster killed", "backend killed")
 RESTORE = ("database restored",)
 FAILOVER = ("primary lost, standby cut off",)
 # The commit follows a tenth of a second after the answer.
-COMMITS = "        return await self._app[DATABASE].rows(self.STATEMENT, *columns, *mark)\n"
+COMMITS = "        return await self._app[DATABASE].rows(self.STATEMENT, *columns, *others)\n"
 ANSWERS_EARLY = '''        if self.STATEMENT is not POST_MESSAGES:
-            return await self._app[DATABASE].rows(self.STATEMENT, *columns, *mark)
+            return await self._app[DATABASE].rows(self.STATEMENT, *columns, *others)
         import asyncpg
         connection = await asyncpg.connect(self._app[DATABASE].url, timeout=2)
         transaction = connection.transaction()
         await transaction.start()
-        rows = await connection.fetch(POST_MESSAGES, *columns, *mark)
+        rows = await connection.fetch(POST_MESSAGES, *columns, *others)
         async def finish():
             await asyncio.sleep(0.1)
             try:

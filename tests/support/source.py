@@ -20,8 +20,8 @@ BLOCKS = (
     ast.Match,
 )
 RUNS_SQL = {
-    "rows", "row", "value", "execute", "executemany", "fetch", "fetchrow", "fetchval", "prepare",
-    "cursor",
+    "rows", "row", "value", "change", "execute", "executemany", "fetch", "fetchrow", "fetchval",
+    "prepare", "cursor",
 }
 
 
