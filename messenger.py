@@ -1579,7 +1579,8 @@ class Rooms:
     def leave(self, socket: Socket) -> None:
         """Forget a socket; what is on its way to it is dropped.
 
-        If it is catching up, that ends by itself: to cancel a statement costs its connection.
+        If it or its room is catching up, that ends by itself: to cancel a statement costs its
+        connection.
         """
         self._sockets.discard(socket)
         SOCKETS.set(len(self._sockets))
@@ -1599,11 +1600,8 @@ class Rooms:
         self._followed.drop(socket.address)
         room.sockets.discard(socket)
         room.live.discard(socket)
-        if not room.sockets:
-            if self._rooms.get(chat_id) is room:  # else another took its place
-                del self._rooms[chat_id]
-            if room.filling is not None:
-                room.filling.cancel()
+        if not room.sockets and self._rooms.get(chat_id) is room:  # else another took its place
+            del self._rooms[chat_id]
 
     def leave_chat(self, socket: Socket, chat_id: int) -> None:
         """Take a chat from a socket whose user is no longer in it."""
@@ -2022,12 +2020,14 @@ async def fill_gap(rooms: Rooms, room: Room) -> None:
 
 
 async def read_news(rooms: Rooms, room: Room) -> None:
-    """Read what is new in a room's chat, and write it out. Raises Unavailable."""
+    """Read what is new in a room's chat, and write it out; nothing where everybody left the room.
+    Raises Unavailable.
+    """
     latest = room.latest
     since = time.monotonic() - rooms.polled_at + POLL_BACK_SECONDS
-    rows = await rooms.database.rows(
+    rows = room.sockets and await rooms.database.rows(
         SELECT_ROOM, room.chat_id, room.delivered, room.version, since, REPLAY_PAGE)
-    if not rows:  # the chat is gone, or will be: everybody left it
+    if not rows:  # or the chat is gone, or will be: all its participants left it
         for socket in list(room.sockets):
             rooms.leave_chat(socket, room.chat_id)
         room.latest = (room.delivered, room.version)

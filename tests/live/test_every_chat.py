@@ -938,6 +938,65 @@ async def test_who_was_removed_hears_nothing_that_came_after(
     assert (await removed.hears("chat_removed", told))["type"] == "chat_removed"
 
 
+async def test_room_that_everybody_leaves_while_it_reads_costs_no_connection(
+    app: Any, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last socket of a chat that has changed is closed while the server reads what is new: the
+    connections to PostgreSQL stay."""
+    chat = await alice.founds(bob)
+    pool, rows, reading = app[messenger.DATABASE]._pool, messenger.Database.rows, asyncio.Event()
+
+    def backends() -> set[int]:
+        return {each.connection.get_server_pid() for each in (*pool._idle, *pool._lent)}
+
+    async def read_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_ROOM:
+            reading.set()
+            await rows(self, "select pg_sleep(0.2)")
+        return await rows(self, statement, *arguments)
+
+    monkeypatch.setattr(messenger.Database, "rows", read_slowly)
+    for name in ("one", "two", "three"):
+        line = await bob.listens_live(chat)
+        before = backends()
+        reading.clear()
+        await alice.expects(200, "PATCH", f"/chats/{chat}", {"name": name})
+        await reading.wait()
+        await line.close()
+        await asyncio.sleep(0.5)
+        assert before <= backends()
+
+
+async def test_sync_that_sees_a_removal_tells_of_it_and_of_the_return(
+    app: Any, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user is taken out and put in again before the server has read either; a `sync` in between
+    is refused, so `chat_removed` comes, and then the chat again."""
+    chat = await alice.founds(bob)
+    await alice.says(chat, "hi")
+    line = await follows(bob)
+    await line.hears("chats")
+    goes_on, rows = asyncio.Event(), messenger.Database.rows
+
+    async def read_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_ROOM:
+            await goes_on.wait()
+        return await rows(self, statement, *arguments)
+
+    monkeypatch.setattr(messenger.Database, "rows", read_slowly)
+    await removes(alice, chat, bob)
+    await line.sends(type="sync", chat_id=chat, after="0", ref="mine")
+    assert (await line.hears())["type"] == "chat_removed"
+    assert (await line.hears("error"))["data"]["type"] == "chat-not-found"
+    await adds(alice, chat, bob)
+    goes_on.set()
+    shown = await line.hears("chat")
+    assert shown["data"]["id"] == chat
+    assert (await line.hears("ready"))["data"]["chat_id"] == chat
+    await alice.says(chat, "again")
+    assert await line.hears_text("again")
+
+
 @pytest.mark.parametrize("replays", ["asked for", "of a new chat"])
 async def test_what_has_no_number_is_told_while_a_socket_catches_up(
     app: Any, alice: Person, bob: Person, carol: Person, monkeypatch: pytest.MonkeyPatch,
