@@ -156,6 +156,7 @@ from plumbing.endpoints import (
 )
 from plumbing.groups import GroupReader, GroupWriter, Outcome, Pieces, by_place, columns_of
 from plumbing.guard import Passwords, Rate, address_of
+from plumbing.heartbeat import Heartbeat
 from plumbing.marks import mark_of, new_mark, position_of, read_position, run_ends
 from plumbing.process import Tasks
 from plumbing.schema import is_outgrown
@@ -1466,12 +1467,12 @@ class Rooms:
             log.error("chat %d: closing its sockets, so that they come back", chat_id)
             self.close(GOING_AWAY, *room.sockets)
 
-    def start_over(self, chat_id: int, but: Socket | None = None) -> None:
-        """Close every socket, for a chat has another history than a room was told: the database was
-        restored, or a standby promoted. Whoever comes back is told which of theirs are rewritten.
-        A handshake that was told of no chat yet goes on.
+    def start_over(self, what: str, but: Socket | None = None) -> None:
+        """Close every socket, for a chat, or all, has another history than a room was told: the
+        database was restored, or a standby promoted. Whoever comes back is told which of theirs are
+        rewritten. A handshake that was told of no chat yet goes on.
         """
-        log.error("chat %d: its history was rewritten; closing all sockets", chat_id)
+        log.error("%s: its history was rewritten; closing all sockets", what)
         self._sessions.forget()
         self._rooms = dict(but.rooms) if but is not None else {}
         told = [each for each in self._sockets if each.rooms or each.is_open()]
@@ -1482,7 +1483,7 @@ class Rooms:
             return  # it joined by another way meanwhile
         room = self._rooms.setdefault(chat_id, Room(chat_id, rev, mark, version))
         if room.delivered == rev and room.mark != mark:
-            self.start_over(chat_id, but=socket)
+            self.start_over(f"chat {chat_id}", but=socket)
             room = self._rooms[chat_id] = Room(chat_id, rev, mark, version)
         room.sockets.add(socket)
         room.live.add(socket)
@@ -1976,7 +1977,7 @@ async def replay_page(rooms: Rooms, socket: Socket) -> None:
     if not rows:
         rooms.leave_chat(socket, chat_id)
     elif rows[0]["mark"] != replay.mark:
-        rooms.start_over(chat_id)
+        rooms.start_over(f"chat {chat_id}")
     elif await write_missed(rooms, socket, chat_id, rows) and len(rows) < REPLAY_PAGE:
         replay.at, replay.mark = upto, mark
 
@@ -2033,7 +2034,7 @@ async def read_news(rooms: Rooms, room: Room) -> None:
         room.latest = (room.delivered, room.version)
         return
     if rows[0]["known_mark"] != room.mark:
-        rooms.start_over(room.chat_id)
+        rooms.start_over(f"chat {room.chat_id}")
         return
     messages = await messages_of(rooms.database, room.chat_id, rows)
     deliver_snapshot(rooms, room, rows[0], messages)
@@ -2067,8 +2068,8 @@ def deliver_snapshot(rooms: Rooms, room: Room, row: Any, messages: list[Message]
 
 
 # ==== The watch ===================================================================================
-# What happens over time: once a second PostgreSQL is asked what hints would have told, and every
-# socket is checked for an expired token and a peer that is gone.
+# What happens over time: once a second PostgreSQL is asked what hints would have told, and whether
+# it still has what it had; every socket is checked for an expired token and a peer that is gone.
 
 SELECT_POSITIONS = """  -- chat_ids
     -- chats_pkey
@@ -2089,17 +2090,22 @@ class Watch:
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
         self._database = rooms.database
+        self._heartbeat = Heartbeat(rooms.database)
         self._hints_lost = asyncio.Event()
 
     def start(self, bus: Bus, tasks: Tasks) -> None:
         """Begin to listen to other processes, to poll and to check."""
-        bus.subscribe(self._rooms.hear_others, self.poll_now)
+        bus.subscribe(self._rooms.hear_others, self._hints_lost.set)
         tasks.spawn(repeat(self.check_sockets, seconds=WATCH_SECONDS))
+        tasks.spawn(repeat(self.beat, seconds=POLL_SECONDS))
         tasks.spawn(repeat(self.poll, seconds=POLL_SECONDS, woken=self._hints_lost))
 
-    def poll_now(self) -> None:
-        """Poll without waiting for the next time: hints may have been lost."""
-        self._hints_lost.set()
+    async def beat(self) -> None:
+        """Notice that the database went back in time, where any socket could hear of a past that is
+        no more. Raises Unavailable.
+        """
+        if self._rooms.sockets_of(None) and not await self._heartbeat.beat():
+            self._rooms.start_over("the database")
 
     async def poll(self) -> None:
         """Ask how far every room is, in pieces spread over the second; who logged out, who joined.
@@ -2119,7 +2125,7 @@ class Watch:
                 known_rev, known_mark, known_version = known.pop(chat_id)
                 is_other = rev == known_rev and mark != known_mark
                 if rev < known_rev or is_other or version < known_version:
-                    self._rooms.start_over(chat_id)
+                    self._rooms.start_over(f"chat {chat_id}")
                 self._rooms.advance(chat_id, rev, version)
             for chat_id in known:  # a restored database does not have it
                 self._rooms.close_room(chat_id)
@@ -3446,7 +3452,8 @@ async def take_frame(request: web.Request, socket: Socket, text: str | bytes) ->
                 await FRAME_HANDLERS[type(frame)](request, socket, frame)
     except Exception as error:
         problem = problem_of(socket, error)
-        refuse_text(socket, text, problem)
+        # With its `ref` and `chat_id`, as far as they can be read.
+        refuse_frame(socket, problem, **peek(text, ref=(str, int, float), chat_id=(int,)))
         if problem.status == 429:
             close_if_flooding(request, socket)
 
@@ -3457,11 +3464,6 @@ def problem_of(socket: Socket, error: Exception) -> Problem:
     if problem is None:
         log.error("a frame could not be taken, request %s", socket.request_id, exc_info=error)
     return problem or InternalError()
-
-
-def refuse_text(socket: Socket, text: str | bytes, problem: Problem) -> None:
-    """Refuse a frame as it came, with its `ref` and `chat_id` as far as they can be read."""
-    refuse_frame(socket, problem, **peek(text, ref=(str, int, float), chat_id=(int,)))
 
 
 def refuse_frame(

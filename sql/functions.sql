@@ -871,3 +871,25 @@ begin
         oldest + make_interval(secs => window_seconds) - now()))::int);
 end
 $$;
+
+-- Puts the next token of a process in the place of a known one, or (known '{}') the first, and
+-- answers which of these stands there now; null where none does: the database went back in time, or
+-- can only be read and never had one. The same call again answers the same.
+create or replace function beat(of_process text, known text[], following text) returns text
+language plpgsql volatile
+set enable_seqscan = off set enable_bitmapscan = off set plan_cache_mode = force_generic_plan as $$
+begin
+    if current_setting('transaction_read_only') = 'off' then
+        if known = '{}' then
+            delete from heartbeats h where h.beaten_at < now() - interval '1 day';
+            insert into heartbeats (process, beat) values (of_process, following)
+            on conflict (process) do nothing;
+        else
+            update heartbeats h set beat = following, beaten_at = now()
+            where h.process = of_process and h.beat = any (known);
+        end if;
+    end if;
+    return (select h.beat from heartbeats h
+            where h.process = of_process and h.beat = any (known || following));
+end
+$$;

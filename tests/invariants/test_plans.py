@@ -185,6 +185,7 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
             ([CROWD], [CROWDED], [NEWEST], 100)],
         "SELECT_JOINED": [(11,)],
         "CHECK_WRITABLE": [()],
+        "BEAT": [("p", [], "1"), ("p", ["1"], "2")],
         "SELECT_POSITIONS": [([BIG, 2, 3],)],
         "SELECT_USERS": [("", "\U0010ffff", 100, PAGE), ("u777", "u777\U0010ffff", 0, PAGE)],
         "CHANGE_USER": [

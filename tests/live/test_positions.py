@@ -3,13 +3,14 @@ is sent back to ask.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import asyncpg
 import pytest
 
 import messenger
-from support.people import HEAR_SECONDS, SOON_SECONDS, Line, Person
+from support.people import HEAR_SECONDS, SOON_SECONDS, Line, Person, adds
 from support.servers import Elsewhere
 
 
@@ -279,6 +280,50 @@ async def test_restore_that_only_undid_changes_of_members_closes_all_sockets(
     for each in (line, other):
         with pytest.raises(AssertionError, match="closed with 1001"):
             await each.hears("message")
+
+
+async def keep(sql: asyncpg.Connection) -> Callable[[], Awaitable[None]]:
+    """Keep what the database has; answer what puts all of it back at once, as a restore does."""
+    tables = [row["tablename"] for row in await sql.fetch(
+        "select tablename from pg_tables where schemaname = 'public' and tablename !~ 'yoyo'")]
+    await sql.execute("create schema past")
+    for table in tables:
+        await sql.execute(f"create table past.{table} as table {table}")
+
+    async def put_back() -> None:
+        async with sql.transaction():
+            await sql.execute(f"truncate {', '.join(tables)}")
+            await sql.execute("set local session_replication_role = replica")  # in any order
+            for table in tables:
+                await sql.execute(
+                    f"insert into {table} overriding system value table past.{table}")
+            await sql.execute("select setval('chats_id_seq', (select max(id) from chats))")
+
+    return put_back
+
+
+async def test_restore_that_no_chat_shows_closes_all_sockets(
+    sql: asyncpg.Connection, alice: Person, bob: Person, carol: Person
+) -> None:
+    """Where as much was changed again after a restore as it undid, or another chat got the id of a
+    lost one before anything was posted in either, all sockets are closed."""
+    chat = await alice.founds(bob)
+    watching = await alice.listens_live(chat)
+    async with asyncio.timeout(SOON_SECONDS):
+        while not await sql.fetchval("select count(*) from heartbeats"):
+            await asyncio.sleep(0.05)
+    past = await keep(sql)
+    lost = await carol.founds(alice)
+    await adds(alice, chat, carol)
+    lines = [await carol.listens_live(lost), await carol.listens_live(chat), watching]
+    await asyncio.sleep(2 * messenger.POLL_SECONDS)  # a beat, at least
+    await past()
+    await alice.expects(200, "PATCH", f"/chats/{chat}", {"name": "again"})
+    assert await bob.founds(alice) == lost
+    for line in lines:
+        with pytest.raises(AssertionError, match="closed with 1001"):
+            await line.hears("never")
+    assert (await carol.asks("GET", f"/chats/{lost}")).status == 404
 
 
 async def test_lost_refresh_may_be_repeated_until_its_answer_is_used(

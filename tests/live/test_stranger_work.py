@@ -536,9 +536,10 @@ async def test_sockets_leave_very_many_chats_in_turn_with_others(
     await line.close()
 
 
-@pytest.mark.parametrize("how", ["close_room", "start_over"])
+@pytest.mark.parametrize(
+    "how", [messenger.Rooms.close_room, lambda rooms, chat: rooms.start_over(f"chat {chat}")])
 async def test_room_of_sockets_that_still_leave_serves_nobody_else(
-    app: web.Application, alice: Person, bob: Person, monkeypatch: Any, how: str
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any, how: Any
 ) -> None:
     """Where a room was given up, who joins gets a new one, though some are still leaving it."""
     monkeypatch.setattr(messenger, "FOLLOWED_PAGE", 1)
@@ -551,7 +552,7 @@ async def test_room_of_sockets_that_still_leave_serves_nobody_else(
     room = rooms._rooms[chats[0]]
     with monkeypatch.context() as patch:
         patch.setattr(guard.Turns, "call", lambda *_: asyncio.sleep(0.5))
-        getattr(rooms, how)(chats[0])
+        how(rooms, chats[0])
         assert room.sockets
     for socket in list(room.sockets):
         rooms.leave(socket)

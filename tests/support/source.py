@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import messenger
+from plumbing import heartbeat
 from tools import administer
 from tools.code_lines import SQL
 
@@ -67,7 +68,7 @@ def statements() -> list[tuple[str, str]]:
     """Every SQL constant of the application and its tools: its name and its text."""
     return [
         (name, value)
-        for module in (messenger, administer) for name, value in vars(module).items()
+        for module in (messenger, administer, heartbeat) for name, value in vars(module).items()
         if name.isupper() and isinstance(value, str) and SQL.match(value.strip())]
 
 

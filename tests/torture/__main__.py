@@ -79,7 +79,7 @@ PROOF_PATIENCE_SECONDS = 4.0  # with one
 PROOF_TRIES = 3
 CONTROL_SECONDS = 4.0
 
-OF_RETURN = re.compile(r"chat \d+: (its history was rewritten|closing its sockets)")
+OF_RETURN = re.compile(r"(chat \d+|the database): (its history was rewritten|closing its sockets)")
 # What a server may say of a fault.
 SAID = {
     "database restored": OF_RETURN, "primary lost, standby behind": OF_RETURN,
