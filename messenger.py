@@ -209,6 +209,7 @@ class Settings(ServerSettings, frozen=True, kw_only=True):
 BODY_BYTES_MAX = 64 * 1024
 FRAME_BYTES_MAX = 64 * 1024
 GROUP_PARTICIPANTS_MAX = 1000
+LEFT_MAX = 100  # users that a room remembers to have left it
 HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_IN_CHAT_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
@@ -945,7 +946,7 @@ class Sessions:
         self._database = database
         self._look_ups = GroupReader(self.of_askers)
         # By session: its secret and generation, while it is believed alive.
-        self._trusted = guard.Trusted(SESSION_TRUST_SECONDS)
+        self.trusted = guard.Trusted(SESSION_TRUST_SECONDS)
 
     def tokens(self, user_id: int, session: Mapping[str, Any]) -> Tokens:
         """Make the pair of tokens of a session's generation, by its row."""
@@ -966,7 +967,7 @@ class Sessions:
             raise Unauthorized
         asker = Asker(int(claims["sub"]), claims["sid"], claims.get("key", ""), claims["exp"])
         generation, asked_at = claims.get("gen", 0), time.monotonic()
-        if self._trusted.holds(asker.session_id, (asker.secret, generation)):
+        if self.trusted.holds(asker.session_id, (asker.secret, generation)):
             return asker
         session = await guard.unless_gone(request, self._look_ups.get, asker)
         if session is None:
@@ -974,7 +975,7 @@ class Sessions:
         newest, is_used = session
         if generation >= newest and not is_used:
             await self._database.rows(USE_SESSION, asker.session_id, generation)
-        if not self._trusted.put(asker.session_id, (asker.secret, generation), asked_at):
+        if not self.trusted.put(asker.session_id, (asker.secret, generation), asked_at):
             raise Unauthorized
         return asker
 
@@ -985,14 +986,6 @@ class Sessions:
         named = [(asker.session_id, asker.user_id, asker.secret) for asker in asked]
         rows = await self._database.rows(SELECT_SESSIONS_ALIVE, *columns_of(named))
         return [found[0] if found else None for found in by_place(rows, len(asked))]
-
-    def forget(self) -> None:
-        """Believe of no session that it is alive."""
-        self._trusted.forget()
-
-    def end(self, session_ids: Iterable[int]) -> None:
-        """Believe no longer that these sessions are alive."""
-        self._trusted.end(session_ids)
 
 
 # What the application holds, by key.
@@ -1286,6 +1279,8 @@ class Room:
     delivered: int  # the rev up to which changes were written out ...
     mark: str  # ... and its mark
     version: int  # of the participants that are known
+    left_after: int  # `left` tells of all who left after this version ...
+    left: tuple[tuple[int, int], ...] = ()  # ... who, and the version at which that was known
     latest: tuple[int, int] = (0, 0)  # the rev and version that there are
     sockets: set[Socket] = field(default_factory=set)  # all, also those that are catching up
     live: set[Socket] = field(default_factory=set)  # those that got everything up to `delivered`
@@ -1395,7 +1390,7 @@ class Rooms:
         me, deadline = socket.asker.user_id, time.monotonic() + VERSION_SECONDS
         asked: list[tuple[int | None, int, int]] = [(socket.chat_id, me, INT8_MAX)]
         while asked:
-            piece = [chat for each in asked for chat in await self._look_ups.get(each)]
+            piece = list(itertools.chain(*await asyncio.gather(*map(self._look_ups.get, asked))))
             if self._is_beyond(socket, len(piece)):
                 raise TooManySockets
             more = socket.chat_id is None and len(piece) >= FOLLOWED_PAGE
@@ -1414,10 +1409,10 @@ class Rooms:
         """Let a socket join some rooms, where it is live, and tell it how far they are, and whether
         others follow.
 
-        Answers those that know of a later change of participants than was asked for: they are left
-        out.
+        Answers those that its user may have left since they were asked for: they are left out.
         """
-        newer = {chat_id for chat_id, _, _, version in piece if self._knows_newer(chat_id, version)}
+        newer = {chat_id for chat_id, _, _, version in piece
+                 if self._may_have_left(socket.asker.user_id, chat_id, version)}
         chats = [chat for chat in piece if chat[0] not in newer]
         for chat in chats:
             self._join_room(socket, *chat)
@@ -1449,9 +1444,13 @@ class Rooms:
         rows = await self.database.rows(SELECT_FOLLOWED, *columns_of(asked), FOLLOWED_PAGE)
         return by_place(rows, len(asked))
 
-    def _knows_newer(self, chat_id: int, version: int) -> bool:
-        """Tell whether a room knows of a later change of participants than a query saw."""
-        return chat_id in self._rooms and version < self._rooms[chat_id].version
+    def _may_have_left(self, user_id: int, chat_id: int, version: int) -> bool:
+        """Tell whether somebody who was in a chat at a version may have left it since, for all that
+        a room knows.
+        """
+        room = self._rooms.get(chat_id)
+        return room is not None and version < room.version and (version < room.left_after or any(
+            user == user_id and left_at > version for user, left_at in room.left))
 
     async def _wait_for_version(self, deadline: float) -> None:
         """Wait a moment, until a query sees the version that a room knows: not beyond a deadline,
@@ -1473,7 +1472,7 @@ class Rooms:
         rewritten. A handshake that was told of no chat yet goes on.
         """
         log.error("%s: its history was rewritten; closing all sockets", what)
-        self._sessions.forget()
+        self._sessions.trusted.forget()
         self._rooms = dict(but.rooms) if but is not None else {}
         told = [each for each in self._sockets if each.rooms or each.is_open()]
         self.close(GOING_AWAY, *[each for each in told if each is not but])
@@ -1481,10 +1480,10 @@ class Rooms:
     def _join_room(self, socket: Socket, chat_id: int, rev: int, mark: str, version: int) -> None:
         if chat_id in socket.rooms:
             return  # it joined by another way meanwhile
-        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, mark, version))
+        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, mark, version, version))
         if room.delivered == rev and room.mark != mark:
             self.start_over(f"chat {chat_id}", but=socket)
-            room = self._rooms[chat_id] = Room(chat_id, rev, mark, version)
+            room = self._rooms[chat_id] = Room(chat_id, rev, mark, version, version)
         room.sockets.add(socket)
         room.live.add(socket)
         socket.rooms[chat_id] = room
@@ -1565,8 +1564,8 @@ class Rooms:
         is closed, nor where the participants changed since the chat was read.
         """
         for chat, frame in shown:
-            is_over = chat.id in socket.rooms or socket not in self._sockets
-            if is_over or self._knows_newer(chat.id, chat.version):
+            is_old = chat.id in self._rooms and chat.version < self._rooms[chat.id].version
+            if is_old or chat.id in socket.rooms or socket not in self._sockets:
                 continue
             if self._is_beyond(socket, 1):
                 self.close(GOING_AWAY, socket)  # it may come back where its user's others allow
@@ -1622,7 +1621,7 @@ class Rooms:
         """End sessions in this process, of one user or (None) of any: their tokens count no longer,
         their sockets are closed.
         """
-        self._sessions.end(session_ids)
+        self._sessions.trusted.end(session_ids)
         sockets = self.sockets_of(user_id)
         self.close(TOKEN_ENDED, *[each for each in sockets if each.asker.session_id in session_ids])
 
@@ -1636,7 +1635,7 @@ class Rooms:
             sessions = await self._sessions.of_askers(list(asked.values()))
             ended = [socket for socket, session in zip(asked, sessions, strict=True)
                      if session is None and socket.asker is asked[socket]]
-            self._sessions.end(socket.asker.session_id for socket in ended)
+            self._sessions.trusted.end(socket.asker.session_id for socket in ended)
             self.close(TOKEN_ENDED, *ended)
 
     # ---- Who is live, and who catches up first
@@ -2057,6 +2056,9 @@ def deliver_snapshot(rooms: Rooms, room: Room, row: Any, messages: list[Message]
         update = ChatUpdate(room.chat_id, row["version"], row["name"], people, sorted(departed))
         rooms.deliver(room, room.sockets, encode_frame(ChatUpdatedOut(data=update)), 1)
         room.version = row["version"]
+        room.left += tuple((user_id, room.version) for user_id in departed)
+        if len(room.left) > LEFT_MAX:
+            room.left, room.left_after = (), room.version
         rooms.join_users(room.chat_id, [person.user_id for person in people])
     frames = [encode_change(message, room.delivered) for message in messages]
     rooms.deliver(room, room.live, b"".join(frames), len(frames))
@@ -2089,7 +2091,6 @@ class Watch:
 
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
-        self._database = rooms.database
         self._heartbeat = Heartbeat(rooms.database)
         self._hints_lost = asyncio.Event()
 
@@ -2104,13 +2105,13 @@ class Watch:
         """Notice that the database went back in time, where any socket could hear of a past that is
         no more. Raises Unavailable.
         """
-        if self._rooms.sockets_of(None) and not await self._heartbeat.beat():
+        if not await self._heartbeat.beat(bool(self._rooms.sockets_of(None))):
             self._rooms.start_over("the database")
 
     async def poll(self) -> None:
         """Ask how far every room is, in pieces spread over the second; who logged out, who joined.
         """
-        if await is_outgrown(self._database, SQL):
+        if await is_outgrown(self._rooms.database, SQL):
             await self._rooms.close_all()
             return
         asked_at = time.monotonic()
@@ -2120,7 +2121,7 @@ class Watch:
             if start:
                 await asyncio.sleep(POLL_SECONDS * POLL_MAX / len(chat_ids))
             known = self._rooms.stands(chat_ids[start : start + POLL_MAX])
-            rows = await self._database.rows(SELECT_POSITIONS, list(known))
+            rows = await self._rooms.database.rows(SELECT_POSITIONS, list(known))
             for chat_id, rev, mark, version in rows:
                 known_rev, known_mark, known_version = known.pop(chat_id)
                 is_other = rev == known_rev and mark != known_mark
@@ -2131,8 +2132,8 @@ class Watch:
                 self._rooms.close_room(chat_id)
         if self._rooms.sockets_of(None):
             since = asked_at - self._rooms.polled_at + POLL_BACK_SECONDS
-            joined = enumerate(await self._database.rows(SELECT_JOINED, since))
-            for number, (chat_id, user_id) in joined:
+            joined = await self._rooms.database.rows(SELECT_JOINED, since)
+            for number, (chat_id, user_id) in enumerate(joined):
                 if number % 100 == 99:
                     await asyncio.sleep(0)
                 self._rooms.join_users(chat_id, [user_id])
@@ -2190,7 +2191,7 @@ SELECT_FREE_PARTICIPANTS = """  -- chat_ids, user_ids
 CHANGE_MESSAGES = """  -- chat_ids, user_ids, message_ids, texts, untils, mark
     -- chats_pkey, participants_pkey, messages_id; locks the chats
     -- A text of null deletes the message.
-    select * from change_messages_2(
+    select * from change_messages_3(
         chat_ids => $1, user_ids => $2, ids => $3, texts => $4, untils => $5, mark => $6)"""
 
 READ_MESSAGES = """  -- chat_ids, user_ids, message_ids
@@ -2215,7 +2216,8 @@ SELECT_UNINDEXED = """  -- chat_id, limit
 
 INDEX_WORDS = """  -- chat_id, since, upto, seqs, words
     -- message_words_pkey; locks the chat's search position
-    select index_words(chat => $1, since => $2, upto => $3, seqs => $4, words => $5)"""
+    -- Tells whether another was not faster.
+    select index_words_2(chat => $1, since => $2, upto => $3, seqs => $4, words => $5)"""
 
 SWEEP_EMPTY_CHAT = """  -- limit
     -- chats_empty, messages_pkey, message_words_pkey, reads_pkey; locks the chat
@@ -2484,13 +2486,6 @@ class ReadWriter(ChatWriter[NewRead, Read]):
         return outcomes
 
 
-class MessageIndex(SearchIndex):
-    """Takes in the words of messages."""
-
-    SELECT_UNINDEXED = SELECT_UNINDEXED
-    INDEX_WORDS = INDEX_WORDS
-
-
 async def leave_chats(app: web.Application, user_id: int) -> None:
     """Take a deleted user out of their chats; what it cannot do now is done by keep_tidy.
 
@@ -2524,7 +2519,7 @@ async def keep_tidy(app: web.Application) -> None:
         await asyncio.sleep(0.05)  # others come first
 
 
-INDEX = web.AppKey("index", MessageIndex)
+INDEX = web.AppKey("index", SearchIndex)
 POSTS = web.AppKey("posts", PostWriter)
 CHANGES = web.AppKey("changes", ChangeWriter)
 READS = web.AppKey("reads", ReadWriter)
@@ -2559,9 +2554,9 @@ SELECT_HASH = """  -- user_id
     select password_hash from users where id = $1 and deleted_at is null"""
 
 CHANGE_USER = """
-    -- user_id, session_id, verified_hash, email, email_key, username, username_key, hash, active,
+    -- user_id, session_id, verified, email, email_key, username, username_key, hash, active, until
     -- users_pkey, sessions_of_user; locks the user
-    -- What is null stays as it is. The last parameter: until.
+    -- What is null stays as it is.
     select ended from change_user(
         me => $1, my_session => $2, verified_hash => $3, new_email => $4, new_email_key => $5,
         new_username => $6, new_username_key => $7, new_hash => $8, active => $9) ended
@@ -2596,11 +2591,12 @@ START_SESSION = """
     select woken.id, $4::text, $7::text from woken where in_time(until => $8)
     returning s.id, s.generation, s.rotated_at, s.secret"""
 
-REFRESH_SESSION = """  -- session_id, user_id, secret, known_generation, grace_seconds
+REFRESH_SESSION = """  -- session_id, user_id, secret, known_generation, grace_seconds, until
     -- sessions_pkey; locks the session
     select * from refresh_session(
         session_id => $1, me => $2, my_secret => $3, known_generation => $4,
-        grace_seconds => $5)"""
+        grace_seconds => $5)
+    where in_time(until => $6)"""
 
 SELECT_SESSIONS = """  -- user_id, life_seconds, after, limit
     -- sessions_of_user
@@ -2735,7 +2731,7 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     holder = claims["sid"], int(claims["sub"]), claims.get("key", "")
     # By the session: the token of one that has ended must not keep the user's others from it.
     charge(request.app, TooManyChanges, (holder[0], REFRESH_SESSION))
-    session = await database.row(
+    session = await database.change(
         REFRESH_SESSION, *holder, int(claims["jti"]), REFRESH_GRACE_SECONDS)
     if session is None:
         await end_session(request, *holder)
@@ -2885,9 +2881,9 @@ CREATE_GROUP = """  -- asker_id, name, user_ids, until
     select * from create_group(owner => $1, name => $2, member_ids => $3)
     where in_time(until => $4)"""
 
-OPEN_PERSONAL_CHAT = """  -- asker_id, user_id
+OPEN_PERSONAL_CHAT = """  -- asker_id, user_id, until
     -- chats_pair, users_pkey; locks the users
-    select * from open_personal_chat(me => $1, other => $2)"""
+    select * from open_personal_chat(me => $1, other => $2) where in_time(until => $3)"""
 
 RENAME_CHAT = """  -- chat_id, asker_id, name, until
     -- chats_pkey, participants_pkey; locks the chat
@@ -2969,7 +2965,7 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
             raise invalid("$.name", "must not be given for a personal chat")
         if len(others) != 1:
             raise invalid("$.participant_ids", "must name exactly one other user")
-        row = await request.app[DATABASE].row(OPEN_PERSONAL_CHAT, me, others[0])
+        row = await request.app[DATABASE].change(OPEN_PERSONAL_CHAT, me, others[0])
     chat_id, is_new, unknown_ids = row
     if me in (unknown_ids or ()):
         raise Unauthorized  # deleted meanwhile
@@ -3189,7 +3185,7 @@ async def change_message(
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     await charge_call(request, TooManyMessages, request[ME], chat_id, body.text)
-    until = request.app[DATABASE].until()
+    until = await request.app[DATABASE].until()
     change = NewChange(chat_id, request[ME], message_id, body.text, until)
     await request.app[CHANGES].write(request, change)
     return await get_message(request, chat_id, message_id)
@@ -3203,7 +3199,7 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     await charge_call(request, TooManyMessages, (request[ME], "deleted"), chat_id)
-    until = request.app[DATABASE].until()
+    until = await request.app[DATABASE].until()
     change = NewChange(chat_id, request[ME], message_id, None, until)
     await request.app[CHANGES].write(request, change)
 
@@ -3716,7 +3712,7 @@ def make_app(settings: Settings, database_url: str, secret_key: str) -> web.Appl
     app[PASSWORDS] = Passwords(settings.bcrypt_cost)
     app[SESSIONS] = Sessions(settings, secret_key, app[DATABASE])
     app[ROOMS] = Rooms(app)
-    app[INDEX] = MessageIndex(app[DATABASE], SEARCH_SECONDS)
+    app[INDEX] = SearchIndex(app[DATABASE], SEARCH_SECONDS, SELECT_UNINDEXED, INDEX_WORDS)
     app[TURNS], app[PACE] = guard.Slots(1), guard.Slots(settings.bound(1))
     app[POSTS], app[CHANGES], app[READS] = PostWriter(app), ChangeWriter(app), ReadWriter(app)
     slots = CallSlots.of(settings, address_of)

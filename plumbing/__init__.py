@@ -14,6 +14,7 @@ A file imports only those above it in this list, and none imports the applicatio
     database     any PostgreSQL: connections, and statements on them
     groups       look-ups and commits in groups
     schema       the schema, and the start
+    heartbeat    whether the database went back in time
     bus          hints from one process to the others
     guard        who may ask: addresses, rates, passwords, tokens, browsers
     search       texts taken apart for a search, and an index of their words

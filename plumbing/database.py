@@ -197,6 +197,7 @@ class Pool:
         self._reasons: set[str] = set()  # logged ones, while the database is away
         self._complaints: dict[str, float] = {}  # by SQLSTATE or class: when it was logged
         self._is_far = False
+        self.is_clock_known = False  # of this generation's host
         self._clock_at = 0.0  # when the database's clock was last looked at
         self._zeros: deque[float] = deque(maxlen=2)  # what the last looks told
 
@@ -241,7 +242,7 @@ class Pool:
         self._idle.clear()
         self._generation += 1
         self._count = 0
-        self._zeros.clear()  # it may be another host
+        self.is_clock_known = False  # it may be another host
 
     def _note_away(self, reason: str) -> None:
         if reason not in self._reasons:
@@ -385,7 +386,7 @@ class Pool:
             await pooled.connection.execute(ASK)
             self._is_far = time.monotonic() - began > FAR_SECONDS
             await pooled.connection.fetch(KNOW_TYPES)
-            await self._look_at_clock(pooled.connection)
+            await self._look_at_clock(pooled)
         if self._is_far:
             await self._prepare_ahead(pooled)
 
@@ -403,20 +404,26 @@ class Pool:
                     raise
             self._heard_at = asyncio.get_running_loop().time()
 
-    async def _look_at_clock(self, connection: Any) -> None:
+    async def _look_at_clock(self, pooled: Pooled) -> None:
         """See that a connection answers, and what time it is there."""
         asked_at = time.monotonic()
-        there = await connection.fetchval(ASK, timeout=WAIT_SECONDS)
+        there = await pooled.connection.fetchval(ASK, timeout=WAIT_SECONDS)
+        if pooled.generation != self._generation:
+            return
         self._clock_at = time.monotonic()
+        if not self.is_clock_known:
+            self._zeros.clear()
         if self._clock_at - asked_at < DOUBT_SECONDS or not self._zeros:
             self._zeros.append(there.timestamp() - self._clock_at)
+            self.is_clock_known = True
 
     def zero(self) -> float:
-        """Tell what time it was there when the loop's clock was at 0, in seconds since the epoch.
+        """Tell what time it was there when the loop's clock was at 0, in seconds since the epoch,
+        once there was a connection.
 
         It was never earlier: an answer takes its time. The better of the last two looks counts.
         """
-        return max(self._zeros, default=time.time() - time.monotonic())
+        return max(self._zeros)
 
     def _pause(self) -> None:
         """Try again to open a connection in a while; where there is none, tell all who wait."""
@@ -473,7 +480,7 @@ class Pool:
     async def _ask(self, pooled: Pooled) -> None:
         """See that a connection answers."""
         try:
-            await self._look_at_clock(pooled.connection)
+            await self._look_at_clock(pooled)
         except BaseException as error:
             self.fail(pooled, error)
             if not isinstance(error, Exception):
@@ -546,20 +553,25 @@ class Database:
 
     # ---- Changes that another one may replace
 
-    def until(self) -> datetime:
-        """Tell when whoever asks gives up, by the database's clock.
+    async def until(self) -> datetime:
+        """Tell when whoever asks gives up, by the database's clock. Raises Unavailable.
 
         A statement that is given up by then may still be run, where PostgreSQL had stopped for a
         while: so it takes this time, and in_time of sql/functions.sql refuses it from then on.
         """
-        until = deadline() or asyncio.get_running_loop().time() + WAIT_SECONDS
-        return datetime.fromtimestamp(self._pool.zero() + until, UTC)
+        pool, until = self._pool, deadline() or asyncio.get_running_loop().time() + WAIT_SECONDS
+        if not pool.is_clock_known:
+            try:
+                pool.put_back(await pool.wait(until))  # each new connection is asked for the time
+            except TimeoutError:
+                raise Unavailable(ABSENT) from None
+        return datetime.fromtimestamp(pool.zero() + until, UTC)
 
     async def change(self, query: str, *arguments: Any) -> Any:
         """Run a statement whose last parameter is the time until which it counts; answer its first
         row. Raises what `rows` does, but only after that time where it may still be run.
         """
-        until = self.until()
+        until = await self.until()
         rows = await self.known_by(until, self.rows(query, *arguments, until))
         return rows[0] if rows else None
 
@@ -571,8 +583,9 @@ class Database:
             return await running
         except Unavailable as error:
             if is_open(error.__cause__):
-                left = until.timestamp() - self._pool.zero() - asyncio.get_running_loop().time()
-                await asyncio.sleep(min(left, WAIT_SECONDS))
+                now = asyncio.get_running_loop().time()
+                left = until.timestamp() - self._pool.zero() - now
+                await asyncio.sleep(min(left, (deadline() or now + 2 * WAIT_SECONDS) - now))
             raise
 
 

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from plumbing.database import Database, Unavailable
 from plumbing.guard import MOMENT_SECONDS, FairTurns, Marks
@@ -104,16 +104,16 @@ class SearchIndex:
     In the background it works a tenth of the time at most. A search first has its own chat taken
     in, so it finds what was posted a moment ago, by whomever.
 
-    A subclass has the statements. SELECT_UNINDEXED takes a chat and how many texts, and answers
-    rows of since, seq, rev and text; INDEX_WORDS takes the chat, since and the last rev, the seqs,
-    and of each the words, joined by spaces.
+    `select_unindexed` is a statement that takes a chat and how many texts, and answers rows of
+    since, seq, rev and text, by rev; `index_words` one that takes the chat, since and the last rev,
+    the seqs, and of each the words, joined by spaces, and answers whether nobody was faster.
     """
 
-    SELECT_UNINDEXED: ClassVar[str]
-    INDEX_WORDS: ClassVar[str]
-
-    def __init__(self, database: Database, seconds: float) -> None:
+    def __init__(
+        self, database: Database, seconds: float, select_unindexed: str, index_words: str
+    ) -> None:
         self._database = database
+        self._select_unindexed, self._index_words = select_unindexed, index_words
         self._waiting: set[int] = set()  # chats in which something changed
         self._indexing: set[int] = set()  # chats
         self._rests_until = Marks()  # by chat: when a search may have it indexed again
@@ -131,7 +131,7 @@ class SearchIndex:
         began = time.monotonic()
         if chat_id in self._indexing or self._rests_until.of(chat_id, began) > began:
             self._waiting.add(chat_id)
-            return not await self._database.rows(self.SELECT_UNINDEXED, chat_id, 1)
+            return not await self._database.rows(self._select_unindexed, chat_id, 1)
         try:
             return await self.index(chat_id, asker)
         finally:
@@ -145,19 +145,22 @@ class SearchIndex:
         deadline = time.monotonic() + INDEX_SECONDS
         self._indexing.add(chat_id)
         try:
-            while rows := await self._database.rows(self.SELECT_UNINDEXED, chat_id, INDEX_PAGE):
+            while rows := await self._database.rows(self._select_unindexed, chat_id, INDEX_PAGE):
                 if time.monotonic() > deadline:
                     self._waiting.add(chat_id)
                     return False
-                await self._take_in(chat_id, asker, rows, deadline)
+                if await self._take_in(chat_id, asker, rows, deadline) and len(rows) < INDEX_PAGE:
+                    break
         finally:
             self._indexing.discard(chat_id)
         return True
 
     async def _take_in(
         self, chat_id: int, asker: Hashable, rows: Sequence[Mapping[str, Any]], deadline: float
-    ) -> None:
-        """Index the first of some texts of a chat: not too many words, nor beyond a deadline."""
+    ) -> bool:
+        """Index the first of some texts of a chat: not too many words, nor beyond a deadline. Tells
+        whether that was all.
+        """
         words: list[str] = []
         count = 0
         while len(words) < len(rows):
@@ -169,7 +172,9 @@ class SearchIndex:
                 break
         seqs = [row["seq"] for row in rows[:len(words)]]
         upto = rows[len(words) - 1]["rev"]
-        await self._database.rows(self.INDEX_WORDS, chat_id, rows[0]["since"], upto, seqs, words)
+        is_done = await self._database.value(
+            self._index_words, chat_id, rows[0]["since"], upto, seqs, words)
+        return is_done and len(words) == len(rows)
 
     async def run(self) -> None:
         """Index what was posted here, chat by chat."""

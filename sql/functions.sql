@@ -142,29 +142,37 @@ returns table (seq bigint) language sql stable as $$
      order by m.seq desc limit at_most)
 $$;
 
--- Takes in the words of the messages between two numbers, each message's joined by spaces. Where
--- another was faster it does nothing: the words may be older than what that one has seen. What a
--- crash loses is indexed again, so this does not wait for the posts' flush.
-create or replace function index_words(
+-- Takes in the words of the messages between two numbers, each message's joined by spaces; tells
+-- whether it did. Where another was faster it does nothing: the words may be older than what that
+-- one has seen. What a crash loses is indexed again, so this does not wait for the posts' flush.
+create or replace function index_words_2(
     chat bigint, since bigint, upto bigint, seqs bigint[], words text[])
-returns void language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
+returns boolean language plpgsql volatile set plan_cache_mode = force_generic_plan as $$
 begin
     perform set_config('synchronous_commit', 'off', true);  -- of this transaction
     -- Of a chat that was swept away meanwhile nothing may be left; this one stays until we are done.
     perform 1 from chats c where c.id = chat for key share;
     if not found then
-        return;
+        return false;
     end if;
     insert into search_positions as i (chat_id, rev) values (chat, upto)
     on conflict (chat_id) do update set rev = upto where i.rev = since;
     if not found then
-        return;
+        return false;
     end if;
     insert into message_words (chat_id, seq, words)
     select chat, m.seq, search_keys(chat, m.seq >> 16, string_to_array(m.words, ' '))
-    from unnest(seqs, index_words.words) as m (seq, words)
+    from unnest(seqs, index_words_2.words) as m (seq, words)
     on conflict (chat_id, seq) do update set words = excluded.words;
+    return true;
 end
+$$;
+
+-- What the last release calls.
+create or replace function index_words(
+    chat bigint, since bigint, upto bigint, seqs bigint[], words text[])
+returns void language sql volatile as $$
+    select from index_words_2(chat, since, upto, seqs, words)
 $$;
 
 -- The mark of a number of a chat; null where the chat has not come to it.
@@ -342,7 +350,7 @@ $$;
 -- Edits (a text) and deletes (null) a group of messages, given as arrays, each until a time as in
 -- in_time, and answers one row an item, in order: changed, unchanged or why not, and where its chat
 -- stands.
-create or replace function change_messages_2(
+create or replace function change_messages_3(
     chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[], untils timestamptz[], mark text)
 returns table (outcome text, last_rev bigint, version bigint)
 language plpgsql volatile
@@ -372,13 +380,13 @@ begin
             when m.text = texts[item] then 'unchanged'
             else 'changed' end;
         if outcome = 'changed' then
-            update chats c set last_rev = c.last_rev + 1, last_mark = change_messages_2.mark
+            update chats c set last_rev = c.last_rev + 1, last_mark = change_messages_3.mark
             where c.id = m.chat_id
             returning c.last_rev into m.rev;
             insert into revisions (chat_id, rev, mark)
-            values (m.chat_id, m.rev, change_messages_2.mark);
+            values (m.chat_id, m.rev, change_messages_3.mark);
             update messages x
-            set rev = m.rev, changed_mark = change_messages_2.mark, text = coalesce(texts[item], ''),
+            set rev = m.rev, changed_mark = change_messages_3.mark, text = coalesce(texts[item], ''),
                 edited_at = case when texts[item] is null then x.edited_at else at end,
                 deleted_at = case when texts[item] is null then at end
             where x.chat_id = m.chat_id and x.seq = m.seq;
@@ -391,10 +399,10 @@ end
 $$;
 
 -- What the last release calls.
-create or replace function change_messages(
-    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[])
+create or replace function change_messages_2(
+    chat_ids bigint[], user_ids bigint[], ids uuid[], texts text[], mark text)
 returns table (outcome text, last_rev bigint, version bigint) language sql volatile as $$
-    select * from change_messages_2(chat_ids, user_ids, ids, texts, '{}', new_mark())
+    select * from change_messages_3(chat_ids, user_ids, ids, texts, '{}', mark)
 $$;
 
 -- Moves watermarks forward for a group of readers, given as arrays, and answers one row an item,
@@ -873,15 +881,19 @@ end
 $$;
 
 -- Puts the next token of a process in the place of a known one, or (known '{}') the first, and
--- answers which of these stands there now; null where none does: the database went back in time, or
--- can only be read and never had one. The same call again answers the same.
-create or replace function beat(of_process text, known text[], following text) returns text
-language plpgsql volatile
+-- answers which of these stands there now: null where none does, for the database went back in time,
+-- or can only be read and never had one. The same call again answers the same. The timeline is
+-- another one once a standby was promoted; null where it is not told.
+create or replace function heartbeat(of_process text, known text[], following text)
+returns table (stands text, timeline text) language plpgsql volatile
 set enable_seqscan = off set enable_bitmapscan = off set plan_cache_mode = force_generic_plan as $$
 begin
     if current_setting('transaction_read_only') = 'off' then
         if known = '{}' then
-            delete from heartbeats h where h.beaten_at < now() - interval '1 day';
+            -- By the newest: those of a time when the clock was ahead are no measure, nor is now()
+            -- where it is.
+            delete from heartbeats h where h.beaten_at
+                < least(now(), (select max(x.beaten_at) from heartbeats x)) - interval '1 day';
             insert into heartbeats (process, beat) values (of_process, following)
             on conflict (process) do nothing;
         else
@@ -889,7 +901,14 @@ begin
             where h.process = of_process and h.beat = any (known);
         end if;
     end if;
-    return (select h.beat from heartbeats h
-            where h.process = of_process and h.beat = any (known || following));
+    stands := (select h.beat from heartbeats h
+               where h.process = of_process and h.beat = any (known || following));
+    if not pg_is_in_recovery() then
+        begin
+            timeline := left(pg_walfile_name(pg_current_wal_insert_lsn()), 8);
+        exception when others then  -- there are services that do not say
+        end;
+    end if;
+    return next;
 end
 $$;

@@ -984,7 +984,7 @@ async def test_frames_of_who_hangs_up_after_an_auth_are_taken(
             await held.waits()
         return await rows(self, statement, *arguments)
 
-    app_of(here)[messenger.SESSIONS].forget()
+    app_of(here)[messenger.SESSIONS].trusted.forget()
     monkeypatch.setattr(messenger.Database, "rows", look_up_slowly)
     for sent in ({"type": "auth", "token": alice.access}, {"type": "message", "text": "behind it"}):
         await line.sends(TEXT, json.dumps(sent).encode())

@@ -773,7 +773,7 @@ async def try_slow_bodies(
 async def is_unavailable_everywhere(alice: Person, chat: int) -> None:
     """Get from each endpoint what it answers while the database cannot be reached; all of them ask
     it whether the session is alive."""
-    cast("web.Application", alice.client.app)[messenger.SESSIONS].forget()
+    cast("web.Application", alice.client.app)[messenger.SESSIONS].trusted.forget()
     ids = {"chat_id": chat, "user_id": alice.id, "message_id": NOBODYS, "session_id": 1}
     known = {"refresh": {"refresh_token": alice.refresh}}
     await asyncio.gather(*(

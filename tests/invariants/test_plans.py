@@ -185,7 +185,7 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
             ([CROWD], [CROWDED], [NEWEST], 100)],
         "SELECT_JOINED": [(11,)],
         "CHECK_WRITABLE": [()],
-        "BEAT": [("p", [], "1"), ("p", ["1"], "2")],
+        "HEARTBEAT": [("p", [], "1"), ("p", ["1"], "2")],
         "SELECT_POSITIONS": [([BIG, 2, 3],)],
         "SELECT_USERS": [("", "\U0010ffff", 100, PAGE), ("u777", "u777\U0010ffff", 0, PAGE)],
         "CHANGE_USER": [
@@ -199,10 +199,10 @@ def arguments(stored: UUID, crowds: UUID) -> dict[str, list[tuple[Any, ...]]]:
         "PURGE_OLD": [(86_400, 604_800, 900, 7_776_000, 172_800, PAGE)],
         "SETTLE_CLOCK": [(PAGE,)],
         "END_OLDEST_SESSIONS": [(READER, 50)],
-        "REFRESH_SESSION": [(77, 78, "", 0, 30), (77, 78, "", 7, 30)],
+        "REFRESH_SESSION": [(77, 78, "", 0, 30, LATER), (77, 78, "", 7, 30, LATER)],
         "COUNT_ATTEMPT": [("login:u1", 900, 10)],
         "CREATE_GROUP": [(READER, "a group", [LEAVER, JOINER], LATER)],
-        "OPEN_PERSONAL_CHAT": [(4, 5), (READER, JOINER)],
+        "OPEN_PERSONAL_CHAT": [(4, 5, LATER), (READER, JOINER, LATER)],
         "RENAME_CHAT": [
             (BIG, READER, "another name", LATER), (CROWD, CROWDED, "another name", LATER)],
         "PUT_PARTICIPANT": [

@@ -127,15 +127,11 @@ async def test_statement_past_its_time_changes_nothing(
     assert await sql.fetch("select * from users") == before
 
 
-async def test_time_of_a_change_is_by_the_clock_of_the_database(
-    alice: Person, app: web.Application, monkeypatch: pytest.MonkeyPatch
+async def test_clock_of_the_database_that_was_put_forward_is_looked_at_again(
+    alice: Person, app: web.Application
 ) -> None:
-    """A server whose own clock is a day behind changes what it is asked to; so does one, a moment
-    later, that was right about the database's clock until somebody put that forward."""
-    monkeypatch.setattr(
-        database, "time",
-        SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() - 86_400))
-    await alice.expects(200, "PUT", f"/users/{alice.id}", {"username": "anna"})
+    """A server that was right about the database's clock until somebody put that forward refuses
+    changes for a moment; then it makes them."""
     zeros = app[messenger.DATABASE]._pool._zeros
     zeros.extend([zeros[-1] - 3600] * 2)
     await alice.expects(503, "PUT", f"/users/{alice.id}", {"username": "otto"})
@@ -145,12 +141,17 @@ async def test_time_of_a_change_is_by_the_clock_of_the_database(
     assert (await alice.gets("/users/me"))["username"] == "otto"
 
 
+@pytest.mark.parametrize("ahead", [-86_400, 0, 1, 86_400])
 async def test_lost_connection_is_told_only_once_the_change_cannot_be_made_any_more(
-    alice: Person, bob: Person, app: web.Application, elsewhere: Elsewhere, stall: Any
+    alice: Person, bob: Person, app: web.Application, elsewhere: Elsewhere, stall: Any,
+    monkeypatch: pytest.MonkeyPatch, ahead: float,
 ) -> None:
     """Where the connection breaks while a backend stands still, the change is not tried again on
-    another, for the first try may still be made: it is 503 when that is over."""
+    another, for the first try may still be made: it is 503 when that is over, by the database's
+    clock, which the server's own may be ahead of or behind."""
     stop_at, go_on = stall
+    clock = SimpleNamespace(monotonic=time.monotonic, time=lambda: time.time() + ahead)
+    monkeypatch.setattr(database, "time", clock)
     chat = await alice.founds(bob)
     message = f"/chats/{chat}/messages/{(await alice.says(chat, 'first'))['id']}"
     stop_at(messenger.CHANGE_MESSAGES)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from plumbing.process import Guest
 from plumbing.text import DECOMPOSED_CHARS_MAX, words_of
 from support import hostile
 from support.databases import crowd
-from support.people import HEAR_SECONDS, PASSWORD, Person, follows, pages
+from support.people import HEAR_SECONDS, PASSWORD, Line, Person, adds, follows, pages, removes
 from support.raw import HANDSHAKE, TEXT, RawConnection, RawLine
 from support.servers import ROOT, Server, slots_of
 
@@ -573,7 +574,7 @@ async def test_slow_handshake_closes_no_others_socket(
     chat = await alice.founds(bob)
     line = await alice.listens_live(chat)
     monkeypatch.setattr(messenger, "VERSION_SECONDS", 0.1)
-    monkeypatch.setattr(messenger.Rooms, "_knows_newer", lambda *_: True)
+    monkeypatch.setattr(messenger.Rooms, "_may_have_left", lambda *_: True)
     for path in (f"/ws/{chat}", "/ws"):
         with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
             await bob.client.ws_connect(path, headers=bob.headers)
@@ -608,6 +609,66 @@ async def test_pages_that_sockets_missed_are_read_one_by_one_of_an_address(
     for line in lines:
         await line.hears("ready")
     assert most == 1
+
+
+async def changes_after_each_look_up(
+    app: web.Application, chat: int, monkeypatch: Any, change: Callable[[], Awaitable[Any]]
+) -> None:
+    """Let the participants of a chat change after each look-up of a new socket, and its room know
+    that before the socket joins."""
+    rooms, looks_up = app[messenger.ROOMS], messenger.Rooms._followed_by
+
+    async def change_then(asked: Any) -> Any:
+        found = await looks_up(rooms, asked)
+        version = rooms._rooms[chat].version
+        await change()
+        async with asyncio.timeout(HEAR_SECONDS):
+            while rooms._rooms[chat].version == version:
+                await asyncio.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(rooms._look_ups, "_look_up", change_then)
+
+
+@pytest.mark.parametrize("left_max", [0, 100])
+@pytest.mark.parametrize("path", ["/ws/{}", "/ws"])
+async def test_socket_opens_while_others_come_and_go(
+    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any, path: str,
+    left_max: int,
+) -> None:
+    """However often the participants of a chat change, a new socket of one who stays opens, and
+    hears what is said, also where the room forgets at once who left."""
+    monkeypatch.setattr(messenger, "VERSION_SECONDS", 0.2)
+    monkeypatch.setattr(messenger, "LEFT_MAX", left_max)
+    chat = await alice.founds(bob, carol)
+    line = await alice.listens_live(chat)
+    turn = itertools.cycle([removes, adds])
+    await changes_after_each_look_up(app, chat, monkeypatch, lambda: next(turn)(alice, chat, carol))
+    other = Line(await bob.client.ws_connect(path.format(chat), headers=bob.headers))
+    await alice.says(chat, "here")
+    await other.hears_text("here")
+    await other.close()
+    await line.close()
+
+
+async def test_socket_does_not_open_where_its_user_was_removed_meanwhile(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any
+) -> None:
+    """Who is taken out of a chat after the look-up of a new socket does not follow it."""
+    chat = await alice.founds(bob)
+    await alice.listens_live(chat)
+    left = False
+
+    async def once() -> None:
+        nonlocal left
+        await (alice.expects(200, "PATCH", f"/chats/{chat}", {"name": str(time.monotonic())})
+               if left else removes(alice, chat, bob))
+        left = True
+
+    await changes_after_each_look_up(app, chat, monkeypatch, once)
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await bob.client.ws_connect(f"/ws/{chat}", headers=bob.headers)
+    assert refused.value.status == 404
 
 
 async def test_socket_opens_while_its_user_comes_into_one_chat_after_the_other(

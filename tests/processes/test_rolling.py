@@ -4,6 +4,7 @@ Both serve the clients of the torture all the while; what these count must be 0.
 use what else there is: at the server that stays while the other is restarting, and then at both.
 """
 
+import ast
 import asyncio
 import hashlib
 import math
@@ -57,6 +58,19 @@ async def dsn(tmp_path: Path) -> AsyncIterator[str]:
     await on_cluster(postgres.dsn, "alter system set fsync = off", "select pg_reload_conf()")
     yield postgres.dsn
     await postgres.stop()
+
+
+async def test_every_statement_of_the_last_release_runs_on_a_new_database(
+    old_program: Path, sql: asyncpg.Connection
+) -> None:
+    """Servers of the last release may be started again on a database that this one made."""
+    statements = {
+        node.value for node in ast.walk(ast.parse(old_program.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        and node.value.lstrip().startswith("-- ")}
+    assert len(statements) > 40
+    for statement in statements:
+        await sql.prepare(statement)
 
 
 class Pair:

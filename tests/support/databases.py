@@ -177,7 +177,7 @@ POST = """
     select * from post_messages_2(array[$1::bigint], array[$2::bigint], array[$3::uuid],
                                   array[$4::text], array[$5::uuid], $6)"""
 CHANGE = """
-    select * from change_messages_2(array[$1::bigint], array[$2::bigint], array[$3::uuid],
+    select * from change_messages_3(array[$1::bigint], array[$2::bigint], array[$3::uuid],
                                     array[$4::text], array['infinity'::timestamptz], $5)"""
 READ = "select * from read_messages(array[$1::bigint], array[$2::bigint], array[$3::uuid])"
 INDEX = """

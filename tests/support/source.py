@@ -73,8 +73,10 @@ def statements() -> list[tuple[str, str]]:
 
 
 def is_name(node: ast.expr) -> bool:
-    """Whether an expression is a name, or a constant of another module."""
-    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and node.attr.isupper())
+    """Whether an expression is a name, a constant of another module, or an attribute that is named
+    after the statement that it holds."""
+    return isinstance(node, ast.Name) or (isinstance(node, ast.Attribute) and (
+        node.attr.isupper() or node.attr.strip("_").upper() in dict(statements())))
 
 
 def built_sql(tree: ast.AST) -> list[str]:

@@ -82,7 +82,7 @@ CONTROL_SECONDS = 4.0
 OF_RETURN = re.compile(r"(chat \d+|the database): (its history was rewritten|closing its sockets)")
 # What a server may say of a fault.
 SAID = {
-    "database restored": OF_RETURN, "primary lost, standby behind": OF_RETURN,
+    **dict.fromkeys(("database restored", *FAILOVERS), OF_RETURN),
     "disk full": re.compile("No space left on device|trying again in"),
 }
 
