@@ -59,7 +59,8 @@ bounds, limit; the second the index that serves it. Each one that answers a user
 the asker and joins participants: permission lives in the statement. Messages and chats are read as
 plain rows and put together here (messages_of, chats_of); who read messages that may lie anywhere is
 asked once they are known, and only where anybody got so far (SELECT_READERS). What needs a lock and
-then a fresh snapshot, or pinned plans, is a function in sql/functions.sql.
+then a fresh snapshot, or pinned plans, is a function in sql/functions.sql. What a newer change may
+replace takes the time until which it counts, as its last parameter, and is run by Database.change.
 
 To add an endpoint: its shapes, with a line `name: …` in the docstring for each field that its type
 does not describe, its statement at the head of its section, a handler whose signature says what it
@@ -1390,7 +1391,7 @@ class Rooms:
         me, deadline = socket.asker.user_id, time.monotonic() + VERSION_SECONDS
         asked: list[tuple[int | None, int, int]] = [(socket.chat_id, me, INT8_MAX)]
         while asked:
-            piece = list(itertools.chain(*await asyncio.gather(*map(self._look_ups.get, asked))))
+            piece = list(itertools.chain(*await self._look_ups.get_all(asked)))
             if self._is_beyond(socket, len(piece)):
                 raise TooManySockets
             more = socket.chat_id is None and len(piece) >= FOLLOWED_PAGE

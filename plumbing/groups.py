@@ -60,6 +60,12 @@ class GroupReader(Generic[Item, Outcome]):
             self._running = asyncio.create_task(self._run())
         return await future
 
+    async def get_all(self, items: Sequence[Item]) -> list[Outcome]:
+        """Look several items up together; raises what the look-up does."""
+        if len(items) == 1:
+            return [await self.get(items[0])]
+        return await asyncio.gather(*map(self.get, items))
+
     async def _run(self) -> None:
         try:
             while self._pending:

@@ -469,6 +469,25 @@ async def test_what_is_done_for_many_is_done_for_none_of_them() -> None:
     assert parties == [writer]
 
 
+async def test_several_things_are_looked_up_together() -> None:
+    """Things that one asks for at once are one look-up, and answered in their order; where it fails
+    they fail together."""
+    asked: list[list[int]] = []
+
+    async def squares(items: list[int]) -> list[int]:
+        asked.append(items)
+        if 0 in items:
+            raise database.Unavailable("away")
+        return [item * item for item in items]
+
+    reader = GroupReader(squares)
+    assert await reader.get_all([3, 1, 2]) == [9, 1, 4]
+    assert await reader.get_all([4]) == [16]
+    with pytest.raises(database.Unavailable):
+        await reader.get_all([1, 0, 2])
+    assert asked == [[3, 1, 2], [4], [1, 0, 2]]
+
+
 async def test_who_looked_up_the_same_goes_on_in_turn_with_others() -> None:
     """Of many who are told at once each goes on in a turn of its own, and a later look-up does not
     wait for that: what they do with a long answer may take a while."""
