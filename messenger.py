@@ -127,7 +127,7 @@ from plumbing.credentials import (
     name_start_key,
 )
 from plumbing.database import Database, Unavailable, repeat, until_available
-from plumbing.deadline import RequestDeadline, linger
+from plumbing.deadline import RequestDeadline, WorkFor, linger
 from plumbing.endpoints import (
     ENCODER,
     INT8_MAX,
@@ -210,7 +210,6 @@ class Settings(ServerSettings, frozen=True, kw_only=True):
 BODY_BYTES_MAX = 64 * 1024
 FRAME_BYTES_MAX = 64 * 1024
 GROUP_PARTICIPANTS_MAX = 1000
-LEFT_MAX = 100  # users that a room remembers to have left it
 HINT_USERS_MAX = 300  # in one hint, so that it fits a notification
 NAMED_IN_CHAT_MAX = 100  # in larger chats reads are counted only, and not told to everyone
 PLACE_MAX = 10**16 - 1  # in the list of chats: microseconds since the epoch, in the year 2286
@@ -1280,8 +1279,6 @@ class Room:
     delivered: int  # the rev up to which changes were written out ...
     mark: str  # ... and its mark
     version: int  # of the participants that are known
-    left_after: int  # `left` tells of all who left after this version ...
-    left: tuple[tuple[int, int], ...] = ()  # ... who, and the version at which that was known
     latest: tuple[int, int] = (0, 0)  # the rev and version that there are
     sockets: set[Socket] = field(default_factory=set)  # all, also those that are catching up
     live: set[Socket] = field(default_factory=set)  # those that got everything up to `delivered`
@@ -1331,14 +1328,18 @@ class Rooms:
         self.replaying = guard.Slots(REPLAYS_PER_USER)
         self.background = guard.FairTurns(BACKGROUND_READS, app[SETTINGS].bound(1))  # by address
         self._look_ups = GroupReader(self._followed_by, told_at_once=10)  # pieces take turns
+        # Who came into more chats than may wait comes back, and joins whatever was missed then.
         self._coming = Pieces(  # by user: chats they came into
-            self._tasks, self._try_join, CHATS_PIECE, COMING_MAX, self._send_back)
+            self._tasks, self._try_join, CHATS_PIECE, COMING_MAX,
+            lambda user_id: self.close(GOING_AWAY, *self._absent(user_id, [0])))
         self._late = Pieces(  # by socket that is too slow to read: the same
             self._tasks, self._join_later, CHATS_PIECE, LATE_MAX,
             lambda socket: self.close(GOING_AWAY, socket))
         self._rooms: dict[int, Room] = {}  # chat id: its room
         self._sockets: set[Socket] = set()
         self._of_users: guard.Sets[int, Socket] = guard.Sets()  # by user: theirs
+        # When it was known that a user left a chat, or of one without a room that it has a version.
+        self._left = guard.Marks()
         self._followed = guard.Tally()  # by address: the chats of all its sockets
 
     async def close_all(self) -> None:
@@ -1391,37 +1392,39 @@ class Rooms:
         me, deadline = socket.asker.user_id, time.monotonic() + VERSION_SECONDS
         asked: list[tuple[int | None, int, int]] = [(socket.chat_id, me, INT8_MAX)]
         while asked:
+            asked_at = time.monotonic()
             piece = list(itertools.chain(*await self._look_ups.get_all(asked)))
             if self._is_beyond(socket, len(piece)):
                 raise TooManySockets
             more = socket.chat_id is None and len(piece) >= FOLLOWED_PAGE
-            newer = await self.pieces.call(socket.address, self._join_piece, socket, piece, more)
-            if newer:
+            unsure = await self.pieces.call(
+                socket.address, self._join_piece, socket, piece, asked_at, more)
+            if unsure:
                 await self._wait_for_version(deadline)
-            asked = [(chat_id, me, INT8_MAX) for chat_id in newer]
+            asked = [(chat_id, me, INT8_MAX) for chat_id in unsure]
             if more:
                 asked.append((None, me, min(chat[0] for chat in piece)))
         if socket.chat_id is not None and not piece:
             raise ChatNotFound
 
     def _join_piece(
-        self, socket: Socket, piece: list[tuple[int, int, str, int]], more: bool
+        self, socket: Socket, piece: list[tuple[int, int, str, int]], asked_at: float, more: bool
     ) -> set[int]:
         """Let a socket join some rooms, where it is live, and tell it how far they are, and whether
         others follow.
 
         Answers those that its user may have left since they were asked for: they are left out.
         """
-        newer = {chat_id for chat_id, _, _, version in piece
-                 if self._may_have_left(socket.asker.user_id, chat_id, version)}
-        chats = [chat for chat in piece if chat[0] not in newer]
+        unsure = {chat_id for chat_id, _, _, version in piece
+                  if self._may_have_left(socket, chat_id, version, asked_at)}
+        chats = [chat for chat in piece if chat[0] not in unsure]
         for chat in chats:
             self._join_room(socket, *chat)
         if socket.chat_id is None:
             rooms = [socket.rooms[chat[0]] for chat in chats]
             stands = {room.chat_id: (room.position(), room.version) for room in rooms}
-            socket.send(ChatsOut(data=ChatPositions(stands, more or bool(newer))))
-        return newer
+            socket.send(ChatsOut(data=ChatPositions(stands, more or bool(unsure))))
+        return unsure
 
     def _is_beyond(self, socket: Socket, count: int) -> bool:
         """Tell whether so many chats more on a socket would take those of its user, or of its
@@ -1445,13 +1448,18 @@ class Rooms:
         rows = await self.database.rows(SELECT_FOLLOWED, *columns_of(asked), FOLLOWED_PAGE)
         return by_place(rows, len(asked))
 
-    def _may_have_left(self, user_id: int, chat_id: int, version: int) -> bool:
-        """Tell whether somebody who was in a chat at a version may have left it since, for all that
-        a room knows.
+    def _may_have_left(self, socket: Socket, chat_id: int, version: int, asked_at: float) -> bool:
+        """Tell whether a socket's user may have left a chat since it was asked for, and found at a
+        version. If its room has yet to read that, it will tell the socket.
         """
-        room = self._rooms.get(chat_id)
-        return room is not None and version < room.version and (version < room.left_after or any(
-            user == user_id and left_at > version for user, left_at in room.left))
+        newer_at = self._left.last_of((chat_id, None, version + 1), 0.0)
+        left_at = self._left.last_of((chat_id, socket.asker.user_id, None), 0.0)
+        return left_at > asked_at or newer_at > asked_at - VERSION_SECONDS
+
+    def note_left(self, chat_id: int, user_id: int | None, version: int | None) -> None:
+        """Take note that a user left a chat, or that anybody may have done so by a version."""
+        now = time.monotonic()
+        self._left.put((chat_id, user_id, version), now, now - VERSION_SECONDS)
 
     async def _wait_for_version(self, deadline: float) -> None:
         """Wait a moment, until a query sees the version that a room knows: not beyond a deadline,
@@ -1481,10 +1489,10 @@ class Rooms:
     def _join_room(self, socket: Socket, chat_id: int, rev: int, mark: str, version: int) -> None:
         if chat_id in socket.rooms:
             return  # it joined by another way meanwhile
-        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, mark, version, version))
+        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, mark, version))
         if room.delivered == rev and room.mark != mark:
             self.start_over(f"chat {chat_id}", but=socket)
-            room = self._rooms[chat_id] = Room(chat_id, rev, mark, version, version)
+            room = self._rooms[chat_id] = Room(chat_id, rev, mark, version)
         room.sockets.add(socket)
         room.live.add(socket)
         socket.rooms[chat_id] = room
@@ -1499,12 +1507,6 @@ class Rooms:
         for user_id in user_ids:
             if self._absent(user_id, [chat_id]):
                 self._coming.put(user_id, chat_id)
-
-    def _send_back(self, user_id: int) -> None:
-        """Close the sockets of a user who came into more chats than may wait, so that they come
-        back: whatever they missed they join then.
-        """
-        self.close(GOING_AWAY, *self._absent(user_id, [0]))
 
     def _absent(self, user_id: int, chat_ids: Collection[int]) -> list[Socket]:
         """List the sockets of a user that follow all chats, but one of these not yet."""
@@ -1547,12 +1549,13 @@ class Rooms:
             absent = list(filter(is_absent, piece))
             if not absent:
                 continue
+            asked_at = time.monotonic()
             chats = await self.background.run(
                 sockets[0].address, read_chats, self.database, absent, sockets[0].asker.user_id)
             # The least active comes first: of new ones, the oldest.
             shown = [(chat, encode_frame(ChatOut(data=chat))) for chat in reversed(chats)]
             for socket in sockets:
-                await self.pieces.call(socket.address, self._show_chats, socket, shown)
+                await self.pieces.call(socket.address, self._show_chats, socket, shown, asked_at)
             # Their participants changed: out of these the user may be again.
             if changed := [chat.id for chat in chats if is_absent(chat.id)]:
                 deadline = deadline or time.monotonic() + VERSION_SECONDS
@@ -1560,12 +1563,13 @@ class Rooms:
                 waiting += changed
         return sockets
 
-    def _show_chats(self, socket: Socket, shown: list[tuple[Chat, bytes]]) -> None:
+    def _show_chats(self, socket: Socket, shown: list[tuple[Chat, bytes]], asked_at: float) -> None:
         """Show a socket chats, each by its frame, and let it join: not where it did so meanwhile or
         is closed, nor where the participants changed since the chat was read.
         """
         for chat, frame in shown:
-            is_old = chat.id in self._rooms and chat.version < self._rooms[chat.id].version
+            is_old = ((chat.id in self._rooms and chat.version < self._rooms[chat.id].version)
+                      or self._may_have_left(socket, chat.id, chat.version, asked_at))
             if is_old or chat.id in socket.rooms or socket not in self._sockets:
                 continue
             if self._is_beyond(socket, 1):
@@ -1747,6 +1751,7 @@ class Rooms:
         """
         room = self._rooms.get(chat_id)
         if room is None:
+            self.note_left(chat_id, None, version)
             return
         room.latest = (max(room.latest[0], rev), max(room.latest[1], version))
         if room.filling is not None:
@@ -1941,11 +1946,12 @@ def name_reader(messages: list[Message], user_id: int, name: str | None, at: dat
 async def catch_up(rooms: Rooms, socket: Socket) -> None:
     """Bring a socket up to date in every chat that it has a replay of, at its own pace."""
     try:
-        await socket.drain()
-        while socket.replays:
-            await until_available(
-                rooms.replaying.run, socket.asker.user_id, replay_page, rooms, socket)
+        with WorkFor(socket.address):
             await socket.drain()
+            while socket.replays:
+                await until_available(
+                    rooms.replaying.run, socket.asker.user_id, replay_page, rooms, socket)
+                await socket.drain()
     except ConnectionError:
         pass  # the peer is gone; its handler sees it too
     except Exception:
@@ -2009,10 +2015,13 @@ async def write_missed(rooms: Rooms, socket: Socket, chat_id: int, rows: list[An
 
 
 async def fill_gap(rooms: Rooms, room: Room) -> None:
-    """Read what a room misses, until it misses nothing, however long that takes."""
+    """Read what a room misses, until it misses nothing, however long that takes: for one of those
+    who follow it, so that those who change very many chats make nobody else wait.
+    """
     try:
         while room.lags():
-            await until_available(read_news, rooms, room)
+            with WorkFor(next((socket.address for socket in room.sockets), None)):
+                await until_available(read_news, rooms, room)
     except Exception:
         log.exception("a room could not read what it misses")
         rooms.close_room(room.chat_id)
@@ -2057,9 +2066,8 @@ def deliver_snapshot(rooms: Rooms, room: Room, row: Any, messages: list[Message]
         update = ChatUpdate(room.chat_id, row["version"], row["name"], people, sorted(departed))
         rooms.deliver(room, room.sockets, encode_frame(ChatUpdatedOut(data=update)), 1)
         room.version = row["version"]
-        room.left += tuple((user_id, room.version) for user_id in departed)
-        if len(room.left) > LEFT_MAX:
-            room.left, room.left_after = (), room.version
+        for user_id in departed:
+            rooms.note_left(room.chat_id, user_id, None)
         rooms.join_users(room.chat_id, [person.user_id for person in people])
     frames = [encode_change(message, room.delivered) for message in messages]
     rooms.deliver(room, room.live, b"".join(frames), len(frames))
@@ -2725,8 +2733,8 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
-    given = body.refresh_token if body else None
-    claims = sessions.read(given or guard.token_of(request, None), "refresh")
+    token = (body and body.refresh_token) or guard.token_of(request, None)
+    claims = sessions.read(token, "refresh")
     if claims is None:
         raise InvalidToken
     holder = claims["sid"], int(claims["sub"]), claims.get("key", "")
@@ -2857,8 +2865,7 @@ async def delete_user(request: web.Request, user_id: UserId) -> None:
         request.app[ROOMS].publish(SessionHint(session_id, user_id))
     # A user in very many chats is answered before leaving them all; keep_tidy finishes what is
     # left over.
-    leaving = request.app[TASKS].spawn(leave_chats(request.app, user_id))
-    await linger(leaving, LEAVING_SECONDS)
+    await linger(request.app[TASKS].spawn(leave_chats(request.app, user_id)), LEAVING_SECONDS)
 
 
 async def list_users(
@@ -2974,8 +2981,7 @@ async def create_chat(request: web.Request, body: NewChat) -> Answer[Chat]:
         raise invalid("$.participant_ids", f"has unknown users: {', '.join(map(str, unknown_ids))}")
     everyone = [me, *others] if is_new else []
     for start in range(0, len(everyone), HINT_USERS_MAX):
-        joined = everyone[start : start + HINT_USERS_MAX]
-        request.app[ROOMS].publish(ChatHint(chat_id, rev=0, version=1, joined=joined))
+        request.app[ROOMS].publish(ChatHint(chat_id, 0, 1, everyone[start:][:HINT_USERS_MAX]))
     chat = await get_chat(request, chat_id)
     return created(chat, f"/api/v1/chats/{chat_id}") if is_new else Answer(chat, 200)
 
@@ -3200,8 +3206,7 @@ async def delete_message(request: web.Request, chat_id: ChatId, message_id: Mess
     Raises ChatNotFound, MessageNotFound, SenderOnly, TooManyMessages.
     """
     await charge_call(request, TooManyMessages, (request[ME], "deleted"), chat_id)
-    until = await request.app[DATABASE].until()
-    change = NewChange(chat_id, request[ME], message_id, None, until)
+    change = NewChange(chat_id, request[ME], message_id, None, await request.app[DATABASE].until())
     await request.app[CHANGES].write(request, change)
 
 
@@ -3306,8 +3311,7 @@ async def list_changes(
     if mark is not None and mark != rows[0]["mark"]:
         raise HistoryRewritten
     messages = await messages_of(database, chat_id, rows[:limit])
-    more = beyond(rows, limit, lambda row: {"after": row["position"]})
-    return page(request, messages, next=more)
+    return page(request, messages, next=beyond(rows, limit, lambda row: {"after": row["position"]}))
 
 
 async def read_message(request: web.Request, chat_id: ChatId, body: ReadUpTo) -> Read:
@@ -3467,8 +3471,7 @@ def refuse_frame(
     socket: Socket, problem: Problem, ref: Ref | None = None, chat_id: int | None = None
 ) -> None:
     """Tell a socket that one of its frames was refused."""
-    data = problem.details(socket.request_id)
-    socket.send(ErrorOut(data=data, ref=ref, chat_id=chat_id))
+    socket.send(ErrorOut(data=problem.details(socket.request_id), ref=ref, chat_id=chat_id))
 
 
 def chat_of(socket: Socket, chat_id: int | None) -> int:
@@ -3506,8 +3509,8 @@ async def take_read(request: web.Request, socket: Socket, frame: ReadIn) -> None
     """Mark everything up to a message as read."""
     chat_id = chat_of(socket, frame.chat_id)
     charge_frame(request, TooMuchReading, socket, chat_id)
-    read = NewRead(chat_id, socket.asker.user_id, frame.message_id)
-    await request.app[READS].write(request, read)
+    await request.app[READS].write(
+        request, NewRead(chat_id, socket.asker.user_id, frame.message_id))
     tell_taken(socket, frame, chat_id)
 
 
@@ -3558,8 +3561,7 @@ async def take_auth(request: web.Request, socket: Socket, frame: AuthIn) -> None
     if asker.user_id != socket.asker.user_id:
         raise Unauthorized("The token is another user's.")
     socket.asker = asker
-    expiry = Expiry(datetime.fromtimestamp(asker.expires_at, UTC))
-    socket.send(AuthOut(data=expiry, ref=frame.ref))
+    socket.send(AuthOut(data=Expiry(datetime.fromtimestamp(asker.expires_at, UTC)), ref=frame.ref))
 
 
 async def take_ping(request: web.Request, socket: Socket, frame: PingIn) -> None:

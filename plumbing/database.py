@@ -33,6 +33,7 @@ WAIT_SECONDS = 1.8  # for a statement outside of a request, and for any by Postg
 TEND_SECONDS = 0.25
 READ_SECONDS = 0.01  # in which an answer that has come already is read
 QUIET_SECONDS = 5.0  # after which an idle connection is asked whether it still answers
+LEAST_SECONDS = 0.05  # for a statement: one that is cancelled costs its connection
 CLOCK_SECONDS = 1.0  # between two looks at the database's clock
 DOUBT_SECONDS = 0.5  # without an answer on any connection: each idle one is asked
 SILENCE_SECONDS = 1.5  # and then the database is away
@@ -525,7 +526,7 @@ class Database:
         if until <= now:
             raise Unavailable(ABSENT)
         try:
-            pooled = pool.take() or await pool.wait(until)
+            pooled = pool.take() or await pool.wait(until - LEAST_SECONDS)
             try:
                 found: list[Any] = await pooled.connection.fetch(
                     query, *arguments, timeout=until - loop.time())

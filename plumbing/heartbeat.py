@@ -36,7 +36,7 @@ class Heartbeat:
         Where it is not needed, the database is left alone, and what it loses is not told.
         """
         if not is_needed:
-            if self._known:
+            if self._known or self._timeline:
                 self._begin()
             return True
         stands, timeline = await self._database.row(

@@ -727,8 +727,8 @@ async def test_large_groups_are_created_few_at_a_time(
 async def test_statements_belong_to_the_address_that_they_are_for(
     house: House, monkeypatch: Any
 ) -> None:
-    """What is read for calls and frames waits for the database in turn with other addresses, also
-    where a thousand chats are synced."""
+    """What is read for calls, frames and sockets waits for the database in turn with other
+    addresses, also where a thousand chats are synced or changed."""
     here = await house.opens()
     alice, bob = [await house.takes_in(here, name) for name in ("alice", "bob")]
     chat = await alice.opens(bob)
@@ -752,6 +752,11 @@ async def test_statements_belong_to_the_address_that_they_are_for(
     background.give_back("198.51.100.0")
     await line.hears_text("hello")
     assert (messenger.SELECT_MARKS, "192.0.2.1") in asked
+    assert (messenger.SELECT_MISSED, "192.0.2.1") in asked
+    newest = (await alice.gets(f"/chats/{chat}"))["last_message"]["id"]
+    await alice.expects(200, "PATCH", f"/chats/{chat}/messages/{newest}", {"text": "changed"})
+    await line.hears("message_updated")
+    assert (messenger.SELECT_ROOM, "192.0.2.1") in asked
 
 
 async def test_passwords_that_are_changed_hold_up_nobody_elses_changes(

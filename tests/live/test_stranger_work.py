@@ -630,16 +630,13 @@ async def changes_after_each_look_up(
     monkeypatch.setattr(rooms._look_ups, "_look_up", change_then)
 
 
-@pytest.mark.parametrize("left_max", [0, 100])
 @pytest.mark.parametrize("path", ["/ws/{}", "/ws"])
 async def test_socket_opens_while_others_come_and_go(
-    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any, path: str,
-    left_max: int,
+    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any, path: str
 ) -> None:
     """However often the participants of a chat change, a new socket of one who stays opens, and
-    hears what is said, also where the room forgets at once who left."""
+    hears what is said."""
     monkeypatch.setattr(messenger, "VERSION_SECONDS", 0.2)
-    monkeypatch.setattr(messenger, "LEFT_MAX", left_max)
     chat = await alice.founds(bob, carol)
     line = await alice.listens_live(chat)
     turn = itertools.cycle([removes, adds])
@@ -649,6 +646,34 @@ async def test_socket_opens_while_others_come_and_go(
     await other.hears_text("here")
     await other.close()
     await line.close()
+
+
+@pytest.mark.parametrize("path", ["/ws/{}", "/ws"])
+async def test_socket_does_not_follow_a_chat_that_its_user_just_left(
+    app: web.Application, alice: Person, bob: Person, monkeypatch: Any, path: str
+) -> None:
+    """Who is taken out of a chat that nobody has a socket in, after a new socket looked it up, does
+    not follow it: they would hear what others read there."""
+    chat = await alice.founds(bob)
+    rooms, looks_up = app[messenger.ROOMS], messenger.Rooms._followed_by
+
+    async def remove_then(asked: Any) -> Any:
+        found = await looks_up(rooms, asked)
+        if any(found):
+            await removes(alice, chat, bob)
+        return found
+
+    monkeypatch.setattr(rooms._look_ups, "_look_up", remove_then)
+    opening = bob.client.ws_connect(path.format(chat), headers=bob.headers)
+    if path == "/ws":
+        line = Line(await opening)
+        assert (await line.hears("chats"))["data"]["chats"] == {}
+        assert rooms.chat_ids() == []
+        await line.close()
+        return
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await opening
+    assert refused.value.status == 404
 
 
 async def test_socket_does_not_open_where_its_user_was_removed_meanwhile(

@@ -11,9 +11,9 @@ from typing import Any
 import asyncpg
 import pytest
 
-from plumbing import database
+from plumbing import database, deadline
 from plumbing.database import Database, Unavailable
-from plumbing.deadline import WorkFor
+from plumbing.deadline import RequestDeadline, WorkFor
 from support.people import SOON_SECONDS
 from support.wire import Wire
 
@@ -238,6 +238,25 @@ async def test_cancelled_statement_costs_its_connection(database_url: str, make:
     with pytest.raises(asyncio.CancelledError):
         await call
     assert await there.value("select pg_backend_pid()") != pid
+
+
+async def test_statement_that_has_no_time_left_is_not_begun(
+    database_url: str, make: Make
+) -> None:
+    """Who gets a connection so late that the statement would be cancelled at once is told that, and
+    the connection stays as it is."""
+    there = make(database_url, 1)
+    pid = await there.value("select pg_backend_pid()")
+    for left in (0.01, 0.02, 0.03):
+        napping = asyncio.create_task(there.value("select pg_sleep(0.5)"))
+        await asyncio.sleep(0)
+        with RequestDeadline():
+            until = asyncio.get_running_loop().time() + 0.5 + left
+            deadline._deadlines[asyncio.current_task()] = until
+            with pytest.raises(Unavailable):
+                await there.value("select pg_sleep(1)")
+        await napping
+    assert await there.value("select pg_backend_pid()") == pid
 
 
 async def test_call_cancelled_while_it_waits_loses_no_connection(

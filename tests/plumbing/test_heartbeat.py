@@ -115,7 +115,7 @@ async def test_promoted_standby_is_told_once(
     there: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A database of another timeline is told, though the last beat is there; one that does not tell
-    its timeline for a while is not."""
+    its timeline for a while is not, nor a promotion that no socket saw."""
     heart, row, timeline = Heartbeat(there), there.row, cast("str | None", "")
 
     async def on_timeline(*arguments: Any) -> Any:
@@ -128,4 +128,7 @@ async def test_promoted_standby_is_told_once(
     timeline = None
     assert await heart.beat(True)
     timeline = "00000FFF"
-    assert [await heart.beat(True) for _ in range(2)] == [False, True]
+    assert not await heart.beat(True)
+    assert await heart.beat(False)  # nobody came back
+    timeline = "00001000"
+    assert [await heart.beat(True) for _ in range(2)] == [True, True]
