@@ -1278,7 +1278,8 @@ class Room:
     chat_id: int
     delivered: int  # the rev up to which changes were written out ...
     mark: str  # ... and its mark
-    version: int  # of the participants that are known
+    version: int  # of the participants that are known ...
+    began: int  # ... and the first that was: of who left before it knows nothing
     latest: tuple[int, int] = (0, 0)  # the rev and version that there are
     sockets: set[Socket] = field(default_factory=set)  # all, also those that are catching up
     live: set[Socket] = field(default_factory=set)  # those that got everything up to `delivered`
@@ -1454,12 +1455,12 @@ class Rooms:
         """
         newer_at = self._left.last_of((chat_id, None, version + 1), 0.0)
         left_at = self._left.last_of((chat_id, socket.asker.user_id, None), 0.0)
-        return left_at > asked_at or newer_at > asked_at - VERSION_SECONDS
+        began = self._rooms[chat_id].began if chat_id in self._rooms else 0
+        return version < began or left_at > asked_at or newer_at > asked_at - VERSION_SECONDS
 
     def note_left(self, chat_id: int, user_id: int | None, version: int | None) -> None:
         """Take note that a user left a chat, or that anybody may have done so by a version."""
-        now = time.monotonic()
-        self._left.put((chat_id, user_id, version), now, now - VERSION_SECONDS)
+        self._left.put((chat_id, user_id, version), now := time.monotonic(), now - VERSION_SECONDS)
 
     async def _wait_for_version(self, deadline: float) -> None:
         """Wait a moment, until a query sees the version that a room knows: not beyond a deadline,
@@ -1489,10 +1490,10 @@ class Rooms:
     def _join_room(self, socket: Socket, chat_id: int, rev: int, mark: str, version: int) -> None:
         if chat_id in socket.rooms:
             return  # it joined by another way meanwhile
-        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, mark, version))
+        room = self._rooms.setdefault(chat_id, Room(chat_id, rev, mark, version, version))
         if room.delivered == rev and room.mark != mark:
             self.start_over(f"chat {chat_id}", but=socket)
-            room = self._rooms[chat_id] = Room(chat_id, rev, mark, version)
+            room = self._rooms[chat_id] = Room(chat_id, rev, mark, version, version)
         room.sockets.add(socket)
         room.live.add(socket)
         socket.rooms[chat_id] = room
@@ -2733,8 +2734,8 @@ async def refresh(request: web.Request, body: RefreshRequest | None = None) -> T
     Raises InvalidToken, TooManyChanges.
     """
     database, sessions = request.app[DATABASE], request.app[SESSIONS]
-    token = (body and body.refresh_token) or guard.token_of(request, None)
-    claims = sessions.read(token, "refresh")
+    given = body.refresh_token if body else None
+    claims = sessions.read(given or guard.token_of(request, None), "refresh")
     if claims is None:
         raise InvalidToken
     holder = claims["sid"], int(claims["sub"]), claims.get("key", "")
@@ -3271,8 +3272,7 @@ async def search_messages(
     asked, is_whole = wanted[-WORDS_ASKED_MAX:], True
     if wanted and await database.row(SELECT_MEMBERSHIP, chat_id, me):
         is_whole = await index.index_for_search(chat_id, address_of(request))
-    until = time.monotonic() + SEARCH_SECONDS
-    found, goes_on = list[Message](), True
+    found, goes_on, until = list[Message](), True, time.monotonic() + SEARCH_SECONDS
     while goes_on:
         rows = await database.rows(
             SELECT_MESSAGES_FOUND, chat_id, me, before, asked, limit + 1, is_whole)

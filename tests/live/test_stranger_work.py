@@ -648,6 +648,35 @@ async def test_socket_opens_while_others_come_and_go(
     await line.close()
 
 
+@pytest.mark.parametrize("changes", [1, 2])
+async def test_socket_does_not_join_a_room_that_began_after_its_user_left(
+    app: web.Application, alice: Person, bob: Person, carol: Person, monkeypatch: Any, changes: int
+) -> None:
+    """A socket that looked its chat up before its user was removed does not join the room that
+    another's later look-up made, though the news of the removal was lost."""
+    chat = await alice.founds(bob, carol)
+    rooms, looks_up, is_late = app[messenger.ROOMS], messenger.Rooms._followed_by, True
+
+    async def let_another_be_first(asked: Any) -> Any:
+        nonlocal is_late
+        found = await looks_up(rooms, asked)
+        if is_late:
+            is_late = False
+            with monkeypatch.context() as patch:
+                patch.setattr(messenger.Rooms, "note_left", lambda *_: None)
+                for number in range(1, changes):
+                    await alice.expects(200, "PATCH", f"/chats/{chat}", {"name": str(number)})
+                await removes(alice, chat, bob)
+            [[(chat_id, rev, mark, version)]] = await looks_up(rooms, [(chat, carol.id, 2**63 - 1)])
+            rooms._rooms[chat_id] = messenger.Room(chat_id, rev, mark, version, version)
+        return found
+
+    monkeypatch.setattr(rooms._look_ups, "_look_up", let_another_be_first)
+    with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+        await bob.client.ws_connect(f"/ws/{chat}", headers=bob.headers)
+    assert refused.value.status == 404
+
+
 @pytest.mark.parametrize("path", ["/ws/{}", "/ws"])
 async def test_socket_does_not_follow_a_chat_that_its_user_just_left(
     app: web.Application, alice: Person, bob: Person, monkeypatch: Any, path: str
