@@ -909,6 +909,19 @@ async def test_chat_that_changes_while_others_are_joined_is_as_it_is_then(
     assert (await line.hears("message", "chat_removed"))["data"]["text"] == "for alice"
 
 
+def hold_rooms(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Let no room read what is new in its chat, until the event that this answers is set."""
+    goes_on, rows = asyncio.Event(), messenger.Database.rows
+
+    async def read_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
+        if statement == messenger.SELECT_ROOM:
+            await goes_on.wait()
+        return await rows(self, statement, *arguments)
+
+    monkeypatch.setattr(messenger.Database, "rows", read_slowly)
+    return goes_on
+
+
 @pytest.mark.parametrize("told", ["typing", "read"])
 async def test_who_was_removed_hears_nothing_that_came_after(
     alice: Person, bob: Person, carol: Person, monkeypatch: pytest.MonkeyPatch, told: str
@@ -919,14 +932,7 @@ async def test_who_was_removed_hears_nothing_that_came_after(
     said = await alice.says(chat, "hi")
     line, removed = await alice.listens_live(chat), await follows(bob)
     writing = await carol.listens_live(chat)
-    goes_on, rows = asyncio.Event(), messenger.Database.rows
-
-    async def read_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
-        if statement == messenger.SELECT_ROOM:
-            await goes_on.wait()
-        return await rows(self, statement, *arguments)
-
-    monkeypatch.setattr(messenger.Database, "rows", read_slowly)
+    goes_on = hold_rooms(monkeypatch)
     await removes(alice, chat, bob)
     await writing.sends(type=told, ref=1, **({"message_id": said["id"]} if told == "read" else {}))
     await writing.hears("ack")
@@ -968,7 +974,7 @@ async def test_room_that_everybody_leaves_while_it_reads_costs_no_connection(
 
 
 async def test_sync_that_sees_a_removal_tells_of_it_and_of_the_return(
-    app: Any, alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
+    alice: Person, bob: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A user is taken out and put in again before the server has read either; a `sync` in between
     is refused, so `chat_removed` comes, and then the chat again."""
@@ -976,14 +982,7 @@ async def test_sync_that_sees_a_removal_tells_of_it_and_of_the_return(
     await alice.says(chat, "hi")
     line = await follows(bob)
     await line.hears("chats")
-    goes_on, rows = asyncio.Event(), messenger.Database.rows
-
-    async def read_slowly(self: messenger.Database, statement: str, *arguments: Any) -> Any:
-        if statement == messenger.SELECT_ROOM:
-            await goes_on.wait()
-        return await rows(self, statement, *arguments)
-
-    monkeypatch.setattr(messenger.Database, "rows", read_slowly)
+    goes_on = hold_rooms(monkeypatch)
     await removes(alice, chat, bob)
     await line.sends(type="sync", chat_id=chat, after="0", ref="mine")
     assert (await line.hears())["type"] == "chat_removed"
